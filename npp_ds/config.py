@@ -1,0 +1,243 @@
+"""Every knob of a run: typed, bounded, described. `npp_ds.config_checks` reads it and reports all problems at once.
+
+Keys made with `_free` may change when a run is resumed; all others are in the config hash that a checkpoint carries.
+"""
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from npp_ds.schedule import Schedule, Stage, stage_ends
+from npp_ds.sizes import SIZES, parameter_count, training_flops
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _free(default: Any, description: str, **bounds: Any) -> Any:
+    """A key that may differ between the starts of one run."""
+    return Field(default, description=description, json_schema_extra={"free": True}, **bounds)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    size: Literal["B", "L", "XL", "1B", "XXL", "2B"] | None = Field(
+        None, description="a published size, instead of dim, n_layers and n_heads"
+    )
+    dim: int | None = Field(None, ge=8, description="width of the residual stream")
+    n_layers: int | None = Field(None, ge=1, description="transformer blocks")
+    n_heads: int | None = Field(None, ge=1, description="attention heads; dim / n_heads is the head width")
+    n_kv_heads: int | None = Field(
+        None, ge=1, description="key and value heads (grouped-query attention); null: n_heads"
+    )
+    vocab_size: int = Field(16384, ge=2, le=65536, description="codes in the tokenizer's codebook")
+    grid_size: int = Field(16, ge=1, description="side of an image's code map: 16 at 256 px, 24 at 384 px")
+    num_classes: int = Field(1000, ge=1, description="classes; the null class of guidance is one more")
+    ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
+    token_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the embedded sequence")
+    residual_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the attention projection")
+    ffn_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the feed-forward layer")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention weights")
+    attention: Literal["auto", "flash_attn", "sdpa"] = _free(
+        "auto", "attention kernel; auto: flash-attn where it applies, else SDPA"
+    )
+
+    def shape(self) -> dict[str, int | None]:
+        """dim, n_layers and n_heads, from `size` or as given."""
+        return dict(SIZES[self.size]) if self.size else {k: getattr(self, k) for k in ("dim", "n_layers", "n_heads")}
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `npp_ds.model.ModelConfig`."""
+        return {**self.model_dump(exclude={"size", "dim", "n_layers", "n_heads"}), **self.shape()}
+
+    def parameters(self) -> int:
+        """Trainable parameters."""
+        sizes = ("n_kv_heads", "vocab_size", "num_classes", "ffn_multiple_of")
+        return parameter_count(**self.shape(), **{k: getattr(self, k) for k in sizes})
+
+    def training_flops(self, positions: int) -> int:
+        """FLOPs of training on one image cut into this many patches."""
+        sizes = ("n_kv_heads", "vocab_size", "ffn_multiple_of")
+        return training_flops(positions, **self.shape(), **{k: getattr(self, k) for k in sizes})
+
+
+class DataSection(_Section):
+    train: str = Field(description="folder of code shards to train on (manifest.json inside)")
+    val: str | None = Field(None, description="folder of held-out code shards; null: no validation")
+    tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
+    cache_dir: str | None = _free(
+        None, "where shards are staged on each node; null: /dev/shm if it has room, else ~/.cache/npp_ds"
+    )
+    class_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
+
+
+class StageSection(_Section):
+    """One stage; keys left null take the schedule's and the optimizer's values."""
+
+    patch_side: int = Field(ge=1, description="side p of the patches, k = p * p codes each")
+    epochs: float | None = Field(None, gt=0, description="length in epochs; give this or steps")
+    steps: int | None = Field(None, gt=0, description="length in optimizer steps")
+    batch_size: int | None = Field(None, ge=1, description="images per optimizer step over all processes")
+    micro_batch_size: int | None = _free(None, "images per forward pass and process", ge=1)
+    learning_rate: float | None = Field(None, gt=0, description="peak rate")
+    final_learning_rate: float | None = Field(None, ge=0, description="rate at the stage's last step")
+    warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up in epochs")
+    decay_fraction: float | None = Field(None, ge=0, le=1, description="share of the stage's steps that decays")
+
+
+class ScheduleSection(_Section):
+    epochs: int = Field(300, ge=1, description="epochs of the whole run; unused when stages are listed")
+    patch_sides: list[int] = Field(
+        [2, 1], min_length=1, description="patch side of each stage, coarse to fine; [1] is next-token training"
+    )
+    ratio: float = Field(0.5, gt=0, lt=1, description="stage i of L ends at epoch int(epochs * ratio^(L-1-i))")
+    stages: list[StageSection] | None = Field(
+        None, min_length=1, description="an explicit table instead of epochs, patch_sides and ratio"
+    )
+    batch_size: int = Field(256, ge=1, description="images per optimizer step over all processes")
+    micro_batch_size: int | None = _free(
+        None, "images per forward pass and process; null: batch_size / processes", ge=1
+    )
+    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up at the start of each stage, in epochs")
+    decay_fraction: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of each stage's steps, its last, in which the rate falls linearly; 1: all after the warm-up",
+    )
+    end_at_patch_side_one: bool = Field(
+        True, description="refuse a schedule whose last stage is coarser than plain tokens"
+    )
+
+
+class OptimizerSection(_Section):
+    learning_rate: float = Field(1e-4, gt=0, description="peak rate of every stage")
+    final_learning_rate: float = Field(1e-5, ge=0, description="rate at the last step of every stage")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.05, ge=0, description="on tensors of two and more dimensions, none on the rest")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+
+class ValidationSection(_Section):
+    every: int = _free(1000, "optimizer steps between validations; 0: only at the ends of stages", ge=0)
+    batch_size: int = _free(64, "images per forward pass and process", ge=1)
+    limit: int | None = _free(None, "images to validate on; null: all", ge=1)
+
+
+class CheckpointSection(_Section):
+    every: int = _free(1000, "optimizer steps between checkpoints; 0: only at the ends of stages", ge=0)
+    keep_last: int = _free(3, "newest checkpoints to keep, besides those at the ends of stages", ge=1)
+
+
+class LoggingSection(_Section):
+    every: int = _free(10, "optimizer steps between lines in metrics.jsonl and on the screen", ge=1)
+    monitors: list[Literal["tensorboard", "wandb", "csv"]] = _free(
+        [], "also write to these, through DeepSpeed's monitor"
+    )
+
+
+class DeepSpeedSection(_Section):
+    config: str = _free(
+        "zero2", "a name in ds_configs/ (zero1, zero2, zero3 ..) or a JSON file of DeepSpeed's settings"
+    )
+
+
+class RunConfig(_Section):
+    name: str = _free("run", "shown in logs and pictures", pattern=r"^[\w.-]+$")
+    run_dir: str | None = _free(None, "folder of this run; null: runs/<name>")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order, crops, dropout")
+    precision: Literal["autocast_bf16", "bf16", "fp32"] = Field(
+        "autocast_bf16", description="autocast_bf16: fp32 weights, bf16 products; bf16: DeepSpeed's bf16 engine; fp32"
+    )
+    model: ModelSection
+    data: DataSection
+    schedule: ScheduleSection = ScheduleSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def hash(self) -> str:
+        """SHA-256 over every key that must not change when the run is resumed, as hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.bound_keys(), sort_keys=True).encode()).hexdigest()
+
+    def bound_keys(self) -> dict[str, Any]:
+        """The keys that must not change when the run is resumed."""
+        return _without_free_keys(self)
+
+    def stage_table(self) -> list[StageSection]:
+        """The stages with every key but micro_batch_size filled in; lengths still in epochs or steps."""
+        s, o = self.schedule, self.optimizer
+        stages = s.stages
+        if stages is None:
+            ends = [0, *stage_ends(s.epochs, len(s.patch_sides), s.ratio)]
+            lengths = [b - a for a, b in pairwise(ends)]
+            stages = [
+                StageSection.model_construct(
+                    **{**StageSection(patch_side=1).model_dump(), "patch_side": side, "epochs": n}
+                )
+                for side, n in zip(s.patch_sides, lengths, strict=True)
+            ]
+        inherited = {
+            "batch_size": s.batch_size,
+            "micro_batch_size": s.micro_batch_size,
+            "learning_rate": o.learning_rate,
+            "final_learning_rate": o.final_learning_rate,
+            "warmup_epochs": s.warmup_epochs,
+            "decay_fraction": s.decay_fraction,
+        }
+        return [
+            stage.model_copy(update={k: v for k, v in inherited.items() if getattr(stage, k) is None})
+            for stage in stages
+        ]
+
+    def build_schedule(self, num_samples: int, world_size: int = 1) -> Schedule:
+        """The run's steps on `num_samples` training images; `config_checks.problems_of` must have found none."""
+        stages, step, epoch = [], 0, 0
+        for index, s in enumerate(self.stage_table()):
+            steps_per_epoch = num_samples // s.batch_size
+            steps = s.steps or round(s.epochs * steps_per_epoch)
+            warmup_steps = round(s.warmup_epochs * steps_per_epoch)
+            stage = Stage(
+                index=index,
+                patch_side=s.patch_side,
+                start_step=step,
+                end_step=step + steps,
+                start_epoch=epoch,
+                steps_per_epoch=steps_per_epoch,
+                batch_size=s.batch_size,
+                micro_batch_size=s.micro_batch_size or s.batch_size // world_size,
+                peak_learning_rate=s.learning_rate,
+                final_learning_rate=s.final_learning_rate,
+                warmup_steps=warmup_steps,
+                decay_steps=min(round(s.decay_fraction * steps), steps - warmup_steps),
+            )
+            stages.append(stage)
+            step, epoch = stage.end_step, stage.end_epoch
+        return Schedule(tuple(stages))
+
+
+def _without_free_keys(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        bound = [k for k, f in fields.items() if not (f.json_schema_extra or {}).get("free")]
+        return {k: _without_free_keys(getattr(value, k)) for k in bound}
+    if isinstance(value, (list, tuple)):
+        return [_without_free_keys(v) for v in value]
+    return value

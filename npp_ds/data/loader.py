@@ -1,0 +1,237 @@
+"""The batches of a stage and of a validation set, read from a `CodeStore` as torch tensors.
+
+`StageLoader` prefetches in one thread, yet holds no state that matters: what it yields is a function of seed and step.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npp_ds.data.order import batch_ids, crop_index, drop_label, rank_slice
+from npp_ds.data.store import CodeStore
+from npp_ds.errors import UserError
+from npp_ds.model.patches import group
+from npp_ds.schedule import Stage
+
+PREFETCHED_STEPS = 4
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank trains on in one optimizer step.
+
+    `ids` int64 [rows] in training order; per micro-step (codes int64 [micro_batch, N, k], labels int64 [micro_batch]),
+    where a dropped label is `num_classes`.
+    """
+
+    step: int
+    epoch: int
+    ids: np.ndarray
+    micro_batches: list[tuple[Tensor, Tensor]]
+
+
+class _Reader:
+    """Gathers rows of a store into grouped int64 tensors, in pinned memory when CUDA is there.
+
+    The work is numpy's, on the calling thread alone: torch's copies would start an OpenMP team per thread.
+    """
+
+    def __init__(self, store: CodeStore, patch_side: int):
+        grid_size = store.manifest.grid_size
+        if patch_side < 1 or grid_size % patch_side:
+            raise UserError(
+                f"patch_side {patch_side} does not divide the grid of the shards, {grid_size}; "
+                "choose patch sides that do, or shards of another grid."
+            )
+        self.num_crops = store.manifest.num_crops
+        self.pin_memory = torch.cuda.is_available()
+        self._rows = store.codes.reshape(-1, store.manifest.num_tokens)
+        grouped = group(torch.arange(store.manifest.num_tokens)[None], patch_side)
+        self._shape = tuple(grouped.shape[1:])
+        self._columns = grouped.flatten().numpy()
+        self._buffers = np.empty((2, 0, store.manifest.num_tokens), np.uint16)
+
+    def codes(self, ids: np.ndarray, crops: np.ndarray | int) -> Tensor:
+        """int64 [len(ids), N, k] of one crop of each sample."""
+        if self._buffers.shape[1] != len(ids):
+            self._buffers = np.empty((2, len(ids), len(self._columns)), np.uint16)
+        raster, grouped = self._buffers
+        # mode="clip", because with "raise" np.take fills a second buffer first; the indices are in range.
+        np.take(self._rows, ids * self.num_crops + crops, axis=0, out=raster, mode="clip")
+        np.take(raster, self._columns, axis=1, out=grouped, mode="clip")
+        return self.to_tensor(grouped).view(len(ids), *self._shape)
+
+    def to_tensor(self, values: np.ndarray) -> Tensor:
+        """int64 copy of `values`."""
+        tensor = torch.empty(values.shape, dtype=torch.int64, pin_memory=self.pin_memory)
+        tensor.numpy()[...] = values
+        return tensor
+
+
+class StageLoader:
+    """Iterates once over the steps `first_step .. end_step - 1` of a stage, yielding this rank's `StepBatch` of each.
+
+    Use it as a context manager or call `close()`, which ends the prefetching thread. An exception in the thread is
+    raised by the iterator. `wait_seconds` is the time the consumer has waited for data so far. UserError when set and
+    stage do not fit: samples fewer than a batch or other than planned for, grid, classes, sizes that do not factor.
+    """
+
+    def __init__(
+        self,
+        store: CodeStore,
+        stage: Stage,
+        *,
+        seed: int,
+        class_dropout: float,
+        num_classes: int,
+        rank: int,
+        world_size: int,
+        first_step: int,
+    ):
+        _check_fit(store, stage, num_classes)
+        if not stage.start_step <= first_step <= stage.end_step:
+            raise IndexError(f"first_step {first_step} outside the stage, {stage.start_step} .. {stage.end_step}")
+        self.store, self.stage = store, stage
+        self.seed, self.class_dropout, self.num_classes = seed, class_dropout, num_classes
+        self.wait_seconds = 0.0
+        self._positions = rank_slice(stage.batch_size, world_size, rank, stage.micro_batch_size)
+        self._reader = _Reader(store, stage.patch_side)
+        self._next_step = first_step
+        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=PREFETCHED_STEPS)
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        # A new thread would otherwise pin memory through the first GPU, on every rank of the node.
+        self._device = torch.cuda.current_device() if self._reader.pin_memory else None
+
+    def __enter__(self) -> "StageLoader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __len__(self) -> int:
+        """Steps that are still to come."""
+        return self.stage.end_step - self._next_step
+
+    def __next__(self) -> StepBatch:
+        if self._closing.is_set() or not len(self):
+            self.close()
+            raise StopIteration
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._prefetch, args=(self._next_step,), name="npp-stage-loader", daemon=True
+            )
+            self._thread.start()
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.wait_seconds += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self._next_step += 1
+        return item
+
+    def close(self) -> None:
+        """Ends the thread and drops what it prefetched; the loader then yields nothing more. May be called twice."""
+        self._closing.set()
+        if self._thread is not None:
+            while self._thread.is_alive():
+                self._discard_prefetched()
+                self._thread.join(timeout=0.01)
+        self._discard_prefetched()
+
+    def _discard_prefetched(self) -> None:
+        try:
+            while True:
+                self._queue.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _prefetch(self, first_step: int) -> None:
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
+            for step in range(first_step, self.stage.end_step):
+                batch = self._load(step)
+                if self._closing.is_set():
+                    return
+                self._queue.put(batch)
+        except BaseException as error:
+            self._queue.put(error)
+
+    def _load(self, step: int) -> StepBatch:
+        stage, seed, store = self.stage, self.seed, self.store
+        epoch, index = stage.epoch_at(step)
+        ids = batch_ids(len(store), stage.batch_size, seed, epoch, index)[self._positions]
+        crops = crop_index(ids, seed, epoch, self._reader.num_crops)
+        dropped = drop_label(ids, seed, epoch, self.class_dropout)
+        labels = np.where(dropped, self.num_classes, np.take(store.labels, ids))
+        micro_batches = [
+            (self._reader.codes(ids[m], crops[m]), self._reader.to_tensor(labels[m])) for m in range(len(ids))
+        ]
+        return StepBatch(step, epoch, ids.reshape(-1), micro_batches)
+
+
+def _check_fit(store: CodeStore, stage: Stage, num_classes: int) -> None:
+    if len(store) < stage.batch_size:
+        raise UserError(
+            f"{store.folder}: the training set holds {len(store)} samples, fewer than one batch (batch_size "
+            f"{stage.batch_size}); lower batch_size or tokenize more images."
+        )
+    if stage.steps_per_epoch != len(store) // stage.batch_size:
+        raise UserError(
+            f"the stage plans {stage.steps_per_epoch} steps an epoch, the training set of {len(store)} samples has "
+            f"{len(store) // stage.batch_size} batches of {stage.batch_size}; plan with this set's number of samples."
+        )
+    if store.manifest.num_classes > num_classes:
+        raise UserError(
+            f"the training set has {store.manifest.num_classes} classes, num_classes of the model is {num_classes}; "
+            "set num_classes to that of the shards."
+        )
+
+
+class EvalLoader:
+    """Every sample of a set once, in order and undropped, dealt to the ranks batch by batch; may be iterated again.
+
+    Yields (codes int64 [micro_batch, N, k] of the central crop, labels int64 [micro_batch], count): the first `count`
+    rows are samples, the rest repeats the last one, so that batches have one shape and ranks the same number of them.
+    `limit` takes that many samples, evenly spread over the set (shards are often sorted by class).
+    """
+
+    def __init__(
+        self,
+        store: CodeStore,
+        patch_side: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        limit: int | None = None,
+    ):
+        if limit is not None and limit < 1:
+            raise UserError(f"limit {limit}: expected at least one sample, or nothing for all.")
+        self.store, self.rank, self.world_size, self.micro_batch_size = store, rank, world_size, micro_batch_size
+        self.num_samples = min(limit or len(store), len(store))
+        self._reader = _Reader(store, patch_side)
+
+    def __len__(self) -> int:
+        """Batches of each rank."""
+        return -(-self.num_samples // (self.micro_batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        size, crop = self.micro_batch_size, self.store.manifest.crops.center
+        for batch in range(len(self)):
+            first = (batch * self.world_size + self.rank) * size
+            count = min(max(self.num_samples - first, 0), size)
+            positions = np.minimum(np.arange(first, first + size), self.num_samples - 1)
+            ids = positions * len(self.store) // self.num_samples
+            labels = np.take(self.store.labels, ids)
+            yield self._reader.codes(ids, crop), self._reader.to_tensor(labels), count

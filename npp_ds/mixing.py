@@ -1,0 +1,34 @@
+"""Random numbers as a pure function of integers, the same on every machine, library version and process count.
+
+Everything random in the data order, in dropout seeds and in sampling comes from here: no generator state is ever saved.
+"""
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _finalize(x: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014; Stafford's variant 13), a bijection."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def mix64(*words: int | np.ndarray) -> np.ndarray:
+    """uint64 hash of a tuple of integers; integer arrays among `words` broadcast.
+
+    `mix64(seed, epoch, ids)` gives one hash per id. The order and the number of words matter.
+    """
+    with np.errstate(over="ignore"):
+        state = np.uint64(len(words))
+        for word in words:
+            if isinstance(word, (int, np.integer)):
+                word = int(word) & 0xFFFFFFFFFFFFFFFF
+            state = _finalize(state * _GOLDEN + np.asarray(word).astype(np.uint64) + _GOLDEN)
+    return state
+
+
+def uniform(*words: int | np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) with 53 random bits, a pure function of `words` (see `mix64`)."""
+    return (mix64(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53

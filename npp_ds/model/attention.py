@@ -1,0 +1,117 @@
+"""Causal self-attention with 2-D rotary positions on the patch grid, a key-value cache, and one choice of kernel."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from npp_ds.errors import UserError
+from npp_ds.model.layers import Linear
+
+ATTENTION_CHOICES = ("auto", "flash_attn", "sdpa")
+
+
+@cache
+def flash_attn_importable() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def check_attention(choice: str) -> None:
+    """Raises UserError when `choice` is unknown or names a kernel that is not installed."""
+    if choice not in ATTENTION_CHOICES:
+        raise UserError(f"attention: {choice!r} is not one of {', '.join(ATTENTION_CHOICES)}")
+    if choice == "flash_attn" and not flash_attn_importable():
+        raise UserError(
+            "attention: flash_attn was asked for and the package flash-attn is not installed; "
+            "run `pip install flash-attn`, or set attention to auto or sdpa"
+        )
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, choice: str = "auto", dropout: float = 0.0) -> Tensor:
+    """q[B, N, H, D], k and v[B, N, G, D], G divides H -> [B, N, H, D]; position i sees positions 0..i.
+
+    No mask tensor is passed, so fused kernels apply. Raises UserError when flash_attn is asked for and cannot.
+    """
+    applicable = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    if choice == "flash_attn" and not applicable:
+        raise UserError(
+            f"attention: flash_attn needs CUDA tensors in bf16 or fp16, found {q.dtype} on {q.device.type}; "
+            "set precision to bf16 or autocast_bf16 on a GPU, or attention to auto or sdpa"
+        )
+    if choice != "sdpa" and applicable and flash_attn_importable():
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def rotary_table(grid: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """cos and sin of the rotations, float32 [grid*grid, head_dim/2, 2], row i for input position i.
+
+    Row 0, the class position, is all zeros: the published code makes q and k of that position zero. Row i > 0 carries
+    the position of patch i - 1, whose row rotates the first half of the frequencies and whose column the second
+    (LlamaGen, base 10000).
+    """
+    quarter = head_dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) * 2 / (head_dim // 2))
+    angles = torch.arange(grid, dtype=torch.float32, device=device)[:, None] * frequencies
+    rows = angles[:, None, :].expand(grid, grid, quarter)
+    columns = angles[None, :, :].expand(grid, grid, quarter)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([torch.zeros_like(table[:1]), table[:-1]])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x[B, N, H, D] with neighbouring features as pairs, table[N, D/2, 2] -> x rotated in float32, in x's dtype."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table[:, None].unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the positions decoded so far, one preallocated [B, positions, G, D] tensor each per layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class Attention(nn.Module):
+    """x[B, N, dim] -> [B, N, dim]; `n_kv_heads` < `n_heads` shares keys and values between groups of query heads."""
+
+    def __init__(
+        self, dim: int, n_heads: int, n_kv_heads: int, choice: str, attention_dropout: float, residual_dropout: float
+    ):
+        super().__init__()
+        check_attention(choice)
+        self.heads, self.kv_heads, self.head_dim = n_heads, n_kv_heads, dim // n_heads
+        self.choice, self.attention_dropout = choice, attention_dropout
+        self.wqkv = Linear(dim, (n_heads + 2 * n_kv_heads) * self.head_dim)
+        self.wo = Linear(dim, dim)
+        self.residual_dropout = nn.Dropout(residual_dropout)
+
+    def _rotated_qkv(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        q, k, v = self._rotated_qkv(x, rotary)
+        out = causal_attention(q, k, v, self.choice, self.attention_dropout if self.training else 0.0)
+        return self.residual_dropout(self.wo(out.flatten(2)))
+
+    def step(self, x: Tensor, rotary: Tensor, position: int, keys: Tensor, values: Tensor) -> Tensor:
+        """x[B, 1, dim] at `position`: stores its key and value, attends to the filled part of the cache only."""
+        q, k, v = self._rotated_qkv(x, rotary)
+        keys[:, position], values[:, position] = k[:, 0], v[:, 0]
+        seen_keys, seen_values = (c[:, : position + 1].transpose(1, 2) for c in (keys, values))
+        grouped = self.heads != self.kv_heads
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), seen_keys, seen_values, enable_gqa=grouped)
+        return self.wo(out.transpose(1, 2).flatten(2))

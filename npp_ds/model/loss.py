@@ -1,0 +1,65 @@
+"""The patch cross-entropy (NPP, arXiv 2412.15321, eq. 4), joined with the output projection.
+
+For logits z at a position and the k codes t_1..t_k of its target patch the loss is `logsumexp(z) - mean_i z[t_i]`, so
+the logits are computed once whatever k is. Rows are taken in chunks and the gradient is formed while a chunk's logits
+are at hand: never do more than a chunk of logits exist, and the backward pass has nothing left to compute.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 16 << 20}
+"""Size of a chunk's float32 logits by device type: on a CPU what its cache holds, elsewhere what fills the device."""
+CHUNK_BYTES_ELSEWHERE = 256 << 20
+
+
+class _LinearPatchCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        rows, k = targets.shape
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        w = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunk = max(1, min(rows, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE) // (4 * weight.shape[0])))
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            h, t = hidden[part].to(dtype), targets[part]
+            z = (h @ w.T).float()
+            log_norm = torch.logsumexp(z, dim=1, keepdim=True)
+            total += log_norm.sum() - z.gather(1, t).sum() / k
+            if not (need_hidden or need_weight):
+                continue
+            grad = z.sub_(log_norm).exp_()
+            grad.scatter_add_(1, t, grad.new_full((), -1 / k).expand(t.shape))
+            grad = grad.mul_(1 / rows).to(dtype)
+            if need_hidden:
+                grad_hidden[part] = grad @ w
+            if need_weight:
+                grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total / rows
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def patch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the target patches' codes, in nats per code, as a float32 scalar.
+
+    hidden[..., d] are the decoder's outputs, weight[V, d] the output projection (no bias), targets[..., k] int64 codes
+    in [0, V). For k = 1 this is next-token cross-entropy. Under autocast the products run in its dtype; the softmax,
+    the sums and the accumulation of the weight's gradient are float32. First derivatives only.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return _LinearPatchCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(0, -2), dtype)

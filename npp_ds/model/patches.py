@@ -1,0 +1,60 @@
+"""Square patches of a code map (NPP, arXiv 2412.15321, section 3): grouping, its inverse, and the mean embedding."""
+
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npp_ds.model.layers import Embedding
+
+
+def _grid_of(count: int, what: str) -> int:
+    grid = isqrt(count)
+    if grid * grid != count or count == 0:
+        raise ValueError(f"{count} {what} do not form a square grid")
+    return grid
+
+
+def group(codes: Tensor, patch_side: int) -> Tensor:
+    """codes[B, T] in raster order -> [B, N, k]: N = T / k patches of k = patch_side**2 codes, all in raster order.
+
+    Raises ValueError unless T is a square whose side is divisible by `patch_side`.
+    """
+    batch, tokens = codes.shape
+    grid = _grid_of(tokens, "codes")
+    if patch_side < 1 or grid % patch_side:
+        raise ValueError(f"a {grid}x{grid} grid cannot be cut into patches of side {patch_side}")
+    coarse = grid // patch_side
+    x = codes.view(batch, coarse, patch_side, coarse, patch_side)
+    return x.transpose(2, 3).reshape(batch, coarse * coarse, patch_side * patch_side)
+
+
+def ungroup(codes: Tensor, patch_side: int) -> Tensor:
+    """codes[B, N, k] -> [B, T] in raster order, the inverse of `group`.
+
+    Raises ValueError unless k = patch_side**2 and N is a square.
+    """
+    batch, patches, patch_area = codes.shape
+    coarse = _grid_of(patches, "patches")
+    if patch_area != patch_side * patch_side:
+        raise ValueError(f"patches of side {patch_side} hold {patch_side * patch_side} codes, not {patch_area}")
+    x = codes.reshape(batch, coarse, coarse, patch_side, patch_side)
+    return x.transpose(2, 3).reshape(batch, patches * patch_area)
+
+
+def mean_embedding(codes: Tensor, table: Tensor) -> Tensor:
+    """codes[B, N, k], table[V, dim] -> [B, N, dim]: the mean of the k token embeddings of each patch."""
+    return F.embedding_bag(codes.flatten(0, 1), table, mode="mean").unflatten(0, codes.shape[:2])
+
+
+class PatchEmbedding(Embedding):
+    """`mean_embedding` with its own table: the patch embedding of NPP has no parameters beyond the token embedding."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return mean_embedding(codes, self.weight)
+
+
+def repeat_code(codes: Tensor, patch_area: int) -> Tensor:
+    """codes[B, N] -> [B, N, k]: patches that show one code everywhere, the way a coarse model is sampled."""
+    return torch.repeat_interleave(codes.unsqueeze(-1), patch_area, dim=-1)

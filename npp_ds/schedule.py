@@ -1,0 +1,89 @@
+"""The stage table of a run, and everything that follows from (config, step). Pure: no torch, no state."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def stage_ends(epochs: int, levels: int, ratio: float) -> list[int]:
+    """Epochs at which the stages end, coarse to fine: int(E r^i) for i = L-1 .. 0 (NPP, arXiv 2412.15321, appendix).
+
+    >>> stage_ends(300, 4, 0.5)
+    [37, 75, 150, 300]
+    """
+    return [int(epochs * ratio**i) for i in range(levels - 1, -1, -1)]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps `start_step` .. `end_step - 1` at one patch side, beginning with a fresh epoch."""
+
+    index: int
+    patch_side: int
+    start_step: int
+    end_step: int
+    start_epoch: int
+    steps_per_epoch: int
+    batch_size: int
+    micro_batch_size: int
+    peak_learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+
+    @property
+    def steps(self) -> int:
+        return self.end_step - self.start_step
+
+    @property
+    def end_epoch(self) -> int:
+        """First epoch index that the following stage may use."""
+        return self.start_epoch - (-self.steps // self.steps_per_epoch)
+
+    def epoch_at(self, step: int) -> tuple[int, int]:
+        """(epoch of the run, index of the batch within that epoch), both from 0."""
+        epochs, index = divmod(step - self.start_step, self.steps_per_epoch)
+        return self.start_epoch + epochs, index
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up to the peak, constant, linear decay that reaches the final rate at the stage's last step."""
+        done = step - self.start_step + 1
+        if done <= self.warmup_steps:
+            return self.peak_learning_rate * done / self.warmup_steps
+        decayed = done - (self.steps - self.decay_steps)
+        if decayed <= 0:
+            return self.peak_learning_rate
+        fall = self.peak_learning_rate - self.final_learning_rate
+        return self.peak_learning_rate - fall * decayed / self.decay_steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of a run in order; steps count from 0 over the whole run."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages[-1].end_step
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that step belongs to. Raises IndexError outside 0 .. total_steps - 1."""
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} is outside 0 .. {self.total_steps - 1}")
+        return self.stages[bisect_right([s.start_step for s in self.stages], step) - 1]
+
+    def learning_rate(self, step: int) -> float:
+        return self.stage_at(step).learning_rate(step)
+
+    def _relative_cost(self, cost_of_side: Callable[[int], float]) -> float:
+        spent = sum(s.steps * s.batch_size * cost_of_side(s.patch_side) for s in self.stages)
+        return spent / (sum(s.steps * s.batch_size for s in self.stages) * cost_of_side(1))
+
+    def token_cost(self) -> float:
+        """Positions trained, relative to next-token training on the same images."""
+        return self._relative_cost(lambda side: 1 / side**2)
+
+    def flop_cost(self, grid_size: int, flops: Callable[[int], int]) -> float:
+        """FLOPs relative to next-token training on the same images; `flops(positions)` is the cost of one image."""
+        return self._relative_cost(lambda side: flops((grid_size // side) ** 2))

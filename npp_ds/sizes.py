@@ -1,0 +1,53 @@
+"""Model sizes (LlamaGen, arXiv 2406.06525, table 1; 1B and 2B are ours), parameter and FLOP counts. Pure: no torch."""
+
+SIZES: dict[str, dict[str, int]] = {
+    "B": {"n_layers": 12, "n_heads": 12, "dim": 768},
+    "L": {"n_layers": 24, "n_heads": 16, "dim": 1024},
+    "XL": {"n_layers": 36, "n_heads": 20, "dim": 1280},
+    "1B": {"n_layers": 40, "n_heads": 22, "dim": 1408},
+    "XXL": {"n_layers": 48, "n_heads": 24, "dim": 1536},
+    "2B": {"n_layers": 48, "n_heads": 28, "dim": 1792},
+}
+
+
+def ffn_hidden(dim: int, multiple_of: int = 256) -> int:
+    """Width of the SwiGLU layer: two thirds of 4 x dim, rounded up to a multiple."""
+    hidden = 2 * 4 * dim // 3
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def block_parameters(dim: int, n_heads: int, n_kv_heads: int | None = None, ffn_multiple_of: int = 256) -> int:
+    """Matrix parameters of one transformer block (attention and feed-forward, without its two norms)."""
+    qkv = dim + 2 * (n_kv_heads or n_heads) * (dim // n_heads)
+    return dim * (qkv + dim + 3 * ffn_hidden(dim, ffn_multiple_of))
+
+
+def parameter_count(
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    vocab_size: int = 16384,
+    num_classes: int = 1000,
+    ffn_multiple_of: int = 256,
+) -> int:
+    """Number of trainable parameters of a `Transformer` of these sizes, without building it."""
+    blocks = n_layers * (block_parameters(dim, n_heads, n_kv_heads, ffn_multiple_of) + 2 * dim)
+    return blocks + dim * (2 * vocab_size + num_classes + 1 + 1)
+
+
+def training_flops(
+    positions: int,
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    vocab_size: int = 16384,
+    ffn_multiple_of: int = 256,
+) -> int:
+    """FLOPs to train on one image of `positions` positions: 6 per matrix parameter and position, plus causal attention.
+
+    Attention counts the two products over the positions seen (half of all pairs), forward and twice that backward.
+    """
+    matrices = n_layers * block_parameters(dim, n_heads, n_kv_heads, ffn_multiple_of) + vocab_size * dim
+    return 6 * matrices * positions + 6 * n_layers * dim * positions * positions

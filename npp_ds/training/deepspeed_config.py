@@ -1,0 +1,73 @@
+"""DeepSpeed's JSON settings: read from ds_configs/ or a file, with every "auto" filled from the run's config."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import npp_ds
+from npp_ds.config import RunConfig
+from npp_ds.errors import UserError
+from npp_ds.schedule import Stage
+
+PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
+MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of the settings in ds_configs/, in a checkout or installed."""
+    package = Path(npp_ds.__file__).parent
+    folder = next((d for d in (package / "ds_configs", package.parent / "ds_configs") if d.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def read_settings(name_or_file: str) -> dict[str, Any]:
+    """Settings of a shipped name or a JSON file as they stand, "auto" included. Raises UserError."""
+    shipped = shipped_configs()
+    path = shipped.get(name_or_file, Path(name_or_file))
+    if not path.is_file():
+        raise UserError(
+            f"deepspeed.config: {name_or_file} is neither a file nor one of {', '.join(shipped)}; name one of these"
+        )
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    stage = settings.get("zero_optimization", {}).get("stage") if isinstance(settings, dict) else None
+    if stage not in (1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3")
+    return settings
+
+
+def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets: the settings with batch sizes, clipping, precision and monitors of the run.
+
+    Raises UserError when the JSON sets a value of its own for what the run config decides.
+    """
+    settings = read_settings(config.deepspeed.config)
+    decided = {
+        "train_batch_size": stage.batch_size,
+        "train_micro_batch_size_per_gpu": stage.micro_batch_size,
+        "gradient_accumulation_steps": stage.batch_size // (stage.micro_batch_size * world_size),
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "steps_per_print": None,
+    }
+    clashes = [k for k, v in decided.items() if settings.get(k, "auto") not in ("auto", v)]
+    clashes += [k for k in ("optimizer", "scheduler", *PRECISION_SECTIONS, *MONITOR_SECTIONS.values()) if k in settings]
+    if clashes:
+        raise UserError(
+            f"deepspeed.config {config.deepspeed.config}: {', '.join(clashes)} "
+            "belong to the run config (schedule, optimizer, precision, logging.monitors); "
+            'drop them from the JSON, or write "auto" for batch sizes, clipping and steps_per_print'
+        )
+    settings.update(decided)
+    if config.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    elif config.precision == "autocast_bf16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    for monitor in config.logging.monitors:
+        place = {"output_path": str(config.directory / "monitor"), "job_name": config.name}
+        settings[MONITOR_SECTIONS[monitor]] = {
+            "enabled": True,
+            **({"project": config.name} if monitor == "wandb" else place),
+        }
+    return settings

@@ -1,0 +1,47 @@
+"""The stage manager: walks through the stages of a run, each with its loader and batch sizes, on one living engine."""
+
+from collections.abc import Iterator
+
+from npp_ds.config import RunConfig
+from npp_ds.data.loader import StageLoader, StepBatch
+from npp_ds.data.store import CodeStore
+from npp_ds.schedule import Schedule, Stage
+from npp_ds.training.engine import TrainingEngine
+from npp_ds.training.launch import Processes
+
+
+class StageManager:
+    """Yields (stage, batch) for every step from `first_step` to the end of the schedule.
+
+    When the patch side changes the old loader is closed, the next one built and the engine told its batch sizes.
+    `wait_seconds` is the time spent waiting for data so far.
+    """
+
+    def __init__(
+        self, config: RunConfig, schedule: Schedule, store: CodeStore, engine: TrainingEngine, processes: Processes
+    ):
+        self.config, self.schedule, self.store = config, schedule, store
+        self.engine, self.processes = engine, processes
+        self.wait_seconds = 0.0
+
+    def batches(self, first_step: int) -> Iterator[tuple[Stage, StepBatch]]:
+        for stage in self.schedule.stages:
+            if first_step < stage.end_step:
+                self.engine.set_batch_sizes(stage)
+                yield from self._batches_of(stage, max(first_step, stage.start_step))
+
+    def _batches_of(self, stage: Stage, first_step: int) -> Iterator[tuple[Stage, StepBatch]]:
+        waited_before = self.wait_seconds
+        with StageLoader(
+            self.store,
+            stage,
+            seed=self.config.seed,
+            class_dropout=self.config.data.class_dropout,
+            num_classes=self.config.model.num_classes,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            first_step=first_step,
+        ) as loader:
+            for batch in loader:
+                self.wait_seconds = waited_before + loader.wait_seconds
+                yield stage, batch

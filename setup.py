@@ -1,0 +1,46 @@
+"""Installation: `pip install -e .[dev]` for work in this folder, `pip install .` for use from anywhere."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="npp_ds",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "npp_ds/__init__.py").read_text()).group(1),
+    description="DeepSpeed training of autoregressive image models with Next Patch Prediction",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["npp_ds", "npp_ds.*"]), "npp_ds.ds_configs"],
+    package_dir={"npp_ds.ds_configs": "ds_configs"},
+    package_data={
+        "npp_ds": ["recipes/*.yaml", "assets/**/*"],
+        "npp_ds.ds_configs": ["*.json"],
+    },
+    install_requires=[
+        "accelerate>=1.0",
+        "deepspeed>=0.19.3",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pydantic>=2.6",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.4",
+        "setuptools",
+        "tensorboard>=2.14",
+        "torch>=2.6",
+        "torch-fidelity>=0.4",
+        "typer>=0.12",
+        "webdataset>=0.2.100",
+    ],
+    extras_require={
+        "flash-attn": ["flash-attn>=2.6"],
+        "tokenizer-training": ["vector-quantize-pytorch>=1.20"],
+        "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.6", "transformers>=4.45"],
+    },
+    entry_points={"console_scripts": ["npp = npp_ds.cli:main"]},
+)

@@ -1,0 +1,85 @@
+"""Tiny runs for tests: a config over random shards, and the same training in plain PyTorch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from shard_sets import write_set
+
+from npp_ds.config import RunConfig
+from npp_ds.data.loader import StageLoader
+from npp_ds.data.store import stage as stage_shards
+from npp_ds.mixing import mix64
+from npp_ds.model import ModelConfig, Transformer
+from npp_ds.training.engine import parameter_groups
+
+NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
+TIMES = ("images_per_second", "elapsed_seconds", "data_wait_seconds")
+
+
+def shards_in(folder: Path, train: int = 160, val: int = 50) -> Path:
+    """Writes folder/train and folder/val (4x4 grid, 1000 codes, 10 classes) unless they are there."""
+    if not (folder / "val" / "manifest.json").is_file():
+        write_set(folder / "train", train, 2)
+        write_set(folder / "val", val, 1, seed=1)
+    return folder
+
+
+def tiny_config(folder: Path, run_dir: Path, **sections: Any) -> RunConfig:
+    """Three stages (sides 4, 2, 1) of 10, 10 and 20 steps in fp32 with dropout; `sections` are laid over it."""
+    keys = {
+        "name": "tiny",
+        "run_dir": str(run_dir),
+        "precision": "fp32",
+        "model": {
+            "dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 1000, "grid_size": 4, "num_classes": 10,
+            "ffn_multiple_of": 16,
+        },
+        "data": {"train": str(folder / "train"), "val": str(folder / "val"), "cache_dir": str(folder / "cache")},
+        "schedule": {"patch_sides": [4, 2, 1], "epochs": 4, "batch_size": 16, "warmup_epochs": 0.2},
+        "optimizer": {"learning_rate": 3e-3},
+        "validation": {"every": 7, "batch_size": 8},
+        "checkpoint": {"every": 0},
+        "logging": {"every": 1},
+    }  # fmt: skip
+    for name, value in sections.items():
+        keys[name] = {**keys.get(name, {}), **value} if isinstance(value, dict) else value
+    return RunConfig.model_validate(keys)
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = (json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def plain_losses(config: RunConfig, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms and final weights of `steps` steps in one process, whole batches, without DeepSpeed."""
+    store = stage_shards(config.data.train, config.data.cache_dir)
+    schedule = config.build_schedule(len(store))
+    torch.manual_seed(int(mix64(config.seed) >> 1))
+    model = Transformer(ModelConfig(**config.model.arguments()))
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=1.0, betas=o.betas, eps=o.eps)
+    losses, norms = [], []
+    for stage in schedule.stages:
+        stage = type(stage)(**{**stage.__dict__, "micro_batch_size": stage.batch_size})
+        dropout = {"class_dropout": config.data.class_dropout, "num_classes": config.model.num_classes}
+        loader = StageLoader(
+            store, stage, seed=config.seed, **dropout, rank=0, world_size=1, first_step=stage.start_step
+        )
+        for batch in loader:
+            if batch.step == steps:
+                loader.close()
+                return losses, norms, model.state_dict()
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate(batch.step)
+            loss = model(*batch.micro_batches[0])
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.gradient_clipping)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            norms.append(norm.item())
+    return losses, norms, model.state_dict()

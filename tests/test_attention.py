@@ -1,0 +1,66 @@
+"""One choice of attention kernel, causal without a mask, with errors that say what is missing."""
+
+import pytest
+import torch
+
+from npp_ds.errors import UserError
+from npp_ds.model import attention
+from npp_ds.model.attention import causal_attention, check_attention
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v over positions 0..i in float64; [B, N, H, D]."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def random_qkv(positions: int, heads: int = 4, kv_heads: int = 4, dim: int = 16, **options):
+    g = torch.Generator().manual_seed(positions)
+    return [torch.randn(2, positions, h, dim, generator=g).to(**options) for h in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("positions", [1, 4, 17, 64])
+def test_sdpa_is_causal_attention(positions, kv_heads):
+    q, k, v = random_qkv(positions, kv_heads=kv_heads)
+    torch.testing.assert_close(
+        causal_attention(q, k, v, "sdpa").double(), plain_attention(q, k, v), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_asking_for_flash_attn_where_it_is_not_installed_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(attention, "flash_attn_importable", lambda: False)
+    with pytest.raises(UserError, match="flash-attn is not installed; run `pip install flash-attn`"):
+        check_attention("flash_attn")
+    for choice in ("auto", "sdpa"):
+        check_attention(choice)
+    with pytest.raises(UserError, match="'flash' is not one of auto, flash_attn, sdpa"):
+        check_attention("flash")
+
+
+def test_asking_for_flash_attn_on_tensors_it_cannot_take_says_so():
+    with pytest.raises(UserError, match=r"needs CUDA tensors in bf16 or fp16, found torch\.float32 on cpu"):
+        causal_attention(*random_qkv(4), "flash_attn")
+
+
+def test_auto_uses_flash_attn_only_where_it_applies(monkeypatch):
+    monkeypatch.setattr(attention, "flash_attn_importable", lambda: True)
+    q, k, v = random_qkv(5)
+    assert torch.equal(causal_attention(q, k, v, "auto"), causal_attention(q, k, v, "sdpa"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("positions", [4, 16, 64, 256, 576])
+def test_flash_kernels_on_a_gpu_equal_plain_attention(positions, kv_heads):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = random_qkv(positions, kv_heads=kv_heads, dim=64, device="cuda", dtype=torch.bfloat16)
+    expected = plain_attention(q, k, v)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.testing.assert_close(causal_attention(q, k, v, "sdpa").double(), expected, rtol=2e-2, atol=2e-2)
+    if attention.flash_attn_importable():
+        torch.testing.assert_close(causal_attention(q, k, v, "flash_attn").double(), expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,181 @@
+"""A config says everything that is wrong with it at once, and every shipped recipe and DeepSpeed setting is right."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from npp_ds.config import RunConfig
+from npp_ds.config_checks import load_config, problems_of, recipe_names
+from npp_ds.errors import UserError
+from npp_ds.training.deepspeed_config import engine_settings, read_settings, shipped_configs
+
+MINIMAL = {"model": {"size": "B"}, "data": {"train": "shards"}}
+
+
+def write(path: Path, keys: dict) -> Path:
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+def complaint(tmp_path: Path, keys: dict, *overrides: str, world_size: int | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(file=write(tmp_path / "run.yaml", keys), overrides=overrides, world_size=world_size)
+    return str(caught.value)
+
+
+def test_every_problem_is_reported_at_once_with_key_value_expectation_and_fix(tmp_path):
+    keys = {
+        "model": {"size": "B", "dims": 3, "grid_size": 6},
+        "data": {"train": "shards", "class_dropout": 2},
+        "schedule": {"patch_sides": [4, 1], "batch_size": 7},
+        "optimizer": {"betas": [2, 0.1]},
+        "loging": {"every": 3},
+        "seed": "abc",
+    }
+    text = complaint(tmp_path, keys, "schedule.epochs=x", "nonsense", world_size=2)
+    for expected in (
+        "9 problems",
+        "model.dims: unknown key, did you mean dim?",
+        "loging: unknown key, did you mean logging?",
+        "seed: found 'abc', expected integer",
+        "data.class_dropout: found 2, expected less than or equal to 1 (share of labels replaced by the null class)",
+        "schedule.epochs: found 'x', expected integer",
+        "nonsense: expected key=value",
+        "schedule.patch_sides.0: side 4 does not cut a 6x6 grid evenly; use one of [1, 2, 3, 6]",
+        "optimizer.betas: the first is 2.0, expected at least 0 and below 1",
+        "schedule.batch_size: 7 (every stage) is no multiple of 2 processes; use 8",
+    ):
+        assert expected in text, text
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ({"epochs": 3, "patch_sides": [8, 4, 2, 1]}, "leave stage 0 (side 8) empty"),
+        ({"patch_sides": [2, 4, 1]}, "sides [2, 4, 1] must fall from stage to stage"),
+        ({"patch_sides": [2, 2, 1]}, "must fall from stage to stage"),
+        ({"patch_sides": [4, 2]}, "the last stage has side 2"),
+        ({"patch_sides": [3, 1]}, "side 3 does not cut a 16x16 grid evenly"),
+        ({"stages": [{"patch_side": 1}]}, "neither of epochs and steps given; give exactly one"),
+        ({"stages": [{"patch_side": 1, "epochs": 1, "steps": 2}]}, "both of epochs and steps given"),
+        ({"stages": [{"patch_side": 1, "epochs": 0}]}, "schedule.stages.0.epochs: found 0, expected greater than 0"),
+        ({"stages": []}, "schedule.stages: found [], expected"),
+        ({"ratio": 1.0}, "schedule.ratio: found 1.0, expected less than 1"),
+    ],
+)
+def test_impossible_stages_are_refused(tmp_path, schedule, expected):
+    assert expected in complaint(tmp_path, {**MINIMAL, "schedule": schedule})
+
+
+def test_a_coarse_last_stage_can_be_asked_for(tmp_path):
+    keys = {**MINIMAL, "schedule": {"patch_sides": [4, 2], "end_at_patch_side_one": False}}
+    assert load_config(file=write(tmp_path / "run.yaml", keys)).stage_table()[-1].patch_side == 2
+
+
+def test_stages_that_do_not_fit_the_number_of_images_are_refused():
+    config = RunConfig.model_validate({**MINIMAL, "schedule": {"epochs": 4, "warmup_epochs": 3}})
+    assert "exceeds the 255 training images" in problems_of(config, 1, 255)[0]
+    assert "schedule.warmup_epochs: 3.0 (6 steps) exceeds stage 0 of 4; lower it" in problems_of(config, 1, 512)[0]
+    assert not problems_of(RunConfig.model_validate({**MINIMAL, "schedule": {"epochs": 4}}), 1, 512)
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        ({"size": "B", "dim": 64}, "model.size: B fixes dim, n_layers and n_heads, found also model.dim"),
+        ({"dim": 64}, "model: n_layers, n_heads missing"),
+        ({"dim": 100, "n_layers": 1, "n_heads": 8}, "model.dim: 100 is no multiple of 4 x n_heads = 32"),
+        ({"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 3}, "model.n_kv_heads: 3 does not divide n_heads 4"),
+        ({"size": "XXXL"}, "model.size: found 'XXXL', expected 'B', 'L', 'XL', '1B', 'XXL' or '2B'"),
+    ],
+)
+def test_impossible_models_are_refused(tmp_path, model, expected):
+    assert expected in complaint(tmp_path, {**MINIMAL, "model": model})
+
+
+def test_batches_must_factor_into_processes_and_micro_batches(tmp_path):
+    keys = {**MINIMAL, "schedule": {"batch_size": 250, "micro_batch_size": 32}}
+    text = complaint(tmp_path, keys, world_size=8)
+    assert "schedule.batch_size: 250 (every stage) is no multiple of 8 processes x micro_batch_size 32; use 256" in text
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read"):
+        load_config(file=tmp_path / "nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
+        load_config(file=tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match="recipe quickstrat: no such recipe, did you mean quickstart"):
+        load_config(recipe="quickstrat")
+    assert "data: missing" in complaint(tmp_path, {"model": {"size": "B"}})
+
+
+def test_overrides_reach_every_level(tmp_path):
+    keys = {**MINIMAL, "schedule": {"stages": [{"patch_side": 2, "epochs": 1}, {"patch_side": 1, "epochs": 1}]}}
+    overrides = ["schedule.stages.0.epochs=2.5", "model.size=L", "optimizer.learning_rate=3e-4", "name=mine"]
+    config = load_config(file=write(tmp_path / "run.yaml", keys), overrides=overrides)
+    assert config.stage_table()[0].epochs == 2.5
+    assert (config.model.size, config.optimizer.learning_rate, config.name) == ("L", 3e-4, "mine")
+    assert str(config.directory) == "runs/mine"
+
+
+def test_the_resolved_config_reads_back_as_itself():
+    config = load_config("article_256")
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_the_hash_changes_with_what_is_trained_and_not_with_how_it_is_run(tmp_path):
+    base = load_config("b_256")
+    for free in ("schedule.micro_batch_size=2", "deepspeed.config=zero3", "logging.every=1", "run_dir=elsewhere"):
+        assert load_config("b_256", overrides=[free]).hash() == base.hash(), free
+    for bound in ("seed=1", "schedule.batch_size=512", "optimizer.weight_decay=0.1", "model.size=L", "precision=fp32"):
+        assert load_config("b_256", overrides=[bound]).hash() != base.hash(), bound
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_sound(name):
+    config = load_config(name, world_size=2)
+    assert config.name == name
+    num_samples = 9000 if name == "quickstart" else 1281167
+    assert not problems_of(config, 2, num_samples)
+    stage = config.build_schedule(num_samples, 2).stages[0]
+    assert engine_settings(config, stage, 2)["train_batch_size"] == config.schedule.batch_size
+
+
+def test_the_paper_recipe_is_the_default_of_every_key():
+    defaults = RunConfig.model_validate({"model": {"size": "B"}, "data": {"train": "x"}})
+    paper = load_config("paper_256")
+    for section in ("optimizer", "schedule", "model", "precision"):
+        assert getattr(defaults, section) == getattr(paper, section), section
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_deepspeed_setting_is_filled_from_the_run_config(name):
+    assert f"zero{read_settings(name)['zero_optimization']['stage']}" == name
+    config = load_config("quickstart", overrides=[f"deepspeed.config={name}", "schedule.micro_batch_size=8"])
+    settings = engine_settings(config, config.build_schedule(9000, 2).stages[0], 2)
+    assert "auto" not in json.dumps(settings)
+    assert settings["train_batch_size"] == config.schedule.batch_size
+    assert settings["gradient_accumulation_steps"] == config.schedule.batch_size // 16
+    assert settings["gradient_clipping"] == 1.0
+
+
+def test_a_deepspeed_setting_that_contradicts_the_run_config_is_refused(tmp_path):
+    path = tmp_path / "mine.json"
+    config = load_config("b_256", overrides=[f"deepspeed.config={path}"])
+    stage = config.build_schedule(1281167, 2).stages[0]
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5, "bf16": {"enabled": True}})
+    )
+    with pytest.raises(UserError, match="gradient_clipping, bf16 belong to the run config"):
+        engine_settings(config, stage, 2)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    with pytest.raises(UserError, match=r"zero_optimization\.stage is 0, expected 1, 2 or 3"):
+        engine_settings(config, stage, 2)
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        engine_settings(config, stage, 2)
+    with pytest.raises(UserError, match="neither a file nor one of zero1, zero2, zero3"):
+        read_settings("zero7")

@@ -1,0 +1,238 @@
+"""Staging: once per node, by many processes at once, never half, never stale, never writable."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import stat
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from shard_sets import files_limited_to, manifest_of, write_set
+
+from npp_ds.data import store as store_module
+from npp_ds.data.shards import Manifest
+from npp_ds.data.store import stage
+from npp_ds.errors import UserError
+
+SPAWN = multiprocessing.get_context("spawn")
+PATIENCE = 60
+
+
+def start(target, *args):
+    process = SPAWN.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def finish(*processes):
+    """Exit codes of processes that must end within the time limit."""
+    for process in processes:
+        process.join(timeout=PATIENCE)
+    return [process.exitcode for process in processes]
+
+
+def entries(cache):
+    """Names in the cache folder apart from locks."""
+    return sorted(name for name in os.listdir(cache) if not name.endswith(".lock"))
+
+
+def stage_and_report(shards, cache, barrier, results):
+    unpacked = []
+    barrier.wait(timeout=PATIENCE)
+    store = stage(shards, cache, progress=lambda done, total: unpacked.append(done))
+    results.put((int(store.codes.sum(dtype=np.int64)), store.labels.tolist(), unpacked))
+
+
+def stage_and_hang(shards, cache, halfway):
+    """Stages until the first shard is unpacked, then waits for its death."""
+
+    def hang(done, total):
+        halfway.set()
+        signal.pause()
+
+    stage(shards, cache, progress=hang)
+
+
+def hang_halfway(shards, cache):
+    halfway = SPAWN.Event()
+    process = start(stage_and_hang, shards, cache, halfway)
+    assert halfway.wait(timeout=PATIENCE)
+    return process
+
+
+def kill(process):
+    process.kill()
+    assert finish(process) == [-signal.SIGKILL]
+
+
+def assert_holds(store, codes, labels):
+    np.testing.assert_array_equal(store.codes, codes)
+    np.testing.assert_array_equal(store.labels, labels)
+
+
+def test_mapped_array_equals_the_shards_and_is_read_only(tmp_path):
+    codes, labels = write_set(tmp_path / "shards", 50, num_shards=3)
+    store = stage(tmp_path / "shards", tmp_path / "cache")
+    assert_holds(store, codes, labels)
+    assert (store.codes.dtype, store.codes.shape, store.labels.dtype) == (np.uint16, (50, 3, 16), np.int64)
+    assert store.codes.flags.c_contiguous
+    assert len(store) == 50
+    assert store.manifest == Manifest.load(tmp_path / "shards")
+    for array in (store.codes, store.labels):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            array.flags.writeable = True
+    for name in ("codes.npy", "labels.npy"):
+        assert stat.S_IMODE((store.folder / name).stat().st_mode) == 0o444
+
+
+def test_processes_that_stage_at_once_unpack_once(tmp_path):
+    codes, labels = write_set(tmp_path / "shards", 400, num_shards=4)
+    barrier, results = SPAWN.Barrier(4), SPAWN.Queue()
+    processes = [start(stage_and_report, tmp_path / "shards", tmp_path / "cache", barrier, results) for _ in range(4)]
+    reports = [results.get(timeout=PATIENCE) for _ in processes]
+    assert finish(*processes) == [0] * 4
+    assert {report[0] for report in reports} == {int(codes.sum(dtype=np.int64))}
+    assert all(report[1] == labels.tolist() for report in reports)
+    assert sorted(report[2] for report in reports) == [[], [], [], [100, 200, 300, 400]]
+
+
+def test_what_a_killed_stager_left_is_never_used(tmp_path):
+    codes, labels = write_set(tmp_path / "shards", 90, num_shards=3)
+    kill(hang_halfway(tmp_path / "shards", tmp_path / "cache"))
+    name = Manifest.load(tmp_path / "shards").fingerprint()
+    assert entries(tmp_path / "cache") == [f"{name}.tmp"]
+    assert_holds(stage(tmp_path / "shards", tmp_path / "cache"), codes, labels)
+    assert entries(tmp_path / "cache") == [name]
+
+
+def test_waiting_process_takes_over_from_a_killed_one(tmp_path):
+    codes, _ = write_set(tmp_path / "shards", 90, num_shards=3)
+    barrier, results = SPAWN.Barrier(2), SPAWN.Queue()
+    first = hang_halfway(tmp_path / "shards", tmp_path / "cache")
+    second = start(stage_and_report, tmp_path / "shards", tmp_path / "cache", barrier, results)
+    barrier.wait(timeout=PATIENCE)
+    second.join(timeout=0.5)
+    assert second.is_alive()
+    kill(first)
+    assert finish(second) == [0]
+    assert results.get(timeout=PATIENCE)[0::2] == (int(codes.sum(dtype=np.int64)), [30, 60, 90])
+
+
+def test_leftovers_of_other_sets_are_removed_unless_their_stager_lives(tmp_path):
+    for number, name in enumerate(("dead", "alive", "ours")):
+        write_set(tmp_path / name, 20, num_shards=2, seed=number)
+    kill(hang_halfway(tmp_path / "dead", tmp_path / "cache"))
+    process = hang_halfway(tmp_path / "alive", tmp_path / "cache")
+    stage(tmp_path / "ours", tmp_path / "cache")
+    alive, ours = (Manifest.load(tmp_path / name).fingerprint() for name in ("alive", "ours"))
+    assert entries(tmp_path / "cache") == sorted([f"{alive}.tmp", ours])
+    kill(process)
+
+
+def test_changed_manifest_restages_and_leaves_old_maps_alone(tmp_path):
+    old_codes, old_labels = write_set(tmp_path / "shards", 40)
+    old = stage(tmp_path / "shards", tmp_path / "cache")
+    codes, labels = write_set(tmp_path / "shards", 40, seed=1)
+    assert not np.array_equal(codes, old_codes)
+    assert_holds(stage(tmp_path / "shards", tmp_path / "cache"), codes, labels)
+    assert_holds(old, old_codes, old_labels)
+
+
+def test_staged_set_is_opened_without_reading_the_shards(tmp_path):
+    codes, labels = write_set(tmp_path / "shards", 40)
+    stage(tmp_path / "shards", tmp_path / "cache")
+    (tmp_path / "shards" / "train-000000.tar").unlink()
+    assert_holds(stage(tmp_path / "shards", tmp_path / "cache"), codes, labels)
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "labels.npy"])
+@pytest.mark.parametrize("size", [None, 0, 100, 200])
+def test_cut_or_missing_cache_file_is_staged_again(tmp_path, name, size):
+    codes, labels = write_set(tmp_path / "shards", 40)
+    path = stage(tmp_path / "shards", tmp_path / "cache").folder / name
+    path.unlink() if size is None else os.truncate(path, size)
+    assert_holds(stage(tmp_path / "shards", tmp_path / "cache"), codes, labels)
+
+
+def test_bad_shard_is_named_and_nothing_is_left(tmp_path):
+    write_set(tmp_path / "shards", 40, num_shards=2)
+    path = tmp_path / "shards" / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-000001\.tar: found SHA-256"):
+        stage(tmp_path / "shards", tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
+def test_empty_or_missing_set_is_refused(tmp_path):
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        stage(tmp_path / "shards", tmp_path / "cache")
+    manifest_of([]).save(tmp_path / "shards")
+    with pytest.raises(UserError, match="holds no samples"):
+        stage(tmp_path / "shards", tmp_path / "cache")
+
+
+def test_full_disk_is_an_error_that_names_the_need_and_leaves_nothing(tmp_path):
+    write_set(tmp_path / "shards", 40)
+    with pytest.raises(UserError, match=r"while staging .*shards \(4,160 bytes\)"), files_limited_to(2000):
+        stage(tmp_path / "shards", tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
+def test_too_small_disk_is_refused_before_unpacking(tmp_path, monkeypatch):
+    write_set(tmp_path / "shards", 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4159))
+    with pytest.raises(UserError, match="4,159 bytes free, 4,160 needed"):
+        stage(tmp_path / "shards", tmp_path / "cache")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4160))
+    assert len(stage(tmp_path / "shards", tmp_path / "cache")) == 40
+
+
+def test_cache_that_cannot_be_made_is_named(tmp_path):
+    write_set(tmp_path / "shards", 40)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/cache: Not a directory"):
+        stage(tmp_path / "shards", tmp_path / "file" / "cache")
+
+
+@pytest.fixture
+def default_caches(tmp_path, monkeypatch):
+    """Stand-ins for /dev/shm and ~/.cache: (this user's folder in shared memory, the fallback)."""
+    (tmp_path / "shm").mkdir()
+    monkeypatch.setattr(store_module, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    write_set(tmp_path / "shards", 40)
+    return tmp_path / "shm" / f"npp_ds-{os.getuid()}", tmp_path / "home" / "npp_ds"
+
+
+def test_shared_memory_is_the_default_when_it_has_room(tmp_path, monkeypatch, default_caches):
+    shared, home = default_caches
+    free = {shared: 2 * 4160, home: 10**9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    assert stage(tmp_path / "shards").folder.parent == shared
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o700
+    assert not home.exists()
+
+
+def test_home_is_the_default_when_shared_memory_is_short(tmp_path, monkeypatch, default_caches):
+    shared, home = default_caches
+    free = {shared: 2 * 4160 - 1, home: 10**9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    assert stage(tmp_path / "shards").folder.parent == home
+    free[shared] = 10**9
+    assert stage(tmp_path / "shards").folder.parent == home
+    assert entries(shared) == []
+
+
+def test_foreign_folder_in_shared_memory_is_not_trusted(tmp_path, default_caches):
+    shared, home = default_caches
+    (tmp_path / "foreign").mkdir()
+    shared.symlink_to(tmp_path / "foreign")
+    assert stage(tmp_path / "shards").folder.parent == home
+    assert os.listdir(tmp_path / "foreign") == []

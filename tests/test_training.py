@@ -1,0 +1,357 @@
+"""DeepSpeed training equals plain PyTorch, survives interruption exactly, and stops before harm is done."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import NO_DROPOUT, metrics_of, plain_losses, shards_in, tiny_config
+
+from npp_ds.data.loader import EvalLoader
+from npp_ds.data.order import batch_ids
+from npp_ds.data.store import stage as stage_shards
+from npp_ds.errors import UserError
+from npp_ds.model import ModelConfig, Transformer
+from npp_ds.sizes import SIZES
+from npp_ds.training import checkpoint
+from npp_ds.training.engine import NonFiniteError, TrainingEngine
+from npp_ds.training.launch import Processes
+from npp_ds.training.trainer import Trainer
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return shards_in(tmp_path_factory.mktemp("shards"))
+
+
+def run(processes: Processes, config) -> None:
+    Trainer(config, processes).run()
+
+
+def run_and_stop_after(processes: Processes, config, steps: int) -> None:
+    """A run that is interrupted once `steps` steps are done, with a checkpoint from that moment."""
+
+    class Interrupted(Exception):
+        pass
+
+    class Interruptible(Trainer):
+        def _save(self, stage, done):
+            super()._save(stage, done)
+            if done == steps:
+                raise Interrupted
+
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": steps})})
+    try:
+        Interruptible(config, processes).run()
+    except Interrupted:
+        return
+    raise AssertionError("was not interrupted")
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [8, 2], ids=["accumulation1", "accumulation4"])
+def test_losses_equal_plain_pytorch_across_two_stage_boundaries(pair, shards, tmp_path, zero_stage, micro_batch_size):
+    config = tiny_config(
+        shards,
+        tmp_path / "run",
+        model=NO_DROPOUT,
+        deepspeed={"config": f"zero{zero_stage}"},
+        schedule={"micro_batch_size": micro_batch_size},
+        optimizer={"gradient_clipping": 0.4},
+        validation={"every": 0},
+    )
+    pair.run(run, config)
+    lines = [line for line in metrics_of(tmp_path / "run") if line["event"] == "train"][:30]
+    losses, norms, _ = plain_losses(config, 30)
+    assert [line["patch_side"] for line in lines] == [4] * 10 + [2] * 10 + [1] * 10
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
+    assert max(norms) > config.optimizer.gradient_clipping > min(norms), "clipping acts on some steps, not on all"
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_weights_read_from_a_checkpoint_are_those_of_plain_pytorch(pair, shards, tmp_path, zero_stage):
+    config = tiny_config(shards, tmp_path / "run", model=NO_DROPOUT, deepspeed={"config": f"zero{zero_stage}"})
+    pair.run(run_and_stop_after, config, 13)
+    weights, step = checkpoint.load_weights(tmp_path / "run")
+    _, _, expected = plain_losses(config, 13)
+    assert step == 13
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["autocast_bf16", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_training_follows_fp32_training(pair, shards, tmp_path, zero_stage, precision):
+    keys = {"model": NO_DROPOUT, "deepspeed": {"config": f"zero{zero_stage}"}, "validation": {"every": 0}}
+    pair.run(run, tiny_config(shards, tmp_path / "run", precision=precision, **keys))
+    losses = [line["loss"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"][:30]
+    exact, _, _ = plain_losses(tiny_config(shards, tmp_path / "unused", **keys), 30)
+    assert losses == pytest.approx(exact, rel=3e-3)
+    assert losses != exact
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pair, shards, tmp_path_factory):
+    """Metrics and last checkpoint of a run with dropout that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    pair.run(run, tiny_config(shards, folder))
+    return metrics_of(folder), checkpoint.load_weights(folder)[0]
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 11, 27])
+def test_an_interrupted_run_equals_an_undisturbed_one_bit_for_bit(pair, shards, tmp_path, undisturbed, steps):
+    config = tiny_config(shards, tmp_path / "run")
+    pair.run(run_and_stop_after, config, steps)
+    pair.run(run, config)
+    metrics, weights = undisturbed
+    assert metrics_of(tmp_path / "run") == metrics
+    resumed, _ = checkpoint.load_weights(tmp_path / "run")
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_a_finished_run_started_again_changes_nothing(pair, shards, tmp_path, undisturbed):
+    config = tiny_config(
+        shards, tmp_path / "run", schedule={"patch_sides": [2, 1], "epochs": 2}, validation={"every": 0}
+    )
+    pair.run(run, config)
+    before = metrics_of(tmp_path / "run")
+    pair.run(run, config)
+    assert metrics_of(tmp_path / "run") == before
+
+
+def test_metrics_tell_stages_steps_validation_and_end(undisturbed):
+    metrics, _ = undisturbed
+    stages = [line for line in metrics if line["event"] == "stage"]
+    assert [(s["step"], s["patch_side"], s["end_step"]) for s in stages] == [(0, 4, 10), (10, 2, 20), (20, 1, 40)]
+    train = [line for line in metrics if line["event"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 41))
+    validated = [(line["step"], line["patch_side"]) for line in metrics if line["event"] == "validation"]
+    assert validated == [
+        (7, 1), (7, 4), (10, 1), (10, 4), (14, 1), (14, 2), (20, 1), (20, 2), (21, 1), (28, 1), (35, 1), (40, 1),
+    ]  # fmt: skip
+    assert metrics[-1]["event"] == "end"
+    assert train[0]["loss"] == pytest.approx(math.log(1000), abs=1e-3)
+    assert train[-1]["loss"] < train[20]["loss"]
+
+
+def test_validation_is_the_mean_over_all_held_out_images_at_both_sides(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run", validation={"every": 0, "batch_size": 7})
+    pair.run(run_and_stop_after, config, 10)
+    model = Transformer(ModelConfig(**config.model.arguments())).eval()
+    model.load_state_dict(checkpoint.load_weights(tmp_path / "run")[0])
+    store = stage_shards(config.data.val, config.data.cache_dir)
+    found = {line["patch_side"]: line["nll"] for line in metrics_of(tmp_path / "run") if line["event"] == "validation"}
+    assert set(found) == {1, 4}
+    for side, nll in found.items():
+        (codes, labels, count), *rest = EvalLoader(store, side, len(store), 0, 1)
+        assert count == 50
+        assert not rest
+        with torch.no_grad():
+            assert nll == pytest.approx(model(codes, labels).item(), rel=1e-5)
+
+
+def _sample_log(processes: Processes, config) -> list[list[int]]:
+    """Runs and returns the ids of this rank's rows, step by step."""
+    seen = []
+
+    class Watching(TrainingEngine):
+        def step(self, step, micro_batches, learning_rate):
+            seen.append(list(map(int, micro_batches[0][0].flatten().tolist())))
+            return super().step(step, micro_batches, learning_rate)
+
+    trainer = Trainer(config, processes)
+    trainer.engine.__class__ = Watching
+    trainer.run()
+    return seen
+
+
+def test_both_ranks_together_train_on_the_batches_of_the_order(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run", schedule={"patch_sides": [1], "epochs": 1})
+    seen = pair.run(_sample_log, config)
+    store = stage_shards(config.data.train, config.data.cache_dir)
+    for step in range(10):
+        rows = store.codes[batch_ids(len(store), 16, config.seed, 0, step)]
+        expected = [set(map(bytes, row)) for row in rows]
+        found = [np.array(s[step], np.uint16).reshape(8, -1) for s in seen]
+        for crops, codes in zip(expected, np.concatenate(found), strict=True):
+            assert bytes(codes) in crops
+
+
+def _break_loss_at(processes: Processes, config, rank: int, step: int) -> str:
+    class Broken(TrainingEngine):
+        def step(self, at, micro_batches, learning_rate):
+            if at == step and self.processes.rank == rank:
+                head = self.engine.module.output
+                head.forward = lambda *a, original=head.forward: original(*a) * math.nan
+            return super().step(at, micro_batches, learning_rate)
+
+    trainer = Trainer(config, processes)
+    trainer.engine.__class__ = Broken
+    try:
+        trainer.run()
+    except NonFiniteError as error:
+        finite = all(p.isfinite().all() for p in trainer.engine.engine.module.parameters())
+        return f"{error} weights finite: {bool(finite)}"
+    return "went on"
+
+
+def test_a_non_finite_loss_on_one_rank_stops_all_before_the_weights_change(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    told = pair.run(_break_loss_at, config, 1, 5)
+    assert told == ["step 5: the loss is nan weights finite: True"] * 2
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"] == [1, 2, 3, 4, 5]
+
+
+def _start_with_a_head_that_is_not_zero(processes: Processes, config) -> str:
+    trainer = Trainer(config, processes)
+    torch.nn.init.normal_(trainer.engine.engine.module.output.weight)
+    try:
+        trainer.run()
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_fresh_run_whose_first_loss_is_not_ln_vocabulary_stops_and_says_so(pair, shards, tmp_path):
+    told = pair.run(_start_with_a_head_that_is_not_zero, tiny_config(shards, tmp_path / "run"))
+    assert all("not ln(vocab_size) = 6.90776" in text for text in told), told
+    assert not checkpoint.saved_steps(tmp_path / "run" / "checkpoints")
+
+
+def _errors(processes: Processes, config) -> str:
+    try:
+        Trainer(config, processes).run()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_config_and_data_that_disagree_are_refused_on_all_ranks(pair, shards, tmp_path):
+    told = pair.run(_errors, tiny_config(shards, tmp_path / "run", model={"grid_size": 8, "vocab_size": 500}))
+    assert told[0] == told[1]
+    assert "model.grid_size: 8, but the shards of data.train" in told[0]
+    assert "set model.vocab_size=1000 or name other shards" in told[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_with_other_settings_is_refused_and_the_difference_shown(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    pair.run(run_and_stop_after, config, 3)
+    other = tiny_config(shards, tmp_path / "run", optimizer={"learning_rate": 1e-3})
+    told = pair.run(_errors, other)
+    assert "optimizer.learning_rate: 0.003 there, 0.001 now" in told[0]
+
+
+def test_torn_checkpoints_are_named_and_passed_over_and_never_a_silent_fresh_start(pair, shards, tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    config = tiny_config(shards, folder)
+    pair.run(run_and_stop_after, config, 3)
+    pair.run(run_and_stop_after, config, 6)
+    checkpoints = folder / "checkpoints"
+    assert checkpoint.saved_steps(checkpoints) == [6, 3]
+    victim = next((checkpoints / "step-00000006").glob("zero_pp_rank_1*optim_states.pt"))
+    whole = victim.read_bytes()
+    said: list[str] = []
+    for damage, words in (
+        (whole[:-1], "bytes, expected"),
+        (whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:], "its SHA-256 is not the recorded one"),
+        (None, "missing"),
+    ):
+        victim.unlink() if damage is None else victim.write_bytes(damage)
+        said.clear()
+        assert checkpoint.newest_complete(checkpoints, said.append) == checkpoints / "step-00000003"
+        assert "step-00000006 is torn" in said[0]
+        assert words in said[0]
+        with pytest.raises(UserError, match="asked for, but torn"):
+            checkpoint.asked_for(checkpoints, 6)
+    pair.run(run, config)
+    assert metrics_of(folder) == undisturbed[0]
+
+
+def test_checkpoints_that_are_all_torn_are_an_error(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    pair.run(run_and_stop_after, config, 3)
+    (tmp_path / "run" / "checkpoints" / "step-00000003" / "COMPLETE.json").unlink()
+    assert "none of its checkpoints (3) is complete" in pair.run(_errors, config)[0]
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.load_weights(tmp_path / "run")
+
+
+def test_another_number_of_processes_or_zero_stage_is_refused_with_what_was_saved(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    pair.run(run_and_stop_after, config, 3)
+    told = pair.run(_errors, tiny_config(shards, tmp_path / "run", deepspeed={"config": "zero3"}))
+    assert "saved by 2 processes with ZeRO-2 in fp32, this start has 2 processes with ZeRO-3" in told[0]
+
+
+def test_only_the_asked_number_of_checkpoints_and_the_ends_of_stages_are_kept(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run", checkpoint={"every": 3, "keep_last": 2}, validation={"every": 0})
+    pair.run(run, config)
+    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints") == [40, 39, 20, 10]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000040"
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+
+
+def test_a_checkpoint_that_holds_code_is_not_run(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    pair.run(run_and_stop_after, config, 3)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000003"
+    marker = tmp_path / "executed"
+    victim = folder / "mp_rank_00_model_states.pt"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({"module": Payload()}, victim)
+    record = json.loads((folder / "COMPLETE.json").read_text())
+    record["files"][victim.name] = checkpoint._flush_and_hash(victim)
+    (folder / "COMPLETE.json").write_text(json.dumps(record))
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        checkpoint.load_weights(tmp_path / "run")
+    assert not marker.exists()
+
+
+def test_monitors_receive_what_metrics_hold(pair, shards, tmp_path):
+    keys = {"logging": {"monitors": ["csv", "tensorboard"]}, "schedule": {"patch_sides": [2, 1], "epochs": 2}}
+    pair.run(run, tiny_config(shards, tmp_path / "run", **keys))
+    monitor = tmp_path / "run" / "monitor" / "tiny"
+    losses = [float(t.split(",")[1]) for t in next(monitor.glob("*train_loss.csv")).read_text().splitlines()[1:]]
+    expected = [line["loss"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"]
+    assert losses == pytest.approx(expected)
+    assert list(monitor.glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("size", ["XXL", "2B"])
+def test_published_widths_build_step_save_and_load_under_zero_init(pair, tmp_path, shards, size):
+    told = pair.run(_wide_model, tmp_path, size, timeout=300)
+    loss, again = told[0]
+    assert loss == pytest.approx(math.log(16384), abs=1e-3)
+    assert again == told[1][1]
+
+
+def _wide_model(processes: Processes, folder: Path, size: str) -> tuple[float, float]:
+    wide = {**SIZES[size], "n_layers": 2, "vocab_size": 16384, "num_classes": 1000, "ffn_multiple_of": 256}
+    config = tiny_config(folder, folder / "run", model={**wide, **NO_DROPOUT}, deepspeed={"config": "zero3"})
+    stage = replace(config.build_schedule(160, 2).stages[0], batch_size=2, micro_batch_size=1)
+    engine = TrainingEngine(config, stage, processes)
+    assert all(p.numel() == 0 for p in engine.engine.module.parameters()), "parameters are partitioned"
+    g = torch.Generator().manual_seed(processes.rank)
+    batch = [(torch.randint(16384, (1, 4, 4), generator=g), torch.randint(1000, (1,), generator=g))]
+    first = engine.step(0, batch, 1e-3)
+    keys = {"stage": 0, "world_size": 2, "zero_stage": 3, "precision": "fp32", "config_hash": config.hash()}
+    record = checkpoint.CheckpointRecord(step=1, **keys)
+    saved = checkpoint.save(engine.engine, folder / "checkpoints", record)
+    second = engine.step(1, batch, 1e-3)
+    assert second.loss < first.loss
+    checkpoint.load(engine.engine, saved)
+    assert engine.step(1, batch, 1e-3) == second
+    return first.loss, second.loss
