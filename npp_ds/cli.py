@@ -5,6 +5,8 @@ Exit codes: 0 done, 2 something to mend (the text says what), 3 the loss or the 
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+shards = typer.Typer(help="Look after folders of code shards.", no_args_is_help=True)
+app.add_typer(shards, name="shards")
 
 RunDirectory = Annotated[Path, typer.Argument(help="a run folder")]
 
@@ -34,7 +39,11 @@ def main() -> None:
 
 
 @app.callback()
-def _group() -> None:
+def _group(
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True)
+    ] = None,  # the deepspeed launcher adds it
+) -> None:
     """Trains class-conditional autoregressive image models with Next Patch Prediction."""
 
 
@@ -61,3 +70,104 @@ def train(
     except NonFiniteError as error:
         print(f"error: {error}; stopped before the weights changed", file=sys.stderr, flush=True)
         sys.exit(3)
+
+
+@app.command()
+def sample(
+    run_dir: RunDirectory,
+    classes: Annotated[str | None, typer.Option(help="numbers or names with commas between; all when left out")] = None,
+    labels: Annotated[str, typer.Option(help="balanced, or random: drawn as the published script does")] = "balanced",
+    per_class: Annotated[int, typer.Option(help="images per class")] = 10,
+    cfg_scale: Annotated[float, typer.Option(help="scale of classifier-free guidance; 1: none")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest code")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="draw from this many likeliest codes; 0: from all")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest codes of this total probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="image i is the same for any batch size and number of images")] = 0,
+    step: Annotated[int | None, typer.Option(help="checkpoint; the newest complete one when left out")] = None,
+    patch_side: Annotated[int, typer.Option(help="sample a coarse model, one code shown per patch")] = 1,
+    image_size: Annotated[int | None, typer.Option(help="resize to this many pixels (bicubic)")] = None,
+    batch_size: Annotated[int, typer.Option(help="images decoded at a time")] = 64,
+    out: Annotated[Path | None, typer.Option(help="folder; one under RUN_DIR/samples when left out")] = None,
+) -> None:
+    """Draw images from a run: grid.png, samples.npz for metrics, samples.json."""
+    from npp_ds.sampling.sampler import Options, sample_run
+
+    options = Options(seed, cfg_scale, temperature, top_k, top_p, patch_side)
+    with _progress("sampling") as progress:
+        made = sample_run(
+            run_dir,
+            step=step,
+            out=out,
+            classes=[name.strip() for name in classes.split(",")] if classes else None,
+            labels=labels,
+            per_class=per_class,
+            options=options,
+            batch_size=batch_size,
+            image_size=image_size,
+            progress=progress,
+        )
+    record = made.record
+    rate = f"{record['images_per_second']:.1f} images/s"
+    print(f"{record['count']} images of step {record['checkpoint_step']} at {rate} in {made.directory}")
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDirectory,
+    reference: Annotated[str, typer.Option(help="real images: image shards, as a file, folder or pattern")],
+    samples: Annotated[
+        Path | None, typer.Option(help="folder that `npp sample` wrote; the newest when left out")
+    ] = None,
+) -> None:
+    """Compare samples with real images: class agreement and Frechet distance by the shipped classifier."""
+    from npp_ds.evaluation.fid import evaluate_folder
+    from npp_ds.sampling.folder import newest_samples
+
+    result = evaluate_folder(samples or newest_samples(run_dir), reference)
+    real = result.get("reference_class_agreement")
+    print(
+        f"{result['num_images']} samples of {result['samples_dir']}: "
+        f"{result['class_agreement']:.1%} show the class they were asked for"
+        + (f" (real images: {real:.1%})" if real is not None else "")
+        + f"; Frechet distance {result['frechet_distance']:.2f} on {result['extractor']}, "
+        f"{result['num_reference_images']} real images"
+    )
+
+
+@app.command()
+def report(
+    run_dir: RunDirectory,
+    next_step: Annotated[list[str] | None, typer.Option(help="a line for 'what to run next'; may be repeated")] = None,
+) -> None:
+    """Plot a run and show its closing table: time per stage, cost, likelihood, samples, where every file lies."""
+    from npp_ds.reporting.report import report_run
+
+    report_run(run_dir, next_steps=next_step or ())
+
+
+@shards.command()
+def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.json")]) -> None:
+    """Read every shard again: hashes, counts, keys, ranges of codes and labels; say which file is bad."""
+    from npp_ds.data.shards import Manifest
+    from npp_ds.data.shards import verify as problems_of_set
+
+    with _progress("verifying") as progress:
+        problems = problems_of_set(directory, progress)
+    if problems:
+        raise UserError(f"{directory}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
+    manifest = Manifest.load(directory)
+    print(f"{directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, all as the manifest says")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that draws a bar on a terminal and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npp_ds.model import loss as loss_module
@@ -108,9 +109,10 @@ def test_memory_at_16_codes_is_no_more_than_at_one():
     assert peak_bytes(16, by_definition) > 5 * peak_bytes(16)
 
 
-def test_without_gradients_only_the_value_is_computed():
+def test_without_gradients_only_the_logits_are_computed():
     hidden, weight, targets = problem(16, 4)
-    with torch.no_grad():
-        value = patch_cross_entropy(hidden, weight, targets)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        value = patch_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
     assert not value.requires_grad
     assert value.item() == pytest.approx(by_definition(hidden, weight, targets).item(), rel=1e-6)
+    assert sum(event.count for event in seen.key_averages() if event.key == "aten::mm") == 1

@@ -142,8 +142,10 @@ def test_metrics_tell_stages_steps_validation_and_end(undisturbed):
     assert train[-1]["loss"] < train[20]["loss"]
 
 
-def test_validation_is_the_mean_over_all_held_out_images_at_both_sides(pair, shards, tmp_path):
-    config = tiny_config(shards, tmp_path / "run", validation={"every": 0, "batch_size": 7})
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_validation_is_the_mean_over_all_held_out_images_at_both_sides(pair, shards, tmp_path, zero_stage):
+    keys = {"deepspeed": {"config": f"zero{zero_stage}"}, "validation": {"every": 0, "batch_size": 7}}
+    config = tiny_config(shards, tmp_path / "run", **keys)
     pair.run(run_and_stop_after, config, 10)
     model = Transformer(ModelConfig(**config.model.arguments())).eval()
     model.load_state_dict(checkpoint.load_weights(tmp_path / "run")[0])

@@ -14,7 +14,7 @@ class WorkerError(AssertionError):
     """A function failed or hung on some rank; the text holds that rank's traceback."""
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -50,7 +50,7 @@ class WorkerPool:
         self._workers: list[tuple[multiprocessing.Process, Connection]] = []
 
     def _start(self) -> None:
-        context, port = multiprocessing.get_context("spawn"), _free_port()
+        context, port = multiprocessing.get_context("spawn"), free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)

@@ -15,9 +15,11 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 class _LinearPatchCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, differentiate: bool
+    ) -> Tensor:
         rows, k = targets.shape
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])
         w = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -49,7 +51,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def patch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -62,4 +64,5 @@ def patch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearPatchCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(0, -2), dtype)
+        rows = hidden.flatten(0, -2), weight, targets.flatten(0, -2)
+        return _LinearPatchCrossEntropy.apply(*rows, dtype, torch.is_grad_enabled())

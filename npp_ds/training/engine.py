@@ -60,7 +60,7 @@ class TrainingEngine:
             lr=first_stage.peak_learning_rate,
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
-            fused=processes.device.type == "cuda",
+            fused=True,
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 

@@ -55,6 +55,8 @@ def join_processes() -> Processes:
     Raises UserError when there are more processes on the node than GPUs.
     """
     rank, local_rank, world_size = _integer("RANK", 0), _integer("LOCAL_RANK", 0), world_size_of_environment()
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size}.items():
+        os.environ[name] = str(value)  # DeepSpeed reads them, whoever launched us
     cuda = torch.cuda.is_available()
     if cuda:
         if local_rank >= torch.cuda.device_count():

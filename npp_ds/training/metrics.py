@@ -6,23 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from npp_ds.events import Event, read_events
 from npp_ds.files import write_text_atomic
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl as dicts; a line torn by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
-def _precedes(line: dict[str, Any], step: int) -> bool:
+def _precedes(line: Event, step: int) -> bool:
     """Whether a line will not be written again by a run that goes on after `step` steps."""
     if line["event"] == "end":
         return False
@@ -33,7 +21,8 @@ class MetricsLog:
     """Appends events to metrics.jsonl. Opening it at step S forgets what an interrupted run wrote after step S."""
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in read_metrics(path) if _precedes(line, step)]
+        before = read_events(path) if path.is_file() else []
+        kept = [line for line in before if _precedes(line, step)]
         write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.elapsed_before = max((line.get("elapsed_seconds", 0.0) for line in kept), default=0.0)
         self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
@@ -65,7 +54,7 @@ class Progress:
         """A line that stays."""
         (self._bar.console.print(text, highlight=False, markup=False) if self._bar else print(text, flush=True))
 
-    def show(self, line: dict[str, Any], seconds_left: float) -> None:
+    def show(self, line: Event, seconds_left: float) -> None:
         """The state after a logged step, as written to metrics.jsonl."""
         text = (
             f"stage {line['stage'] + 1}/{self.stages} side {line['patch_side']}  step {line['step']}/{self.total_steps}"

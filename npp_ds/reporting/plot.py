@@ -1,0 +1,102 @@
+"""One picture of a run: losses, likelihood over time, learning rate and throughput, with the stages shaded."""
+
+import io
+from collections.abc import Sequence
+
+from npp_ds.events import Event, of_kind
+from npp_ds.schedule import Stage
+
+SHADES = ("#e3edf7", "#fdf0dd", "#e6f3e6", "#f3e6f0", "#eeeeee")
+TIME_UNITS = ((180, 1, "seconds"), (7200, 60, "minutes"), (float("inf"), 3600, "hours"))
+TRAIN, VALIDATION, OWN_SIDE, RATE = "#4878a8", "#c44e52", "#dd8452", "#55834f"
+
+
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value and its neighbours up to `reach` places away, of fewer at the ends."""
+    parts = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in parts]
+
+
+def _shade(axis, edges: Sequence[tuple[float, float, int]]) -> None:
+    """Colours the span of each (start, end, patch side) and, where there is room, writes its side above."""
+    first, last = edges[0][0], edges[-1][1]
+    place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 4), "textcoords": "offset points"}
+    for i, (start, end, side) in enumerate(edges):
+        axis.axvspan(start, end, color=SHADES[i % len(SHADES)], zorder=0, linewidth=0)
+        if end - start > 0.06 * (last - first):
+            axis.annotate(f"{side}x{side}", ((start + end) / 2, 1), ha="center", fontsize=9, color="#555555", **place)
+    axis.set_xlim(first, last)
+
+
+def _draw_losses(axis, events: list[Event], stages: Sequence[Stage]) -> None:
+    axis.plot([], [], color=TRAIN, label="training, at the stage's side")
+    for stage in stages:
+        lines = of_kind(events, "train", stage.index)
+        steps, losses = [e["step"] for e in lines], [e["loss"] for e in lines]
+        axis.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=0.8)
+        axis.plot(steps, smooth(losses, len(losses) // 40), color=TRAIN, linewidth=1.5)
+    validations = of_kind(events, "validation")
+    own = [e for e in validations if e["patch_side"] != 1]
+    plain = [e for e in validations if e["patch_side"] == 1]
+    for points, style in (
+        (own, {"color": OWN_SIDE, "marker": "s", "linewidth": 0, "label": "validation, at the stage's side"}),
+        (plain, {"color": VALIDATION, "marker": "o", "linewidth": 1.2, "label": "validation, at side 1"}),
+    ):
+        if points:
+            axis.plot(
+                [e["step"] for e in points], [e["nll"] for e in points], markersize=4, clip_on=False, zorder=3, **style
+            )
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _seconds_at(events: list[Event], step: int) -> float:
+    return max((e["elapsed_seconds"] for e in of_kind(events, "train") if e["step"] <= step), default=0.0)
+
+
+def _draw_likelihood(axis, events: list[Event], stages: Sequence[Stage]) -> None:
+    total = _seconds_at(events, stages[-1].end_step) or 1.0
+    unit, name = next((u, n) for most, u, n in TIME_UNITS if total < most)
+    points = [e for e in of_kind(events, "validation") if e["patch_side"] == 1]
+    times, nll = [_seconds_at(events, e["step"]) / unit for e in points], [e["nll"] for e in points]
+    if points:
+        axis.plot(times, nll, color=VALIDATION, marker="o", markersize=4, linewidth=1.2, clip_on=False, zorder=3)
+    else:
+        axis.text(0.5, 0.5, "none so far", transform=axis.transAxes, ha="center", color="#555555")
+    axis.set_xlabel(f"{name} of training")
+    ends = [_seconds_at(events, s.end_step) / unit for s in stages]
+    spans = zip([0.0, *ends], ends, stages, strict=False)
+    _shade(axis, [(start, end, s.patch_side) for start, end, s in spans if end > start] or [(0, 1, 1)])
+
+
+def plot_run(events: list[Event], stages: Sequence[Stage], title: str) -> bytes:
+    """PNG of a run from its events and its stage table."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2, height_ratios=[1.6, 1]).ravel()
+    losses, likelihood, learning_rate, throughput = panels
+    lines = of_kind(events, "train")
+    steps = [e["step"] for e in lines]
+    _draw_losses(losses, events, stages)
+    learning_rate.plot(steps, [e["learning_rate"] for e in lines], color=TRAIN, linewidth=1.4)
+    throughput.plot(steps, [e["images_per_second"] for e in lines], color=RATE, linewidth=1.2)
+    for axis in (losses, learning_rate, throughput):
+        _shade(axis, [(s.start_step, s.end_step, s.patch_side) for s in stages])
+        axis.set_xlabel("step")
+    _draw_likelihood(likelihood, events, stages)
+    for axis in (learning_rate, throughput):
+        axis.set_ylim(bottom=0)
+    nll = [e["nll"] for e in of_kind(events, "validation") if e["patch_side"] == 1]
+    last = f" (last {nll[-1]:.3f})" if nll else ""
+    titles = ("Loss, nats per code", f"Validation at side 1, nats per code{last}", "Learning rate", "Images per second")
+    for axis, text in zip(panels, titles, strict=True):
+        axis.set_title(text, fontsize=11, pad=18)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="white", linewidth=1)
+        axis.set_axisbelow(True)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return picture.getvalue()

@@ -1,0 +1,121 @@
+"""The figures of a run, computed once and shown alike on the terminal and on the page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from npp_ds.events import Event, of_kind
+from npp_ds.schedule import Stage
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """What one stage did so far, in seconds of training (validation and saving apart).
+
+    `images_per_second` is the median over its training lines and `loss` the last one's, None when there is no line yet.
+    """
+
+    patch_side: int
+    epochs: float
+    steps: int
+    planned_steps: int
+    images: int
+    seconds: float
+    images_per_second: float | None
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run in numbers. Costs are relative to next-token training on the same images: below 1 is cheaper.
+
+    `token_cost` counts trained positions, `flop_cost` FLOPs; `time_cost` is measured: the time the images took at each
+    stage's rate over the time they would have taken at the rate of the stage with patch side 1 (None without one).
+    `validation_nll` is the last one at patch side 1, in nats per code.
+    """
+
+    name: str
+    stages: list[StageSummary]
+    finished: bool
+    token_cost: float | None = None
+    flop_cost: float | None = None
+    time_cost: float | None = None
+    validation_nll: float | None = None
+    validation_step: int | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    files: list[tuple[str, str]] = field(default_factory=list)
+    next_steps: list[str] = field(default_factory=list)
+
+    def total(self, name: str) -> float:
+        """Sum of a figure over the stages."""
+        return sum(getattr(stage, name) for stage in self.stages)
+
+
+def _typical_rate(lines: list[Event]) -> float | None:
+    """Median images/s, the stage's first line apart where there are more: it holds the warming up."""
+    rates = [e["images_per_second"] for e in lines]
+    return median(rates[1:] or rates) if rates else None
+
+
+def _stage_summaries(events: list[Event], stages: Sequence[Stage]) -> list[StageSummary]:
+    summaries, elapsed = [], 0.0
+    last_step = max((e["step"] for e in of_kind(events, "train")), default=0)
+    for stage in stages:
+        lines = of_kind(events, "train", stage.index)
+        steps = min(max(last_step - stage.start_step, 0), stage.steps)
+        until = lines[-1]["elapsed_seconds"] if lines else elapsed
+        summaries.append(
+            StageSummary(
+                patch_side=stage.patch_side,
+                epochs=steps / stage.steps_per_epoch,
+                steps=steps,
+                planned_steps=stage.steps,
+                images=steps * stage.batch_size,
+                seconds=until - elapsed,
+                images_per_second=_typical_rate(lines),
+                loss=lines[-1]["loss"] if lines else None,
+            )
+        )
+        elapsed = until
+    return summaries
+
+
+def _time_cost(stages: list[StageSummary]) -> float | None:
+    done = [s for s in stages if s.images]
+    plain_rate = next((s.images_per_second for s in done if s.patch_side == 1), None)
+    if plain_rate is None:
+        return None
+    return sum(s.images / s.images_per_second for s in done) * plain_rate / sum(s.images for s in done)
+
+
+def summarize(
+    name: str,
+    events: list[Event],
+    stages: Sequence[Stage],
+    *,
+    token_cost: float | None = None,
+    flop_cost: float | None = None,
+    evaluation: dict[str, Any] | None = None,
+    files: Sequence[tuple[str, str]] = (),
+    next_steps: Sequence[str] = (),
+) -> RunSummary:
+    """The figures of a run from its events (`read_events`), its stage table and what is known beside them.
+
+    `evaluation` is what `npp_ds.evaluation.fid.evaluate_samples` returned; `files` are (what it is, where it lies).
+    """
+    summaries = _stage_summaries(events, stages)
+    plain = [e for e in of_kind(events, "validation") if e["patch_side"] == 1]
+    return RunSummary(
+        name=name,
+        stages=summaries,
+        finished=bool(of_kind(events, "end")),
+        token_cost=token_cost,
+        flop_cost=flop_cost,
+        time_cost=_time_cost(summaries),
+        validation_nll=plain[-1]["nll"] if plain else None,
+        validation_step=plain[-1]["step"] if plain else None,
+        evaluation=dict(evaluation or {}),
+        files=list(files),
+        next_steps=list(next_steps),
+    )

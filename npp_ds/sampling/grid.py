@@ -1,0 +1,41 @@
+"""One picture of many samples: a row per class with its name, for eyes rather than metrics."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, GAP, FONT_SIZE = 8, 2, 15
+
+
+def sample_grid(
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str] = (),
+    per_row: int = 10,
+    max_rows: int = 20,
+    min_cell: int = 64,
+) -> Image.Image:
+    """images uint8 [N, H, W, 3], labels int [N] -> an RGB picture: a row for each of the first `max_rows` classes
+    present, in the order of their numbers, showing its first `per_row` images.
+
+    Images smaller than `min_cell` are enlarged by a whole factor without smoothing, so that every pixel stays visible.
+    """
+    classes = np.unique(labels)[:max_rows]
+    rows = [images[labels == c][:per_row] for c in classes]
+    names = [class_names[c] if c < len(class_names) else f"class {c}" for c in classes]
+    height, width = images.shape[1:3]
+    factor = max(1, -(-min_cell // min(height, width)))
+    font = ImageFont.load_default(FONT_SIZE)
+    left = MARGIN + int(max(font.getlength(name) for name in names)) + MARGIN
+    step_x, step_y = width * factor + GAP, height * factor + GAP
+    columns = max(len(row) for row in rows)
+    picture = Image.new("RGB", (left + columns * step_x + MARGIN, 2 * MARGIN + len(rows) * step_y), "white")
+    draw = ImageDraw.Draw(picture)
+    for r, (name, row) in enumerate(zip(names, rows, strict=True)):
+        top = MARGIN + r * step_y
+        draw.text((left - MARGIN, top + step_y // 2), name, fill="black", font=font, anchor="rm")
+        for c, image in enumerate(row):
+            cell = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            picture.paste(cell, (left + c * step_x, top))
+    return picture

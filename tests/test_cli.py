@@ -1,0 +1,80 @@
+"""The command line starts fast, says what to mend in one place, and exits with codes that scripts can trust."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from runs import metrics_of, shards_in, tiny_config
+from workers import free_port
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+
+
+def npp(*arguments: str, launcher: tuple[str, ...] = (), timeout: float = 120) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *(launcher or ("npp_ds",)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['npp', '--help']\n"
+        "from npp_ds.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'deepspeed', 'webdataset', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+def test_wrong_input_is_one_clear_text_and_exit_code_2():
+    done = npp("train", "--recipe", "quickstart", "schedule.epocs=3", "seed=x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 2 problems in the config (recipe quickstart):")
+    assert "schedule.epocs: unknown key, did you mean epochs?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.processes
+def test_missing_shards_are_named(tmp_path):
+    done = npp("train", "--recipe", "quickstart", f"data.train={tmp_path}/nowhere", f"run_dir={tmp_path}/run")
+    assert done.returncode == 2
+    assert f"{tmp_path}/nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "alone"])
+def test_every_launcher_trains_to_the_end_and_a_second_start_does_nothing(tmp_path, launcher):
+    config = tiny_config(shards_in(tmp_path), tmp_path / "run", schedule={"patch_sides": [2, 1], "epochs": 2})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    launchers = {
+        "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "npp_ds"),
+        "deepspeed": (
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
+            "--module",
+            "npp_ds",
+        ),
+        "alone": (),
+    }
+    done = npp("train", "--config", str(file), launcher=launchers[launcher])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{1 if launcher == 'alone' else 2} processes" in done.stdout
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics[-1] == {"event": "end", "step": 20}
+    if launcher == "deepspeed":
+        return
+    again = npp("train", "--config", str(file), launcher=launchers[launcher])
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "already trained to its last step" in again.stdout
+    assert metrics_of(tmp_path / "run") == metrics
