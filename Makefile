@@ -22,8 +22,23 @@ $(STAMP): setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# Real images to samples by the commands that ImageNet takes, on two CPU processes (GPUs are left alone).
+quickstart: export OMP_NUM_THREADS := 1
+quickstart: export CUDA_VISIBLE_DEVICES :=
 quickstart: $(STAMP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash studies/quickstart.sh
+	$(TOKENIZE) --split train --out data/fashion_mnist/train
+	$(TOKENIZE) --split val --out data/fashion_mnist/val
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m npp_ds train --recipe quickstart
+	OMP_NUM_THREADS=2 $(BIN)/npp sample runs/quickstart --per-class 40 --cfg-scale $(CFG_SCALE)
+	OMP_NUM_THREADS=2 $(BIN)/npp evaluate runs/quickstart --reference 'data_prep/fashion_mnist/val-*.tar.gz'
+	$(BIN)/npp report runs/quickstart $(NEXT_STEPS)
+
+TOKENIZE = OMP_NUM_THREADS=2 $(BIN)/python data_prep/tokenize_imagenet.py --images data_prep/fashion_mnist \
+	--tokenizer fashion_mnist --image-size 32 --crops center
+CFG_SCALE := 3
+NEXT_STEPS = --next-step "$(BIN)/npp sample runs/quickstart --classes sneaker,bag --cfg-scale 4 --seed 1" \
+	--next-step "$(BIN)/torchrun --standalone --nproc-per-node 2 -m npp_ds train --recipe quickstart name=longer schedule.epochs=32" \
+	--next-step "ImageNet: see 'On to ImageNet' in README.md"
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"

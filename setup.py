@@ -17,7 +17,7 @@ setup(
     packages=[*find_packages(include=["npp_ds", "npp_ds.*"]), "npp_ds.ds_configs"],
     package_dir={"npp_ds.ds_configs": "ds_configs"},
     package_data={
-        "npp_ds": ["recipes/*.yaml", "assets/**/*"],
+        "npp_ds": ["recipes/*.yaml", "assets/*"],
         "npp_ds.ds_configs": ["*.json"],
     },
     install_requires=[
@@ -30,7 +30,6 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
-        "setuptools",
         "tensorboard>=2.14",
         "torch>=2.6",
         "torch-fidelity>=0.4",
@@ -39,7 +38,6 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
-        "tokenizer-training": ["vector-quantize-pytorch>=1.20"],
         "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.6", "transformers>=4.45"],
     },
     entry_points={"console_scripts": ["npp = npp_ds.cli:main"]},

@@ -3,46 +3,21 @@ only on (seed, index).
 """
 
 import copy
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from reference_weights import fill
+from published_models import published_model
 
 from npp_ds.errors import UserError
-from npp_ds.model import ModelConfig, Transformer, patches
+from npp_ds.model import patches
 from npp_ds.sampling.decode import choose, generate, keep_likely
 from npp_ds.sampling.noise import gumbel, noise_keys
-
-DATA = Path(__file__).parent / "data"
-
-
-def reference_model(name: str) -> tuple[Transformer, dict[str, np.ndarray]]:
-    """A model with the weights of the published implementation's vectors, and those vectors."""
-    with np.load(DATA / f"{name}.npz") as file:
-        vectors = {key: file[key] for key in file.files}
-    c = json.loads(str(vectors["config"]))
-    config = ModelConfig(
-        dim=c["dim"],
-        n_layers=c["n_layer"],
-        n_heads=c["n_head"],
-        n_kv_heads=c.get("n_kv_head"),
-        vocab_size=c["vocab_size"],
-        grid_size=round(c["block_size"] ** 0.5),
-        num_classes=c["num_classes"],
-        ffn_multiple_of=c["multiple_of"],
-    )
-    weights = fill(json.loads(str(vectors["names"])), int(vectors["seed"]))
-    model = Transformer(config)
-    model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
-    return model.eval(), vectors
 
 
 @pytest.fixture(scope="module")
 def small():
-    return reference_model("gpt_small")
+    return published_model("gpt_small")
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
@@ -56,7 +31,7 @@ def test_greedy_codes_equal_the_published_sampler(small, cfg_scale):
 @pytest.mark.parametrize("name", ["gpt_small", "gpt_gqa"])
 @pytest.mark.parametrize("patch_side", [1, 2, 4])
 def test_cached_logits_equal_the_full_forward(name, patch_side):
-    model, vectors = reference_model(name)
+    model, vectors = published_model(name)
     codes = patches.group(torch.from_numpy(vectors["codes"].astype(np.int64)), patch_side)[:, :40]
     labels = torch.from_numpy(vectors["labels"])
     grid = model.config.grid_size // patch_side
@@ -69,7 +44,7 @@ def test_cached_logits_equal_the_full_forward(name, patch_side):
 
 @pytest.mark.parametrize("patch_side", [1, 2, 4])
 def test_greedy_codes_of_grouped_query_attention_equal_the_full_forward_argmax(patch_side):
-    model, _ = reference_model("gpt_gqa")
+    model, _ = published_model("gpt_gqa")
     labels = torch.tensor([3, 0])
     codes = patches.group(
         generate(model, labels, torch.arange(2), seed=0, temperature=0, patch_side=patch_side), patch_side

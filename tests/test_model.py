@@ -1,40 +1,18 @@
 """The transformer agrees with the published implementation and keeps its promises at every patch side."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_weights import fill
+from published_models import published_model
 
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.sizes import SIZES, parameter_count
 
-DATA = Path(__file__).parent / "data"
 SMALL = ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=50, grid_size=4, num_classes=5, ffn_multiple_of=16)
-
-
-def published(name: str) -> tuple[Transformer, dict[str, np.ndarray]]:
-    vectors = dict(np.load(DATA / f"{name}.npz"))
-    c, shapes = json.loads(str(vectors["config"])), json.loads(str(vectors["names"]))
-    config = ModelConfig(
-        dim=c["dim"],
-        n_layers=c["n_layer"],
-        n_heads=c["n_head"],
-        n_kv_heads=c.get("n_kv_head"),
-        vocab_size=c["vocab_size"],
-        grid_size=math.isqrt(c["block_size"]),
-        num_classes=c["num_classes"],
-        ffn_multiple_of=c["multiple_of"],
-    )
-    model = Transformer(config)
-    weights = fill({k: tuple(v) for k, v in shapes.items()}, int(vectors["seed"]))
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
-    return model, vectors
 
 
 def random_batch(config: ModelConfig, patch_side: int, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +24,7 @@ def random_batch(config: ModelConfig, patch_side: int, batch: int = 3) -> tuple[
 @pytest.mark.parametrize("name", ["gpt_small", "gpt_gqa"])
 @pytest.mark.parametrize("patch_side", [1, 2, 4, 8])
 def test_agrees_with_published_code(name, patch_side):
-    model, vectors = published(name)
+    model, vectors = published_model(name)
     codes = patches.group(torch.from_numpy(vectors["codes"].astype(np.int64)), patch_side)
     labels = torch.from_numpy(vectors["labels"])
 
@@ -105,7 +83,7 @@ def test_fresh_model_gives_every_code_the_same_probability(patch_side):
 
 
 def test_loss_and_logits_are_the_same_in_train_and_eval_mode_without_dropout():
-    model, _ = published("gpt_gqa")
+    model, _ = published_model("gpt_gqa")
     codes, labels = random_batch(model.config, 2)
     for output in ("loss", "logits"):
         assert torch.equal(model.train()(codes, labels, output=output), model.eval()(codes, labels, output=output))
@@ -124,7 +102,7 @@ def test_each_dropout_acts_in_train_mode_only(which):
 
 
 def test_a_position_sees_its_class_and_earlier_patches_only():
-    model, _ = published("gpt_small")
+    model, _ = published_model("gpt_small")
     codes, labels = random_batch(model.config, 2)
     before = model(codes, labels, output="logits")
     changed = codes.clone()

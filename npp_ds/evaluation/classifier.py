@@ -1,0 +1,129 @@
+"""A small classifier of the shipped images: says whether a sample shows its class, and gives Frechet features.
+
+Its numbers compare runs on Fashion-MNIST with each other; they are no Inception FID.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from npp_ds.errors import UserError
+from npp_ds.files import write_atomic
+
+SHIPPED = Path(__file__).parent.parent / "assets" / "fashion_mnist_classifier.safetensors"
+EXTRACTOR = "npp-fashion-mnist"
+FEATURE_LAYER = "features"
+
+
+class Classifier(nn.Module):
+    """Three convolutions and two linear layers on the grey values of 32x32 images."""
+
+    image_size = 32
+    num_features = 64
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in ((1, 32), (32, 48), (48, 64)))
+        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in (32, 48, 64))
+        self.hidden = nn.Linear(64 * 4 * 4, self.num_features)
+        self.output = nn.Linear(self.num_features, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 [B, 64] >= 0, the last layer's input, of images uint8 [B, 32, 32, 3]."""
+        x = images.float().mean(-1).unsqueeze(1).div(127.5).sub(1)
+        for conv, norm in zip(self.conv, self.norm, strict=True):
+            x = F.max_pool2d(F.relu(norm(conv(x))), 2)
+        return F.relu(self.hidden(x.flatten(1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits float32 [B, classes] of images uint8 [B, 32, 32, 3]."""
+        return self.output(self.features(images))
+
+
+def load_classifier(path: str | Path = SHIPPED) -> Classifier:
+    """A classifier in eval mode; UserError when the file is missing or holds something else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        model = Classifier(len(tensors["output.bias"]))
+        model.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
+        missing = [name for name, _ in model.named_parameters() if name not in tensors]
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: no classifier of data_prep/train_classifier.py ({error}); make it again") from error
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing; make it again with data_prep/train_classifier.py")
+    return model.requires_grad_(False).eval()
+
+
+def save_classifier(model: Classifier, path: str | Path) -> None:
+    """Writes the weights in float16, atomically."""
+    from safetensors.torch import save
+
+    tensors = {name: value.half() for name, value in model.state_dict().items() if value.is_floating_point()}
+    write_atomic(path, lambda file: file.write(save(tensors)))
+
+
+@cache
+def _shipped() -> Classifier:
+    return load_classifier()
+
+
+@torch.no_grad()
+def predict(images: np.ndarray | Tensor, model: Classifier | None = None, batch_size: int = 500) -> np.ndarray:
+    """Most likely labels int64 [B] of images uint8 [B, 32, 32, 3], by the shipped classifier when `model` is None."""
+    images = torch.as_tensor(images)
+    _check_images(images, (Classifier.image_size, Classifier.image_size, 3))
+    model = model or _shipped()
+    return torch.cat([model(batch).argmax(-1) for batch in images.split(batch_size)]).numpy()
+
+
+def register_classifier_features() -> str:
+    """Makes the shipped classifier known to torch-fidelity and returns its name for `feature_extractor=`."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    class ClassifierFeatures(FeatureExtractorBase):
+        """uint8 [B, 3, 32, 32] -> (float32 [B, 64],)."""
+
+        def __init__(self, name: str, features_list: list[str], **_):
+            super().__init__(name, features_list)
+            self.classifier = load_classifier()
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            _check_images(images, (3, Classifier.image_size, Classifier.image_size))
+            features = self.classifier.features(images.permute(0, 2, 3, 1))
+            return tuple(features for _ in self.features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return (FEATURE_LAYER,)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return FEATURE_LAYER
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        @staticmethod
+        def get_dummy_input_for_compile() -> Tensor:
+            return torch.zeros(1, 3, Classifier.image_size, Classifier.image_size, dtype=torch.uint8)
+
+    if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(EXTRACTOR, ClassifierFeatures)
+    return EXTRACTOR
+
+
+def _check_images(images: Tensor, shape: tuple[int, ...]) -> None:
+    if images.dtype != torch.uint8 or images.shape[1:] != shape:
+        raise UserError(
+            f"images: found {images.dtype} {list(images.shape)}, the Fashion-MNIST classifier takes torch.uint8 "
+            f"{['B', *shape]}; give another extractor for other images"
+        )

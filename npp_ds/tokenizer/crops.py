@@ -1,0 +1,76 @@
+"""Crops of an image, as the published extraction makes them: ADM centre crop, then one, two or ten crops of it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from npp_ds.errors import UserError
+
+# Places of crops of side S in a square of side R, as (name, top, left) with top and left in units of R - S.
+TEN_PLACES = (
+    ("top-left", 0.0, 0.0),
+    ("top-right", 0.0, 1.0),
+    ("bottom-left", 1.0, 0.0),
+    ("bottom-right", 1.0, 1.0),
+    ("center", 0.5, 0.5),
+)
+CENTER = (("center", 0.5, 0.5),)
+# scheme -> (places, with mirrors, takes ranges)
+SCHEMES = {
+    "center": (CENTER, False, False),
+    "center-flip": (CENTER, True, False),
+    "ten": (TEN_PLACES, True, True),
+}
+
+
+def check_scheme(scheme: str, ranges: Sequence[float] = ()) -> None:
+    """UserError when `scheme` is unknown, or when it needs crop ranges and has none, or the other way round."""
+    if scheme not in SCHEMES:
+        raise UserError(f"crops: found {scheme!r}, expected one of {', '.join(SCHEMES)}")
+    if not SCHEMES[scheme][2]:
+        if ranges:
+            raise UserError(f"crop ranges: found {list(ranges)} with crops {scheme!r}; only 'ten' takes ranges")
+    elif not ranges or len(set(ranges)) < len(ranges) or not all(1 <= r <= 2 for r in ranges):
+        raise UserError(f"crop ranges: found {list(ranges)}, expected different numbers from 1 to 2 (paper: 1.1)")
+
+
+def crop_names(scheme: str, ranges: Sequence[float] = ()) -> list[str]:
+    """One name per crop in the order of `crop`: "center", "center-flip", "1.1/top-left", .., "1.1/center-flip", ..
+
+    A "-flip" crop is taken at that place of the mirrored square, so "top-left-flip" shows the top right corner.
+    """
+    check_scheme(scheme, ranges)
+    places, mirrors, _ = SCHEMES[scheme]
+    names = [name for name, _, _ in places]
+    names += [f"{name}-flip" for name in names] if mirrors else []
+    return [f"{r:g}/{name}" for r in ranges for name in names] if ranges else names
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle `size` x `size` of an image whose short side is scaled to `size` (ADM's `center_crop_arr`).
+
+    Halved with BOX while the short side is at least twice `size`, then BICUBIC.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def crop(image: Image.Image, image_size: int, scheme: str, ranges: Sequence[float] = ()) -> np.ndarray:
+    """uint8 [crops, image_size, image_size, 3] of an image of any mode; the crops are named by `crop_names`."""
+    check_scheme(scheme, ranges)
+    places, mirrors, _ = SCHEMES[scheme]
+    image = image.convert("RGB")
+    crops = []
+    for crop_range in ranges or (1.0,):
+        square = np.asarray(center_crop(image, int(image_size * crop_range)))
+        slack = len(square) - image_size
+        corners = [(round(slack * top), round(slack * left)) for _, top, left in places]
+        for view in (square, square[:, ::-1])[: 1 + mirrors]:
+            crops += [view[top : top + image_size, left : left + image_size] for top, left in corners]
+    return np.stack(crops)

@@ -1,0 +1,133 @@
+"""Tokenizer files: ours (safetensors, the config in their metadata) and published ones (`vq_ds16_c2i.pt`)."""
+
+import argparse
+import json
+import pickle
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from npp_ds.errors import UserError
+from npp_ds.files import sha256, write_atomic
+from npp_ds.tokenizer.vq import VQConfig, VQModel
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = {"fashion_mnist": ASSETS / "fashion_mnist_vq.safetensors"}
+METADATA_KEY = "npp_vq"  # one entry, because safetensors writes several in no fixed order
+
+
+def load(name_or_path: str | Path) -> VQModel:
+    """See `npp_ds.tokenizer.vq.load_tokenizer`. Nothing but tensors is unpickled."""
+    path = SHIPPED.get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise UserError(
+            f"tokenizer {str(name_or_path)!r}: no such file; expected a checkpoint or one of {', '.join(SHIPPED)}"
+        )
+    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_checkpoint(path), {})
+    tensors.pop("quantize.codebook_used", None)
+    ours = METADATA_KEY in metadata
+    config = _parse_config(path, metadata[METADATA_KEY]) if ours else _infer_config(path, tensors)
+    try:
+        with torch.device("meta"):
+            model = VQModel(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{path}: no tokenizer can have the shape {config} ({error})") from error
+    _check_tensors(path, tensors, model)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model.requires_grad_(False).eval()
+    model.name, model.sha256 = str(name_or_path) if str(name_or_path) in SHIPPED else path.name, sha256(path)
+    return model
+
+
+def save(model: VQModel, path: str | Path, training: dict) -> None:
+    """See `npp_ds.tokenizer.vq.save_tokenizer`."""
+    import safetensors.torch
+
+    metadata = {METADATA_KEY: json.dumps({"config": asdict(model.config), "training": training})}
+    tensors = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomic(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
+
+
+def training_facts(name_or_path: str | Path) -> dict:
+    """What `save` was given as `training`."""
+    path = SHIPPED.get(str(name_or_path), Path(name_or_path))
+    return json.loads(_read_safetensors(path)[1][METADATA_KEY])["training"]
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged, or no PyTorch checkpoint of tensors ({reason}); fetch it again") from error
+    content = content.get("model", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: no tensors found, expected a dict of them, or one under the key 'model'")
+    return tensors
+
+
+def _parse_config(path: Path, text: str) -> VQConfig:
+    try:
+        values = json.loads(text)["config"]
+        values["channel_multipliers"] = tuple(values["channel_multipliers"])
+        return VQConfig(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        expected = ", ".join(field.name for field in fields(VQConfig))
+        raise UserError(
+            f"{path}: metadata {METADATA_KEY} is {text[:200]!r}, expected JSON whose 'config' has {expected}"
+        ) from error
+
+
+def _infer_config(path: Path, tensors: dict[str, Tensor]) -> VQConfig:
+    """The shape of a published checkpoint; `norm_groups` leaves no trace in tensors and is 32 in all of them."""
+
+    def count(pattern: str) -> int:
+        return next(i for i in range(99) if pattern.format(i) not in tensors)
+
+    try:
+        channels = tensors["encoder.conv_in.weight"].shape[0]
+        levels = count("encoder.conv_blocks.{}.res.0.conv1.weight")
+        widths = [tensors[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
+        codebook_size, codebook_dim = tensors["quantize.embedding.weight"].shape
+        return VQConfig(
+            channels=channels,
+            channel_multipliers=tuple(width // channels for width in widths),
+            num_res_blocks=count("encoder.conv_blocks.0.res.{}.conv1.weight"),
+            z_channels=tensors["quant_conv.weight"].shape[1],
+            codebook_size=codebook_size,
+            codebook_dim=codebook_dim,
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        some = ", ".join(sorted(tensors)[:3])
+        raise UserError(
+            f"{path}: no VQ tokenizer ({error} is missing or has a wrong shape; found {some}, ..); "
+            "expected vq_ds16_c2i.pt, vq_ds8_c2i.pt or a file made by data_prep/train_tokenizer.py"
+        ) from error
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], model: VQModel) -> None:
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} does not belong there" for name in tensors if name not in expected]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, expected {list(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: not a whole VQ tokenizer: {'; '.join(problems[:3])}{more}")

@@ -1,0 +1,154 @@
+"""Training of small VQ tokenizers: a spherical k-means codebook with dead-code revival between encoder and decoder."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npp_ds.tokenizer.vq import VQConfig, VQModel, to_input
+
+SMALL_VQ = VQConfig(
+    channels=16, channel_multipliers=(1, 2, 3), num_res_blocks=1, z_channels=32, codebook_size=512, norm_groups=8
+)
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """Knobs of `train`; steps count optimizer updates."""
+
+    steps: int = 3000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    autoencoder_steps: int = 300  # first steps without quantization, so that k-means finds spread-out latents
+    commitment_weight: float = 0.25
+    l2_weight: float = 1.0
+    codebook_decay: float = 0.99
+    dead_code_threshold: float = 1.0  # codes seen less often per batch (moving average) move to a random latent
+    settle_fraction: float = 0.1  # no revival in this last part of the run
+    seed: int = 0
+    precision: str = "bf16"  # of encoder and decoder under autocast: bf16 or fp32; the codebook is always fp32
+
+
+def learning_rate(step: int, settings: TokenizerTraining) -> float:
+    """Linear warm-up, then a half cosine to 0."""
+    warmup = min(1.0, (step + 1) / settings.warmup_steps)
+    return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+class SphericalCodebook:
+    """Unit vectors that follow the latents by k-means with moving averages; codes that fall out of use are moved.
+
+    As in van den Oord et al. (arXiv 1711.00937, appendix A.1), on the sphere.
+    """
+
+    def __init__(self, latents: Tensor, config: VQConfig, settings: TokenizerTraining, lloyd_iterations: int = 10):
+        self.decay, self.threshold = settings.codebook_decay, settings.dead_code_threshold
+        self.vectors = latents[torch.randperm(len(latents))[: config.codebook_size]]
+        for _ in range(lloyd_iterations):
+            self.counts, self.sums = self._assigned(latents, self.nearest(latents))
+            self.vectors = F.normalize(self.sums, dim=-1)
+        self._revive(latents)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        return (latents @ self.vectors.T).argmax(-1)
+
+    def _assigned(self, latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        counts = torch.bincount(codes, minlength=len(self.vectors)).float()
+        return counts, torch.zeros_like(self.vectors).index_add_(0, codes, latents)
+
+    def _revive(self, latents: Tensor) -> None:
+        dead = (self.counts < self.threshold).nonzero().squeeze(1)
+        self.vectors[dead] = latents[torch.randint(len(latents), (len(dead),))]
+        self.counts[dead] = self.threshold
+        self.sums[dead] = self.vectors[dead] * self.threshold
+
+    def update(self, latents: Tensor, codes: Tensor, revive: bool) -> None:
+        """Moves the vectors towards unit latents float [n, dim] that were given `codes` int64 [n]."""
+        counts, sums = self._assigned(latents, codes)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.vectors = F.normalize(self.sums, dim=-1)
+        if revive:
+            self._revive(latents)
+
+
+def _batches(count: int, settings: TokenizerTraining):
+    """Row numbers int64 [batch_size], epoch after epoch in a new order, and whether each row is mirrored."""
+    rng = np.random.default_rng(settings.seed)
+    rows = np.empty(0, np.int64)
+    while True:
+        if len(rows) < settings.batch_size:
+            rows = np.concatenate([rows, rng.permutation(count)])
+        yield rows[: settings.batch_size], rng.random(settings.batch_size) < 0.5
+        rows = rows[settings.batch_size :]
+
+
+def _load(images: np.ndarray, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
+    batch = images[rows]
+    batch[mirrored] = batch[mirrored, :, ::-1]
+    return to_input(torch.from_numpy(batch)).contiguous()
+
+
+def train(
+    images: np.ndarray, config: VQConfig, settings: TokenizerTraining, report: Callable[[dict], None], every: int = 100
+) -> VQModel:
+    """Trains a tokenizer on images uint8 [N, H, W, 3]; `report` gets step, loss, mae and images/s every so often."""
+    torch.manual_seed(settings.seed)
+    model = VQModel(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16")
+    codebook = None
+    started = time.monotonic()
+    for step, (rows, mirrored) in zip(range(settings.steps), _batches(len(images), settings), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        batch = _load(images, rows, mirrored)
+        with autocast:
+            latents = model.latents(batch)
+        vectors, commitment = F.normalize(latents.float(), dim=-1), torch.zeros(())
+        if step >= settings.autoencoder_steps:
+            flat = vectors.detach().flatten(0, 2)
+            codebook = codebook or SphericalCodebook(flat, config, settings)
+            codes = codebook.nearest(flat)
+            nearest = codebook.vectors[codes].view(vectors.shape)
+            codebook.update(flat, codes, revive=step < settings.steps * (1 - settings.settle_fraction))
+            commitment = (vectors - nearest).square().mean()
+            vectors = vectors + (nearest - vectors).detach()
+        with autocast:
+            output = model.reconstruct(vectors)
+        error = output.float() - batch
+        l1 = error.abs().mean()
+        loss = l1 + settings.l2_weight * error.square().mean() + settings.commitment_weight * commitment
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % every == 0 or step + 1 == settings.steps:
+            rate = (step + 1) * settings.batch_size / (time.monotonic() - started)
+            report({"step": step + 1, "loss": loss.item(), "mae": l1.item() / 2, "images_per_second": rate})
+    with torch.no_grad():
+        model.quantize.embedding.weight.copy_(codebook.vectors)
+    return model.eval()
+
+
+@torch.no_grad()
+def measure(model: VQModel, images: np.ndarray, batch_size: int = 250) -> dict[str, float]:
+    """Mean absolute error on [0, 1], fraction of codes used and their perplexity over images uint8 [N, H, W, 3]."""
+    error, counts = 0.0, torch.zeros(model.config.codebook_size, dtype=torch.float64)
+    for start in range(0, len(images), batch_size):
+        batch = to_input(torch.from_numpy(images[start : start + batch_size]))
+        codes = model.encode(batch)
+        error += (model.decode(codes).clamp(-1, 1) - batch).abs().double().mean((1, 2, 3)).sum().item() / 2
+        counts += torch.bincount(codes.flatten(), minlength=len(counts))
+    share = counts[counts > 0] / counts.sum()
+    return {
+        "mean_absolute_error": error / len(images),
+        "codes_used": (counts > 0).double().mean().item(),
+        "perplexity": torch.exp(-(share * share.log()).sum()).item(),
+    }

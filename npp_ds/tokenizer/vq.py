@@ -1,0 +1,262 @@
+"""The VQ tokenizer of LlamaGen (arXiv 2406.06525): images <-> codes, with the published parameter names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Shape of a tokenizer; the defaults are VQ-16."""
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    norm_groups: int = 32
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code along a side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+VQ16 = VQConfig()
+VQ8 = VQConfig(channel_multipliers=(1, 2, 2, 4))
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = _norm(in_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over all positions of the feature map."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = _norm(channels, groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks (each followed by attention at the lowest level) and the change of resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, attention: bool):
+        super().__init__()
+        self.res = nn.ModuleList(
+            ResBlock(out_channels if i else in_channels, out_channels, groups) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(AttentionBlock(out_channels, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+def _middle(channels: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResBlock(channels, channels, groups), AttentionBlock(channels, groups), ResBlock(channels, channels, groups)]
+    )
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] -> latents [B, z_channels, H / downsample, W / downsample]."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        groups, last = config.norm_groups, len(config.channel_multipliers) - 1
+        widths = [config.channels, *(config.channels * m for m in config.channel_multipliers)]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        for i in range(last + 1):
+            level = Level(widths[i], widths[i + 1], config.num_res_blocks, groups, attention=i == last)
+            if i < last:
+                level.downsample = Downsample(widths[i + 1])
+            self.conv_blocks.append(level)
+        self.mid = _middle(widths[-1], groups)
+        self.norm_out = _norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for block in (*self.conv_blocks, *self.mid):
+            h = block(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latents [B, z_channels, h, w] -> images [B, 3, h * downsample, w * downsample]."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        groups, last = config.norm_groups, len(config.channel_multipliers) - 1
+        widths = [config.channels * m for m in (config.channel_multipliers[-1], *reversed(config.channel_multipliers))]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0], groups)
+        self.conv_blocks = nn.ModuleList()
+        for i in range(last + 1):
+            level = Level(widths[i], widths[i + 1], config.num_res_blocks + 1, groups, attention=i == 0)
+            if i < last:
+                level.upsample = Upsample(widths[i + 1])
+            self.conv_blocks.append(level)
+        self.norm_out = _norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)
+        for block in (*self.mid, *self.conv_blocks):
+            h = block(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Codebook(nn.Module):
+    """Vectors on the unit sphere; a latent takes the code of its nearest neighbour after l2-normalisation."""
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
+
+    def vectors(self) -> Tensor:
+        """float [codebook_size, codebook_dim], each of length 1."""
+        return F.normalize(self.embedding.weight, dim=-1)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Codes int64 [...] of latents [..., codebook_dim] of any length."""
+        return (F.normalize(latents, dim=-1) @ self.vectors().T).argmax(-1)
+
+
+class VQModel(nn.Module):
+    """`encode` images to codes and `decode` codes to images; `name` and `sha256` say where the weights came from."""
+
+    name = "untrained"
+    sha256 = ""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.codebook_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+
+    @property
+    def downsample(self) -> int:
+        return self.config.downsample
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Unnormalised latents float [B, h, w, codebook_dim] of images float [B, 3, H, W] in [-1, 1]."""
+        return self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1)
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Images float [B, 3, H, W] (about [-1, 1], not clamped) from unit vectors [B, h, w, codebook_dim]."""
+        return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes int64 [B, T] in raster order of images float [B, 3, H, W] in [-1, 1]; `downsample` divides H and W."""
+        with full_precision():
+            return self.quantize.nearest(self.latents(images)).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images float [B, 3, H, W] (about [-1, 1], not clamped) of square code maps int64 [B, T]."""
+        side = round(codes.shape[1] ** 0.5)
+        if side * side != codes.shape[1]:
+            raise ValueError(f"codes of shape {tuple(codes.shape)} are no square maps")
+        with full_precision():
+            return self.reconstruct(self.quantize.vectors()[codes.view(-1, side, side)])
+
+
+class full_precision:
+    """Context in which float32 convolutions and products use no TF32: codes must not depend on a global flag."""
+
+    def __enter__(self) -> None:
+        self.saved = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *_) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.saved
+
+
+def to_input(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1] for `VQModel.encode`; stays channels-last in memory."""
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [B, 3, H, W] of `VQModel.decode` -> uint8 [B, H, W, 3], truncating as the published sampler does."""
+    return images.float().mul(127.5).add(128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+
+
+def load_tokenizer(name_or_path: str | Path) -> VQModel:
+    """A tokenizer in float32 and eval mode, with `name` and `sha256` (of its file) set.
+
+    `name_or_path`: "fashion_mnist" (shipped), a .safetensors written by `save_tokenizer`, or a published .pt, whose
+    shape is told from its tensors. UserError for a missing, damaged or foreign file.
+    """
+    from npp_ds.tokenizer import loading
+
+    return loading.load(name_or_path)
+
+
+def save_tokenizer(model: VQModel, path: str | Path, training: dict) -> None:
+    """Writes weights in float16, with config and facts about their `training` as JSON in the metadata, atomically."""
+    from npp_ds.tokenizer import loading
+
+    loading.save(model, path, training)

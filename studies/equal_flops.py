@@ -1,0 +1,107 @@
+"""Is next patch prediction better than next-token training of equal FLOPs, on the same data?
+
+Trains the quickstart's three-stage run and a next-token run that may spend at least as many FLOPs, for several seeds, and
+writes the validation loss of both at patch side 1 as a table and as JSON:
+
+    python studies/equal_flops.py --train SHARDS --val SHARDS --seeds 0 1 2
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from npp_ds.config import RunConfig
+from npp_ds.config_checks import load_config
+from npp_ds.data.shards import Manifest
+from npp_ds.events import of_kind, read_events
+from npp_ds.files import write_json_atomic, write_text_atomic
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def flops_of(config: RunConfig, num_samples: int) -> int:
+    """FLOPs of all training steps of a run (forward and backward, attention included)."""
+    grid = config.model.grid_size
+    stages = config.build_schedule(num_samples).stages
+    return sum(s.steps * s.batch_size * config.model.training_flops((grid // s.patch_side) ** 2) for s in stages)
+
+
+def next_token_overrides(config: RunConfig, num_samples: int) -> list[str]:
+    """The same run with one stage at side 1 of as many steps as the patch run's FLOPs allow, rounded up."""
+    per_step = config.schedule.batch_size * config.model.training_flops(config.model.grid_size**2)
+    steps = -(-flops_of(config, num_samples) // per_step)
+    return [f"schedule.stages=[{{patch_side: 1, steps: {steps}}}]"]
+
+
+def train(overrides: list[str], run_dir: Path, processes: int) -> dict[str, float]:
+    """Validation loss at side 1 after the last step and the seconds that training took."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, "-m", "npp_ds", "train", "--recipe", "quickstart", f"run_dir={run_dir}", *overrides]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    events = read_events(run_dir / "metrics.jsonl")
+    nll = [e["nll"] for e in of_kind(events, "validation") if e["patch_side"] == 1][-1]
+    return {"validation_nll": nll, "seconds": of_kind(events, "end")[-1]["elapsed_seconds"]}
+
+
+def table(result: dict) -> str:
+    lines = [
+        "# Three stages against next-token training of equal FLOPs",
+        "",
+        f"Validation loss at patch side 1, nats per code; {result['images']} training images, seeds {result['seeds']}.",
+        "",
+        "| run | epochs | FLOPs | validation loss per seed | mean |",
+        "|---|---|---|---|---|",
+    ]
+    for name, arm in result["runs"].items():
+        losses = [r["validation_nll"] for r in arm["seeds"]]
+        per_seed = ", ".join(f"{x:.4f}" for x in losses)
+        lines.append(f"| {name} | {arm['epochs']:.2f} | {arm['flops']:.3g} | {per_seed} | {mean(losses):.4f} |")
+    return "\n".join([*lines, "", f"Made by `{result['command']}` with torch {result['torch']}.", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="folder of code shards to train on")
+    parser.add_argument("--val", required=True, help="folder of held-out code shards")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/equal_flops"), help="folder for the run folders")
+    parser.add_argument("--out", type=Path, default=RESULTS / "equal_flops", help="result file without its ending")
+    parser.add_argument("overrides", nargs="*", help="key=value for both runs")
+    args = parser.parse_args()
+
+    data = [f"data.train={args.train}", f"data.val={args.val}", *args.overrides]
+    images = Manifest.load(args.train).num_samples
+    patches = load_config("quickstart", overrides=data)
+    arms = {"three stages (sides 4, 2, 1)": data, "next token": [*data, *next_token_overrides(patches, images)]}
+    result = {
+        "images": images,
+        "seeds": args.seeds,
+        "command": " ".join(["python", "studies/equal_flops.py", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "runs": {},
+    }
+    for name, overrides in arms.items():
+        config = load_config("quickstart", overrides=overrides)
+        trained = sum(s.steps * s.batch_size for s in config.build_schedule(images).stages)
+        arm = {"epochs": trained / images, "flops": flops_of(config, images), "overrides": overrides, "seeds": []}
+        result["runs"][name] = arm
+        for seed in args.seeds:
+            run_dir = args.runs / f"{name.split()[0]}-{seed}"
+            arm["seeds"].append({"seed": seed, **train([*overrides, f"seed={seed}"], run_dir, args.processes)})
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(args.out.with_suffix(".json"), result)
+    write_text_atomic(args.out.with_suffix(".md"), table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
