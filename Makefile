@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-full lint format
@@ -18,7 +18,7 @@ help:
 install: $(STAMP)
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v else f"Python 3.10 or later is needed, {sys.executable} is %d.%d; name another with make PYTHON=..." % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
@@ -37,7 +37,7 @@ TOKENIZE = OMP_NUM_THREADS=2 $(BIN)/python data_prep/tokenize_imagenet.py --imag
 	--tokenizer fashion_mnist --image-size 32 --crops center
 CFG_SCALE := 3
 NEXT_STEPS = --next-step "$(BIN)/npp sample runs/quickstart --classes sneaker,bag --cfg-scale 4 --seed 1" \
-	--next-step "$(BIN)/torchrun --standalone --nproc-per-node 2 -m npp_ds train --recipe quickstart name=longer schedule.epochs=32" \
+	--next-step "$(BIN)/torchrun --standalone --nproc-per-node 2 -m npp_ds train --recipe quickstart name=longer schedule.stages.2.epochs=12" \
 	--next-step "ImageNet: see 'On to ImageNet' in README.md"
 
 test: $(STAMP)

@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def _free(default: Any, description: str, **bounds: Any) -> Any:
-    """A key that may differ between the starts of one run."""
+    """A key that may differ between the starts of one run; `...` as its default makes it required."""
     return Field(default, description=description, json_schema_extra={"free": True}, **bounds)
 
 
@@ -38,7 +38,7 @@ class ModelSection(_Section):
         None, ge=1, description="key and value heads (grouped-query attention); null: n_heads"
     )
     vocab_size: int = Field(16384, ge=2, le=65536, description="codes in the tokenizer's codebook")
-    grid_size: int = Field(16, ge=1, description="side of an image's code map: 16 at 256 px, 24 at 384 px")
+    grid_size: int = Field(16, ge=1, le=1024, description="side of an image's code map: 16 at 256 px, 24 at 384 px")
     num_classes: int = Field(1000, ge=1, description="classes; the null class of guidance is one more")
     ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
     token_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the embedded sequence")
@@ -69,8 +69,8 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    train: str = Field(description="folder of code shards to train on (manifest.json inside)")
-    val: str | None = Field(None, description="folder of held-out code shards; null: no validation")
+    train: str = _free(..., "folder of code shards to train on (manifest.json inside)")
+    val: str | None = _free(None, "folder of held-out code shards; null: no validation")
     tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
     cache_dir: str | None = _free(
         None, "where shards are staged on each node; null: /dev/shm if it has room, else ~/.cache/npp_ds"
@@ -93,7 +93,7 @@ class StageSection(_Section):
 
 
 class ScheduleSection(_Section):
-    epochs: int = Field(300, ge=1, description="epochs of the whole run; unused when stages are listed")
+    epochs: int = Field(300, ge=1, le=1_000_000, description="epochs of the whole run; unused when stages are listed")
     patch_sides: list[int] = Field(
         [2, 1], min_length=1, description="patch side of each stage, coarse to fine; [1] is next-token training"
     )
@@ -146,12 +146,12 @@ class LoggingSection(_Section):
 
 class DeepSpeedSection(_Section):
     config: str = _free(
-        "zero2", "a name in ds_configs/ (zero1, zero2, zero3 ..) or a JSON file of DeepSpeed's settings"
+        "zero2", "a name in ds_configs/ (zero1, zero2, zero3 ..) or a JSON file; a resumed run keeps its ZeRO stage"
     )
 
 
 class RunConfig(_Section):
-    name: str = _free("run", "shown in logs and pictures", pattern=r"^[\w.-]+$")
+    name: str = _free("run", "shown in logs and pictures", pattern=r"^\w[\w.-]*$")
     run_dir: str | None = _free(None, "folder of this run; null: runs/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order, crops, dropout")
     precision: Literal["autocast_bf16", "bf16", "fp32"] = Field(

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from npp_ds.config import RECIPES, RunConfig
 from npp_ds.errors import UserError
 
+_SECTIONS = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
+
 
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -32,10 +34,10 @@ def load_config(
     raw, problems = _read_extended(_recipe_path(recipe) if recipe else Path(file)), []
     for override in overrides:
         problems += _apply(raw, override)
-    config, found = _parse(raw)
+    config, found, dropped = _parse(raw)
     problems += found
     if config is not None:
-        problems += problems_of(config, world_size)
+        problems += [p for p in problems_of(config, world_size) if not _follows_from(p, dropped)]
     if problems:
         source = f"recipe {recipe}" if recipe else str(file)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -47,7 +49,7 @@ def _recipe_path(name: str) -> Path:
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise UserError(
-            f"--recipe {name}: no such recipe{_hint(name, recipe_names())}; recipes: {', '.join(recipe_names())}"
+            f"recipe {name}: no such recipe{_hint(name, recipe_names())}; recipes: {', '.join(recipe_names())}"
         )
     return path
 
@@ -62,11 +64,11 @@ def _read(path: Path) -> dict[str, Any]:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, bytes that are no UTF-8
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds {type(raw).__name__}, expected keys such as model, data, schedule")
-    return raw
+    return {str(key): {} if value is None and key in _SECTIONS else value for key, value in raw.items()}
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
         return [f"{override}: expected key=value, such as schedule.epochs=100"]
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return [f"{key}: {text!r} is not valid YAML; quote strings that hold special characters"]
     *parents, last = key.split(".")
     node: Any = raw
@@ -114,17 +116,31 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     return []
 
 
-def _parse(raw: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """The config and the problems of single keys; wrong keys are dropped, so that the rest can still be checked."""
+def _parse(raw: dict[str, Any]) -> tuple[RunConfig | None, list[str], list[str]]:
+    """The config, the problems of single keys, and these keys: they are dropped, so that the rest can be checked."""
     problems: list[str] = []
+    dropped: list[str] = []
     for _ in range(2):
         try:
-            return RunConfig.model_validate(raw), problems
+            return RunConfig.model_validate(raw), problems, dropped
         except ValidationError as error:
-            for item in error.errors():
-                problems.append(_describe(item))
+            found = [(".".join(map(str, item["loc"])), item) for item in error.errors()]
+            problems += [_describe(item) for key, item in found if not any(key == d.split(".")[0] for d in dropped)]
+            dropped += [key for key, _ in found]
+            for _, item in found:
                 _drop(raw, item["loc"])
-    return None, problems
+    return None, problems, dropped
+
+
+def _follows_from(problem: str, dropped: list[str]) -> bool:
+    """Whether a problem between keys stems from a key that was dropped because its own value is wrong."""
+    key = problem.split(":")[0]
+    return any(
+        key == d
+        or d.startswith(f"{key}.")
+        or (key.startswith("schedule.patch_sides") and d.startswith("schedule.stages"))
+        for d in dropped
+    )
 
 
 def _describe(item: dict[str, Any]) -> str:

@@ -1,13 +1,12 @@
 """Is next patch prediction better than next-token training of equal FLOPs, on the same data?
 
-Trains the quickstart's three-stage run and a next-token run that may spend at least as many FLOPs, for several seeds, and
-writes the validation loss of both at patch side 1 as a table and as JSON:
+Trains the quickstart's three-stage run and a next-token run that may spend at least as many FLOPs, for several seeds,
+and writes the validation loss of both at patch side 1 as a table and as JSON:
 
     python studies/equal_flops.py --train SHARDS --val SHARDS --seeds 0 1 2
 """
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -33,11 +32,14 @@ def flops_of(config: RunConfig, num_samples: int) -> int:
     return sum(s.steps * s.batch_size * config.model.training_flops((grid // s.patch_side) ** 2) for s in stages)
 
 
-def next_token_overrides(config: RunConfig, num_samples: int) -> list[str]:
-    """The same run with one stage at side 1 of as many steps as the patch run's FLOPs allow, rounded up."""
-    per_step = config.schedule.batch_size * config.model.training_flops(config.model.grid_size**2)
-    steps = -(-flops_of(config, num_samples) // per_step)
-    return [f"schedule.stages=[{{patch_side: 1, steps: {steps}}}]"]
+def next_token_overrides(config: RunConfig, num_samples: int, learning_rate: float) -> list[str]:
+    """The run's last stage alone, of as many steps as the FLOPs of all its stages allow, rounded up."""
+    last = config.stage_table()[-1]
+    steps = -(
+        -flops_of(config, num_samples) // (last.batch_size * config.model.training_flops(config.model.grid_size**2))
+    )
+    stage = f"patch_side: 1, steps: {steps}, learning_rate: {learning_rate}, decay_fraction: {last.decay_fraction}"
+    return [f"schedule.stages=[{{{stage}}}]"]
 
 
 def train(overrides: list[str], run_dir: Path, processes: int) -> dict[str, float]:
@@ -71,16 +73,19 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="folder of code shards to train on")
     parser.add_argument("--val", required=True, help="folder of held-out code shards")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", help="peaks of the next-token run (that of the last stage)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/equal_flops"), help="folder for the run folders")
     parser.add_argument("--out", type=Path, default=RESULTS / "equal_flops", help="result file without its ending")
-    parser.add_argument("overrides", nargs="*", help="key=value for both runs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for all runs")
     args = parser.parse_args()
 
-    data = [f"data.train={args.train}", f"data.val={args.val}", *args.overrides]
+    data = [f"data.train={args.train}", f"data.val={args.val}", *args.set]
     images = Manifest.load(args.train).num_samples
     patches = load_config("quickstart", overrides=data)
-    arms = {"three stages (sides 4, 2, 1)": data, "next token": [*data, *next_token_overrides(patches, images)]}
+    arms = {"three stages (sides 4, 2, 1)": data}
+    for rate in args.rates or [patches.stage_table()[-1].learning_rate]:
+        arms[f"next token, peak rate {rate:g}"] = [*data, *next_token_overrides(patches, images, rate)]
     result = {
         "images": images,
         "seeds": args.seeds,
@@ -95,7 +100,7 @@ def main() -> None:
         arm = {"epochs": trained / images, "flops": flops_of(config, images), "overrides": overrides, "seeds": []}
         result["runs"][name] = arm
         for seed in args.seeds:
-            run_dir = args.runs / f"{name.split()[0]}-{seed}"
+            run_dir = args.runs / f"{len(result['runs'])}-{seed}"
             arm["seeds"].append({"seed": seed, **train([*overrides, f"seed={seed}"], run_dir, args.processes)})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(args.out.with_suffix(".json"), result)

@@ -18,11 +18,11 @@ NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
 TIMES = ("images_per_second", "elapsed_seconds", "data_wait_seconds")
 
 
-def shards_in(folder: Path, train: int = 160, val: int = 50) -> Path:
-    """Writes folder/train and folder/val (4x4 grid, 1000 codes, 10 classes) unless they are there."""
+def shards_in(folder: Path, seed: int = 0) -> Path:
+    """Writes folder/train (160 images) and folder/val (50; 4x4 grid, 1000 codes, 10 classes) unless they are there."""
     if not (folder / "val" / "manifest.json").is_file():
-        write_set(folder / "train", train, 2)
-        write_set(folder / "val", val, 1, seed=1)
+        write_set(folder / "train", 160, 2, seed=seed)
+        write_set(folder / "val", 50, 1, seed=seed + 1)
     return folder
 
 

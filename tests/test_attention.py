@@ -42,7 +42,7 @@ def test_asking_for_flash_attn_where_it_is_not_installed_says_what_to_do(monkeyp
 
 
 def test_asking_for_flash_attn_on_tensors_it_cannot_take_says_so():
-    with pytest.raises(UserError, match=r"needs CUDA tensors in bf16 or fp16, found torch\.float32 on cpu"):
+    with pytest.raises(UserError, match=r"found torch\.float32 on cpu, head width 16; set precision"):
         causal_attention(*random_qkv(4), "flash_attn")
 
 

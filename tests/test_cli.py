@@ -1,6 +1,7 @@
 """The command line starts fast, says what to mend in one place, and exits with codes that scripts can trust."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,9 +13,10 @@ from workers import free_port
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
 
 
-def npp(*arguments: str, launcher: tuple[str, ...] = (), timeout: float = 120) -> subprocess.CompletedProcess:
+def npp(*arguments: str, launcher: tuple[str, ...] = (), gpu: bool = False) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", *(launcher or ("npp_ds",)), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "CUDA_VISIBLE_DEVICES"} if gpu else ENVIRONMENT
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 def test_help_loads_nothing_heavy():
@@ -78,3 +80,35 @@ def test_every_launcher_trains_to_the_end_and_a_second_start_does_nothing(tmp_pa
     assert again.returncode == 0, again.stdout + again.stderr
     assert "already trained to its last step" in again.stdout
     assert metrics_of(tmp_path / "run") == metrics
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "zero_stage, precision",
+    [
+        (1, "autocast_bf16"),
+        (2, "autocast_bf16"),
+        (3, "autocast_bf16"),
+        (2, "bf16"),
+        (3, "bf16"),
+        (1, "fp32"),
+        (3, "fp32"),
+    ],
+)
+def test_one_gpu_trains_to_the_end_and_resumes(tmp_path, zero_stage, precision):
+    keys = {"precision": precision, "deepspeed": {"config": f"zero{zero_stage}"}}
+    config = tiny_config(shards_in(tmp_path), tmp_path / "run", **keys)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = npp("train", "--config", str(file), gpu=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = metrics_of(tmp_path / "run")
+    assert before[-1] == {"event": "end", "step": 40}
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000040")
+    again = npp("train", "--config", str(file), gpu=True)
+    assert "resuming after step 20" in again.stdout, again.stdout + again.stderr
+    after = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in after] == [line["step"] for line in before]
+    losses = [[line["loss"] for line in lines if line["event"] == "train"] for lines in (before, after)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

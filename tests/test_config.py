@@ -101,6 +101,26 @@ def test_batches_must_factor_into_processes_and_micro_batches(tmp_path):
     assert "schedule.batch_size: 250 (every stage) is no multiple of 8 processes x micro_batch_size 32; use 256" in text
 
 
+def test_a_wrong_key_causes_no_second_complaint_about_what_it_would_have_set(tmp_path):
+    stages = [{"patch_side": 3, "epoch": 1}, {"patch_side": 1, "epochs": 1}]
+    keys = {"model": {"size": "XXXL", "grid_size": 9}, "data": {"train": "x"}, "schedule": {"stages": stages}}
+    text = complaint(tmp_path, keys)
+    assert text.startswith("2 problems"), text
+    assert "schedule.stages.0.epoch: unknown key, did you mean epochs?" in text
+    assert "model.size: found 'XXXL'" in text
+
+
+def test_odd_yaml_is_reported_and_empty_sections_are_defaults(tmp_path):
+    text = complaint(tmp_path, MINIMAL, "seed=2024-02-31", "name=..")
+    assert "seed: '2024-02-31' is not valid YAML" in text
+    assert "name: found '..'" in text
+    (tmp_path / "dates.yaml").write_text("seed: 2024-02-31\n")
+    with pytest.raises(UserError, match=r"dates\.yaml: not valid YAML"):
+        load_config(file=tmp_path / "dates.yaml")
+    assert load_config(file=write(tmp_path / "run.yaml", {**MINIMAL, "schedule": None})).schedule.epochs == 300
+    assert "model: missing" not in complaint(tmp_path, {**MINIMAL, "model": None})
+
+
 def test_missing_and_unreadable_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read"):
         load_config(file=tmp_path / "nowhere.yaml")
@@ -128,7 +148,13 @@ def test_the_resolved_config_reads_back_as_itself():
 
 def test_the_hash_changes_with_what_is_trained_and_not_with_how_it_is_run(tmp_path):
     base = load_config("b_256")
-    for free in ("schedule.micro_batch_size=2", "deepspeed.config=zero3", "logging.every=1", "run_dir=elsewhere"):
+    for free in (
+        "data.train=elsewhere",
+        "schedule.micro_batch_size=2",
+        "deepspeed.config=zero3",
+        "logging.every=1",
+        "run_dir=elsewhere",
+    ):
         assert load_config("b_256", overrides=[free]).hash() == base.hash(), free
     for bound in ("seed=1", "schedule.batch_size=512", "optimizer.weight_decay=0.1", "model.size=L", "precision=fp32"):
         assert load_config("b_256", overrides=[bound]).hash() != base.hash(), bound
@@ -170,6 +196,12 @@ def test_a_deepspeed_setting_that_contradicts_the_run_config_is_refused(tmp_path
         json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5, "bf16": {"enabled": True}})
     )
     with pytest.raises(UserError, match="gradient_clipping, bf16 belong to the run config"):
+        engine_settings(config, stage, 2)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    with pytest.raises(UserError, match=r"precision: bf16 with deepspeed\.config .* set precision to autocast_bf16"):
+        engine_settings(config.model_copy(update={"precision": "bf16"}), stage, 2)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "compute_grad_norm": False}))
+    with pytest.raises(UserError, match="compute_grad_norm"):
         engine_settings(config, stage, 2)
     path.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     with pytest.raises(UserError, match=r"zero_optimization\.stage is 0, expected 1, 2 or 3"):

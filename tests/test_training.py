@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from runs import NO_DROPOUT, metrics_of, plain_losses, shards_in, tiny_config
+from workers import WorkerError, WorkerPool
 
 from npp_ds.data.loader import EvalLoader
 from npp_ds.data.order import batch_ids
@@ -70,7 +71,7 @@ def test_losses_equal_plain_pytorch_across_two_stage_boundaries(pair, shards, tm
     losses, norms, _ = plain_losses(config, 30)
     assert [line["patch_side"] for line in lines] == [4] * 10 + [2] * 10 + [1] * 10
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
-    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
     assert max(norms) > config.optimizer.gradient_clipping > min(norms), "clipping acts on some steps, not on all"
 
 
@@ -87,8 +88,10 @@ def test_weights_read_from_a_checkpoint_are_those_of_plain_pytorch(pair, shards,
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["autocast_bf16", "bf16"])
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(  # bf16 first: autocast leaves a mark on DeepSpeed's module
+    "zero_stage, precision",
+    [(2, "bf16"), (3, "bf16"), (1, "autocast_bf16"), (2, "autocast_bf16"), (3, "autocast_bf16")],
+)
 def test_bf16_training_follows_fp32_training(pair, shards, tmp_path, zero_stage, precision):
     keys = {"model": NO_DROPOUT, "deepspeed": {"config": f"zero{zero_stage}"}, "validation": {"every": 0}}
     pair.run(run, tiny_config(shards, tmp_path / "run", precision=precision, **keys))
@@ -96,6 +99,7 @@ def test_bf16_training_follows_fp32_training(pair, shards, tmp_path, zero_stage,
     exact, _, _ = plain_losses(tiny_config(shards, tmp_path / "unused", **keys), 30)
     assert losses == pytest.approx(exact, rel=3e-3)
     assert losses != exact
+    assert max(abs(loss - math.log(1000)) for loss in exact) > 3 * 3e-3 * math.log(1000), "the losses moved"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,37 @@ def test_an_interrupted_run_equals_an_undisturbed_one_bit_for_bit(pair, shards, 
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize(
+    "zero_stage, precision, micro_batch_size",
+    [
+        (1, "autocast_bf16", 4),
+        (1, "fp32", 8),
+        (2, "bf16", 8),
+        (3, "bf16", 4),
+        (2, "autocast_bf16", 2),
+        (3, "fp32", 4),
+        (3, "autocast_bf16", 8),
+    ],
+)
+def test_resume_is_exact_in_every_zero_stage_precision_and_accumulation(
+    pair, shards, tmp_path, zero_stage, precision, micro_batch_size
+):
+    keys = {
+        "deepspeed": {"config": f"zero{zero_stage}"},
+        "precision": precision,
+        "schedule": {"micro_batch_size": micro_batch_size, "patch_sides": [2, 1], "epochs": 3},
+        "validation": {"every": 0},
+    }
+    undisturbed = tiny_config(shards, tmp_path / "undisturbed", **keys)
+    pair.run(run, undisturbed)
+    config = tiny_config(shards, tmp_path / "run", **keys)
+    pair.run(run_and_stop_after, config, 13)
+    pair.run(run, config)
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "undisturbed")
+    found, expected = (checkpoint.load_weights(tmp_path / name)[0] for name in ("run", "undisturbed"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_finished_run_started_again_changes_nothing(pair, shards, tmp_path, undisturbed):
     config = tiny_config(
         shards, tmp_path / "run", schedule={"patch_sides": [2, 1], "epochs": 2}, validation={"every": 0}
@@ -125,6 +160,10 @@ def test_a_finished_run_started_again_changes_nothing(pair, shards, tmp_path, un
     before = metrics_of(tmp_path / "run")
     pair.run(run, config)
     assert metrics_of(tmp_path / "run") == before
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    pair.run(run, config)
+    assert metrics_of(tmp_path / "run") == before, "killed between its last checkpoint and its last line"
 
 
 def test_metrics_tell_stages_steps_validation_and_end(undisturbed):
@@ -212,6 +251,26 @@ def test_a_non_finite_loss_on_one_rank_stops_all_before_the_weights_change(pair,
     assert [line["step"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"] == [1, 2, 3, 4, 5]
 
 
+def _break_gradient(processes: Processes, config) -> str:
+    trainer = Trainer(config, processes)
+    if processes.rank == 1:
+        trainer.engine.engine.module.norm.weight.register_hook(lambda grad: grad * math.inf)
+    before = [p.detach().clone() for p in trainer.engine.engine.module.parameters()]
+    try:
+        trainer.run()
+    except NonFiniteError as error:
+        same = all(torch.equal(a, b) for a, b in zip(before, trainer.engine.engine.module.parameters(), strict=True))
+        return f"{error} weights as before: {same}"
+    return "went on"
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_non_finite_gradient_with_a_finite_loss_stops_before_the_weights_change(pair, shards, tmp_path, zero_stage):
+    config = tiny_config(shards, tmp_path / "run", deepspeed={"config": f"zero{zero_stage}"})
+    told = pair.run(_break_gradient, config)
+    assert told == ["step 0: the gradient norm is not finite (loss 6.9078) weights as before: True"] * 2
+
+
 def _start_with_a_head_that_is_not_zero(processes: Processes, config) -> str:
     trainer = Trainer(config, processes)
     torch.nn.init.normal_(trainer.engine.engine.module.output.weight)
@@ -278,6 +337,53 @@ def test_torn_checkpoints_are_named_and_passed_over_and_never_a_silent_fresh_sta
     assert metrics_of(folder) == undisturbed[0]
 
 
+def test_other_shards_or_settings_under_a_checkpoint_are_refused(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    pair.run(run_and_stop_after, config, 3)
+    others = shards_in(tmp_path / "others", seed=7)
+    moved = tiny_config(shards, tmp_path / "run", data={"train": str(others / "train")})
+    assert "trained on other shards than those in data.train" in pair.run(_errors, moved)[0]
+    (tmp_path / "run" / "config.yaml").unlink()
+    other = tiny_config(shards, tmp_path / "run", seed=5)
+    assert "saved by a run with other settings" in pair.run(_errors, other)[0]
+
+
+def test_the_same_shards_in_another_place_go_on(pair, shards, tmp_path, undisturbed):
+    pair.run(run_and_stop_after, tiny_config(shards, tmp_path / "run"), 3)
+    elsewhere = shards_in(tmp_path / "elsewhere")
+    pair.run(run, tiny_config(elsewhere, tmp_path / "run"))
+    assert metrics_of(tmp_path / "run") == undisturbed[0]
+
+
+def test_a_checkpoint_of_another_format_is_an_error_and_not_passed_over(tmp_path):
+    folder = tmp_path / "step-00000004"
+    folder.mkdir()
+    (folder / "COMPLETE.json").write_text(json.dumps({"format": 99, "news": 1}))
+    with pytest.raises(UserError, match="format 99, this version reads 1"):
+        checkpoint.newest_complete(tmp_path)
+
+
+def test_retention_counts_only_what_this_run_has_reached(tmp_path):
+    for step in (3, 4, 6):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "COMPLETE.json").write_text("{}")
+    checkpoint.remove_old(tmp_path, step=4, keep_last=1, keep_steps=set())
+    assert checkpoint.saved_steps(tmp_path) == [6, 4]
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_error_on_all_ranks(pair, shards, tmp_path):
+    (tmp_path / "file").write_text("")
+    told = pair.run(_errors, tiny_config(shards, tmp_path / "file" / "run"))
+    assert told[0] == told[1]
+    assert str(tmp_path / "file") in told[0]
+
+
+def test_an_engine_setting_that_cannot_work_is_reported_before_anything_is_written(pair, shards, tmp_path):
+    told = pair.run(_errors, tiny_config(shards, tmp_path / "run", deepspeed={"config": "zero7"}))
+    assert "deepspeed.config: zero7 is neither a file nor one of zero1, zero2, zero3" in told[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_checkpoints_that_are_all_torn_are_an_error(pair, shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run")
     pair.run(run_and_stop_after, config, 3)
@@ -292,6 +398,11 @@ def test_another_number_of_processes_or_zero_stage_is_refused_with_what_was_save
     pair.run(run_and_stop_after, config, 3)
     told = pair.run(_errors, tiny_config(shards, tmp_path / "run", deepspeed={"config": "zero3"}))
     assert "saved by 2 processes with ZeRO-2 in fp32, this start has 2 processes with ZeRO-3" in told[0]
+    alone = WorkerPool(1)
+    told = alone.run(_errors, config)
+    alone.stop()
+    assert "saved by 2 processes with ZeRO-2 in fp32, this start has 1 processes with ZeRO-2" in told[0]
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 3, "a refused start changes nothing"
 
 
 def test_only_the_asked_number_of_checkpoints_and_the_ends_of_stages_are_kept(pair, shards, tmp_path):
@@ -319,6 +430,8 @@ def test_a_checkpoint_that_holds_code_is_not_run(pair, shards, tmp_path):
     (folder / "COMPLETE.json").write_text(json.dumps(record))
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         checkpoint.load_weights(tmp_path / "run")
+    with pytest.raises(WorkerError, match=r"[Ww]eights.only"):
+        pair.run(run, config)
     assert not marker.exists()
 
 
@@ -349,8 +462,8 @@ def _wide_model(processes: Processes, folder: Path, size: str) -> tuple[float, f
     g = torch.Generator().manual_seed(processes.rank)
     batch = [(torch.randint(16384, (1, 4, 4), generator=g), torch.randint(1000, (1,), generator=g))]
     first = engine.step(0, batch, 1e-3)
-    keys = {"stage": 0, "world_size": 2, "zero_stage": 3, "precision": "fp32", "config_hash": config.hash()}
-    record = checkpoint.CheckpointRecord(step=1, **keys)
+    hashes = {"config_hash": config.hash(), "data_fingerprint": ""}
+    record = checkpoint.CheckpointRecord(1, 0, world_size=2, zero_stage=3, precision="fp32", **hashes)
     saved = checkpoint.save(engine.engine, folder / "checkpoints", record)
     second = engine.step(1, batch, 1e-3)
     assert second.loss < first.loss

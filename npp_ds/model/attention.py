@@ -30,16 +30,23 @@ def check_attention(choice: str) -> None:
         )
 
 
+def _flash_attn_takes(q: Tensor) -> bool:
+    half, width = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1]
+    fits = q.is_cuda and half and width % 8 == 0 and width <= 256
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, choice: str = "auto", dropout: float = 0.0) -> Tensor:
     """q[B, N, H, D], k and v[B, N, G, D], G divides H -> [B, N, H, D]; position i sees positions 0..i.
 
     No mask tensor is passed, so fused kernels apply. Raises UserError when flash_attn is asked for and cannot.
     """
-    applicable = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    applicable = _flash_attn_takes(q)
     if choice == "flash_attn" and not applicable:
         raise UserError(
-            f"attention: flash_attn needs CUDA tensors in bf16 or fp16, found {q.dtype} on {q.device.type}; "
-            "set precision to bf16 or autocast_bf16 on a GPU, or attention to auto or sdpa"
+            "attention: flash_attn needs bf16 or fp16 on an Ampere GPU or later and a head width that is a multiple of "
+            f"8 up to 256, found {q.dtype} on {q.device.type}, head width {q.shape[-1]}; set precision to bf16 or "
+            "autocast_bf16 on such a GPU, or attention to auto or sdpa"
         )
     if choice != "sdpa" and applicable and flash_attn_importable():
         from flash_attn import flash_attn_func

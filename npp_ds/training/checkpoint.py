@@ -38,9 +38,13 @@ class CheckpointRecord:
     zero_stage: int
     precision: str
     config_hash: str
-    excluded_steps: list[int] = field(default_factory=list)
+    data_fingerprint: str
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
+
+
+class OtherFormatError(UserError):
+    """A checkpoint of another version of this software: not torn, and not to be passed over."""
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -51,6 +55,8 @@ def what_is_wrong(folder: Path) -> str | None:
     """None for a complete checkpoint, else the first thing that shows it torn: a missing, short or changed file."""
     try:
         record = read_record(folder)
+    except OtherFormatError:
+        raise
     except UserError as error:
         return str(error)
     if folder != folder_of(folder.parent, record.step):
@@ -69,14 +75,14 @@ def what_is_wrong(folder: Path) -> str | None:
 def read_record(folder: Path) -> CheckpointRecord:
     """Raises UserError when there is none or it cannot be read."""
     try:
-        record = CheckpointRecord(**json.loads((folder / RECORD).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / RECORD}: not a readable completeness record ({error})") from error
-    if record.format != FORMAT:
-        raise UserError(
-            f"{folder / RECORD}: format {record.format}, this version reads {FORMAT}; use a matching npp_ds"
-        )
-    return record
+        raw = json.loads((folder / RECORD).read_text())
+        if raw["format"] != FORMAT:
+            raise OtherFormatError(
+                f"{folder / RECORD}: format {raw['format']}, this version reads {FORMAT}; use the npp_ds that wrote it"
+            )
+        return CheckpointRecord(**raw)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / RECORD}: not a readable completeness record ({error!r})") from error
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
@@ -138,6 +144,17 @@ def _flush_and_hash(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def _check_names(names: list[str], record: CheckpointRecord) -> None:
+    """Raises RuntimeError unless DeepSpeed wrote one optimizer file per process, and in ZeRO-3 as many model files."""
+    models = record.world_size if record.zero_stage == 3 else 1
+    for ending, expected in (("optim_states.pt", record.world_size), ("model_states.pt", models)):
+        found = sum(name.endswith(ending) for name in names)
+        if found != expected:
+            raise RuntimeError(
+                f"checkpoint of step {record.step}: {found} files *{ending}, expected {expected}: {names}"
+            )
+
+
 def save(engine: Any, checkpoints: Path, record: CheckpointRecord) -> Path:
     """Writes a checkpoint of a DeepSpeed engine by the protocol above; called by all ranks together."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -150,7 +167,10 @@ def save(engine: Any, checkpoints: Path, record: CheckpointRecord) -> Path:
     dist.barrier()
     engine.save_checkpoint(str(checkpoints), tag=temporary.name, client_state={}, save_latest=False)
     dist.barrier()
-    names = sorted(p.name for p in temporary.iterdir())
+    listed: list[Any] = [sorted(p.name for p in temporary.iterdir())]
+    dist.broadcast_object_list(listed)
+    names: list[str] = listed[0]
+    _check_names(names, record)
     mine = {name: _flush_and_hash(temporary / name) for name in names[rank::world_size]}
     parts: list[Any] = [None] * world_size
     dist.all_gather_object(parts, mine)
@@ -199,11 +219,17 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def remove_old(checkpoints: Path, keep_last: int, keep_steps: set[int]) -> None:
-    """Deletes all but the `keep_last` newest complete checkpoints and those of `keep_steps`, and unfinished saves."""
-    complete = [s for s in saved_steps(checkpoints) if (folder_of(checkpoints, s) / RECORD).is_file()]
-    for step in complete[keep_last:]:
-        if step not in keep_steps:
-            remove(folder_of(checkpoints, step))
-    for leftover in checkpoints.glob("step-*.tmp"):
-        shutil.rmtree(leftover)
+def remove_old(checkpoints: Path, step: int, keep_last: int, keep_steps: set[int], warn=print) -> None:
+    """Deletes all but the `keep_last` newest checkpoints up to `step` and those of `keep_steps`, and unfinished saves.
+
+    Later steps are none of this run's and stay. What cannot be deleted is named to `warn`: no reason to stop a run.
+    """
+    recorded = [s for s in saved_steps(checkpoints) if s <= step and (folder_of(checkpoints, s) / RECORD).is_file()]
+    try:
+        for old in recorded[keep_last:]:
+            if old not in keep_steps:
+                remove(folder_of(checkpoints, old))
+        for leftover in checkpoints.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
+    except OSError as error:
+        warn(f"WARNING: an old checkpoint could not be deleted: {error}")

@@ -32,8 +32,9 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
-    stage = settings.get("zero_optimization", {}).get("stage") if isinstance(settings, dict) else None
-    if stage not in (1, 2, 3):
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if type(stage) is not int or stage not in (1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3")
     return settings
 
@@ -52,12 +53,20 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
         "steps_per_print": None,
     }
     clashes = [k for k, v in decided.items() if settings.get(k, "auto") not in ("auto", v)]
+    if settings.get("compute_grad_norm", True) is not True:
+        clashes.append("compute_grad_norm (it guards against gradients that are not finite)")
     clashes += [k for k in ("optimizer", "scheduler", *PRECISION_SECTIONS, *MONITOR_SECTIONS.values()) if k in settings]
     if clashes:
         raise UserError(
             f"deepspeed.config {config.deepspeed.config}: {', '.join(clashes)} "
             "belong to the run config (schedule, optimizer, precision, logging.monitors); "
             'drop them from the JSON, or write "auto" for batch sizes, clipping and steps_per_print'
+        )
+    if config.precision == "bf16" and settings["zero_optimization"]["stage"] == 1:
+        raise UserError(
+            f"precision: bf16 with deepspeed.config {config.deepspeed.config} (ZeRO-1): DeepSpeed's optimizer for "
+            "this pair writes checkpoints from which no weights can be read; set precision to autocast_bf16, or "
+            "deepspeed.config to zero2"
         )
     settings.update(decided)
     if config.precision == "bf16":

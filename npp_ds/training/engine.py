@@ -50,10 +50,9 @@ class TrainingEngine:
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed()
         settings = engine_settings(config, first_stage, processes.world_size)
-        self.zero_stage: int = settings["zero_optimization"]["stage"]
         self.seed, self.processes = config.seed, processes
         torch.manual_seed(int(mix64(config.seed) >> 1))
-        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=self.zero_stage == 3):
+        with deepspeed.zero.Init(config_dict_or_path=settings, enabled=settings["zero_optimization"]["stage"] == 3):
             model = Transformer(ModelConfig(**config.model.arguments()))
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer.weight_decay),

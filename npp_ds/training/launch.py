@@ -31,9 +31,6 @@ class Processes:
         dist.all_reduce(value)
         return value.item() / self.world_size
 
-    def barrier(self) -> None:
-        dist.barrier()
-
 
 def world_size_of_environment() -> int:
     """Number of processes of this launch, before any of them has met the others."""
@@ -54,6 +51,11 @@ def join_processes() -> Processes:
 
     Raises UserError when there are more processes on the node than GPUs.
     """
+    if "RANK" not in os.environ and _integer("SLURM_NTASKS", 1) > 1:
+        raise UserError(
+            f"SLURM started {os.environ['SLURM_NTASKS']} tasks and none of them knows its rank: each would be a run of "
+            "its own; start one task per node with torchrun in it"
+        )
     rank, local_rank, world_size = _integer("RANK", 0), _integer("LOCAL_RANK", 0), world_size_of_environment()
     for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size}.items():
         os.environ[name] = str(value)  # DeepSpeed reads them, whoever launched us

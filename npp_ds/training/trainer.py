@@ -6,23 +6,25 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import npp_ds
 from npp_ds.config import RunConfig
-from npp_ds.config_checks import problems_of
+from npp_ds.config_checks import load_config, problems_of
 from npp_ds.data.loader import EvalLoader
 from npp_ds.data.store import CodeStore
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.errors import UserError
 from npp_ds.evaluation.nll import mean_nll
 from npp_ds.files import write_json_atomic, write_text_atomic
+from npp_ds.model.attention import check_attention
 from npp_ds.schedule import Schedule, Stage
 from npp_ds.training import checkpoint
 from npp_ds.training.checkpoint import CheckpointRecord
+from npp_ds.training.deepspeed_config import engine_settings, read_settings
 from npp_ds.training.engine import StepResult, TrainingEngine
 from npp_ds.training.launch import Processes, join_processes, leave_processes
 from npp_ds.training.metrics import MetricsLog, Progress
@@ -47,21 +49,25 @@ class Trainer:
 
     def __init__(self, config: RunConfig, processes: Processes):
         self.config, self.processes = config, processes
-        self.train_store = stage_shards(config.data.train, config.data.cache_dir)
-        self.val_store = stage_shards(config.data.val, config.data.cache_dir) if config.data.val else None
+        self.train_store, self.val_store = self._on_all_ranks(self._stage_data)
         self.schedule: Schedule = self._on_first_rank(self._schedule)
         self.run_dir = config.directory
         self.checkpoints = self.run_dir / "checkpoints"
-        self._on_first_rank(self._prepare_run_folder)
+        self.metrics: MetricsLog | None = None
+        self.progress: Progress | None = None
+        self.zero_stage: int = read_settings(config.deepspeed.config)["zero_optimization"]["stage"]
+        self._on_first_rank(self._check_run_folder)
+        self.resumed_from: Path | None = self._on_first_rank(self._checkpoint_to_resume)
+        self._on_first_rank(self._describe_run)
         self.engine = TrainingEngine(config, self.schedule.stages[0], processes)
 
     def run(self) -> None:
         first_step = self._restore()
+        self._on_first_rank(lambda: self._open_metrics(first_step))
         if first_step == self.schedule.total_steps:
             self._say(f"{self.run_dir}: already trained to its last step, {first_step}; nothing to do")
+            self._write("end", first_step, elapsed_seconds=self.metrics.elapsed_before if self.metrics else 0.0)
             return
-        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", first_step) if self.processes.is_first else None
-        self.progress = None
         if self.processes.is_first:
             self.progress = Progress(self.schedule.total_steps, first_step, len(self.schedule.stages))
         self._announce(first_step)
@@ -97,6 +103,7 @@ class Trainer:
         """The run's steps on this data. Raises UserError with all misfits between config, data and processes."""
         world_size = self.processes.world_size
         problems = problems_of(self.config, world_size, len(self.train_store))
+        problems += self._engine_problems() if not problems else []
         for key, store in (("train", self.train_store), ("val", self.val_store)):
             problems += _data_problems(key, store, self.config) if store else []
         if self.val_store and self.train_store.manifest.tokenizer.sha256 != self.val_store.manifest.tokenizer.sha256:
@@ -105,42 +112,69 @@ class Trainer:
             raise UserError("the config does not fit the data:\n" + "\n".join(f"  - {p}" for p in problems))
         return self.config.build_schedule(len(self.train_store), world_size)
 
-    def _prepare_run_folder(self) -> None:
-        """Creates the run folder or checks that it belongs to this run; writes the resolved config and environment."""
+    def _engine_problems(self) -> list[str]:
+        """What DeepSpeed's settings and the attention kernel would refuse once everything is set up."""
+        first = self.config.build_schedule(len(self.train_store), self.processes.world_size).stages[0]
+        problems = []
+        for check in (
+            lambda: engine_settings(self.config, first, self.processes.world_size),
+            lambda: check_attention(self.config.model.attention),
+        ):
+            try:
+                check()
+            except UserError as error:
+                problems.append(str(error))
+        return problems
+
+    def _stage_data(self) -> tuple[CodeStore, CodeStore | None]:
+        data = self.config.data
+        return stage_shards(data.train, data.cache_dir), stage_shards(data.val, data.cache_dir) if data.val else None
+
+    def _open_metrics(self, first_step: int) -> None:
+        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", first_step)
+
+    def _check_run_folder(self) -> None:
+        """Raises UserError when the run folder belongs to a run with other settings."""
         path = self.run_dir / "config.yaml"
         if path.is_file():
-            before = RunConfig.model_validate(yaml.safe_load(path.read_text()))
+            before = load_config(file=path)
             if before.hash() != self.config.hash():
                 raise UserError(
                     f"{path}: this folder holds a run with other settings ({_differences(before, self.config)}); "
                     "set run_dir to a new folder, or these keys back"
                 )
+
+    def _describe_run(self) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, self.config.to_yaml())
+        write_text_atomic(self.run_dir / "config.yaml", self.config.to_yaml())
         write_json_atomic(self.run_dir / "environment.json", _environment(self.processes))
 
     def _on_first_rank(self, action: Callable[[], Any]) -> Any:
-        """Result of `action()` on the first rank, for all ranks; its UserError is raised on all of them."""
-        outcome: list[Any] = [None, None]
-        if self.processes.is_first:
-            try:
-                outcome[0] = action()
-            except UserError as error:
-                outcome[1] = str(error)
+        """Result of `action()` on the first rank, for all ranks; what a person can mend is raised on all of them."""
+        outcome = [_attempt(action) if self.processes.is_first else None]
         torch.distributed.broadcast_object_list(outcome, device=self.processes.device)
-        if outcome[1] is not None:
-            raise UserError(outcome[1], on_all_ranks=True)
-        return outcome[0]
+        result, problem = outcome[0]
+        if problem is not None:
+            raise UserError(problem, on_all_ranks=True)
+        return result
+
+    def _on_all_ranks(self, action: Callable[[], Any]) -> Any:
+        """This rank's result of `action()`; what a person can mend on any rank is raised on all of them."""
+        result, problem = _attempt(action)
+        problems: list[Any] = [None] * self.processes.world_size
+        torch.distributed.all_gather_object(problems, problem)
+        if found := [p for p in problems if p is not None]:
+            raise UserError(found[0], on_all_ranks=True)
+        return result
 
     def _restore(self) -> int:
-        """Loads the newest complete checkpoint; returns the step to go on with, 0 for a fresh run."""
-        folder = self._on_first_rank(self._checkpoint_to_resume)
-        if folder is None:
+        """Loads the checkpoint to resume from; returns the step to go on with, 0 for a fresh run."""
+        if self.resumed_from is None:
             return 0
-        checkpoint.load(self.engine.engine, folder)
-        return checkpoint.read_record(folder).step
+        checkpoint.load(self.engine.engine, self.resumed_from)
+        return checkpoint.read_record(self.resumed_from).step
 
-    def _checkpoint_to_resume(self):
+    def _checkpoint_to_resume(self) -> Path | None:
         folder = checkpoint.newest_complete(self.checkpoints)
         if folder is None:
             if steps := checkpoint.saved_steps(self.checkpoints):
@@ -151,11 +185,21 @@ class Trainer:
             return None
         record = checkpoint.read_record(folder)
         found = (record.world_size, record.zero_stage, record.precision)
-        expected = (self.processes.world_size, self.engine.zero_stage, self.config.precision)
+        expected = (self.processes.world_size, self.zero_stage, self.config.precision)
         if found != expected:
             raise UserError(
                 f"{folder}: saved by {found[0]} processes with ZeRO-{found[1]} in {found[2]}, this start has "
                 f"{expected[0]} processes with ZeRO-{expected[1]} in {expected[2]}; start it as it was saved"
+            )
+        if record.data_fingerprint != self.train_store.manifest.fingerprint():
+            raise UserError(
+                f"{folder}: trained on other shards than those in data.train ({self.config.data.train}), as the "
+                "fingerprint of their manifest shows; name the shards it was trained on, or set run_dir to a new folder"
+            )
+        if record.config_hash != self.config.hash():
+            raise UserError(
+                f"{folder}: saved by a run with other settings than {self.run_dir / 'config.yaml'} has now; "
+                "set run_dir to a new folder, or the settings back"
             )
         return folder
 
@@ -164,7 +208,7 @@ class Trainer:
         where = f"resuming after step {first_step}" if first_step else "fresh run"
         self._say(
             f"{self.config.name}: {where} in {self.run_dir}; {self.config.model.parameters() / 1e6:.1f}M parameters, "
-            f"{len(self.train_store)} images, {self.processes.world_size} processes, ZeRO-{self.engine.zero_stage}, "
+            f"{len(self.train_store)} images, {self.processes.world_size} processes, ZeRO-{self.zero_stage}, "
             f"{self.config.precision}; {stages}"
         )
 
@@ -216,14 +260,15 @@ class Trainer:
             step=done,
             stage=stage.index,
             world_size=self.processes.world_size,
-            zero_stage=self.engine.zero_stage,
+            zero_stage=self.zero_stage,
             precision=self.config.precision,
             config_hash=self.config.hash(),
+            data_fingerprint=self.train_store.manifest.fingerprint(),
         )
         checkpoint.save(self.engine.engine, self.checkpoints, record)
         if self.processes.is_first:
             ends = {s.end_step for s in self.schedule.stages}
-            checkpoint.remove_old(self.checkpoints, self.config.checkpoint.keep_last, ends)
+            checkpoint.remove_old(self.checkpoints, done, self.config.checkpoint.keep_last, ends, self._say)
 
     def _write(self, event: str, step: int, **values: Any) -> None:
         if self.metrics:
@@ -231,8 +276,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.processes.is_first:
-            progress = getattr(self, "progress", None)
-            progress.say(text) if progress else print(text, flush=True)
+            self.progress.say(text) if self.progress else print(text, flush=True)
 
 
 class _Clock:
@@ -276,6 +320,16 @@ class _Pause:
         lost = time.perf_counter() - self.began
         self.clock._started += lost
         self.clock._mark += lost
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(result, None), or (None, what a person can mend): wrong input, or files that cannot be read or written."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename}: {error.strerror}; mend that or name another place"
 
 
 def _due(done: int, every: int) -> bool:

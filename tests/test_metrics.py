@@ -1,0 +1,74 @@
+"""What a run tells: lines that survive a kill and are not told twice, a bar on a terminal, plain lines elsewhere."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from npp_ds.events import of_kind, read_events
+from npp_ds.training.metrics import MetricsLog, Progress
+
+LINE = {
+    "event": "train", "step": 30, "stage": 1, "patch_side": 2, "epoch": 3, "loss": 4.25, "learning_rate": 1e-4,
+    "images_per_second": 512.4,
+}  # fmt: skip
+
+
+def test_opening_the_log_at_a_step_forgets_what_came_after_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    log.write("stage", 0, stage=0)
+    for step in range(1, 8):
+        log.write("train", step, elapsed_seconds=2.0 * step)
+        if step == 4:
+            log.write("validation", 4, nll=1.0)
+            log.write("stage", 4, stage=1)
+    log.write("end", 7)
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"event": "tra')
+    log = MetricsLog(path, 4)
+    assert log.elapsed_before == 8.0
+    log.write("stage", 4, stage=1)
+    log.close()
+    events = read_events(path)
+    assert [e["step"] for e in of_kind(events, "train")] == [1, 2, 3, 4]
+    assert [e["step"] for e in of_kind(events, "validation")] == [4]
+    assert [e["stage"] for e in of_kind(events, "stage")] == [0, 1]
+    assert not of_kind(events, "end")
+
+
+def test_every_event_is_on_disk_when_written(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write("train", 1, loss=2.0)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"event": "train", "step": 1, "loss": 2.0}
+
+
+class Terminal(io.StringIO):
+    def __init__(self, is_terminal: bool):
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_shows_stage_step_loss_rate_and_time_to_go(monkeypatch, is_terminal):
+    screen = Terminal(is_terminal)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    progress = Progress(total_steps=100, first_step=10, stages=3)
+    progress.show(LINE, seconds_left=75)
+    progress.say("validation after step 30")
+    progress.close()
+    text = screen.getvalue()
+    for part in ("stage 2/3 side 2", "step 30/100", "loss 4.2500", "lr 1.00e-04", "512 images/s", "eta"):
+        assert part in text, part
+    assert "validation after step 30\n" in text
+    assert ("\x1b[" in text) is is_terminal
+    if not is_terminal:
+        assert "eta 0:01:15" in text
+        assert len(text.splitlines()) == 2
