@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from reference_weights import fill
 
 from npp_ds.model import ModelConfig, Transformer
+from reference_weights import fill
 
 DATA = Path(__file__).parent / "data"
 

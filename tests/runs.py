@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shard_sets import write_set
 
 from npp_ds.config import RunConfig
 from npp_ds.data.loader import StageLoader
@@ -13,6 +12,7 @@ from npp_ds.data.store import stage as stage_shards
 from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.training.engine import parameter_groups
+from shard_sets import write_set
 
 NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
 TIMES = ("images_per_second", "elapsed_seconds", "data_wait_seconds")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+
 from runs import metrics_of, shards_in, tiny_config
 from workers import free_port
 

@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from published_models import published_model
 
 from npp_ds.errors import UserError
 from npp_ds.model import patches
 from npp_ds.sampling.decode import choose, generate, keep_likely
 from npp_ds.sampling.noise import gumbel, noise_keys
+from published_models import published_model
 
 
 @pytest.fixture(scope="module")

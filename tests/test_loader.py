@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from shard_sets import CROP_NAMES, write_set
 
 from npp_ds.data.loader import PREFETCHED_STEPS, EvalLoader, StageLoader
 from npp_ds.data.order import batch_ids, crop_index, drop_label, rank_slice
@@ -17,6 +16,7 @@ from npp_ds.data.store import stage
 from npp_ds.errors import UserError
 from npp_ds.model.patches import group
 from npp_ds.schedule import Stage
+from shard_sets import CROP_NAMES, write_set
 
 SAMPLES, SEED, NULL_CLASS = 103, 5, 10
 

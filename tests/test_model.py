@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from published_models import published_model
 
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.sizes import SIZES, parameter_count
+from published_models import published_model
 
 SMALL = ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=50, grid_size=4, num_classes=5, ffn_multiple_of=16)
 

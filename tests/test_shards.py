@@ -10,11 +10,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from shard_sets import CROP_NAMES, files_limited_to, manifest_of, random_set, write_set
 
 from npp_ds.data.shards import CropInfo, Manifest, ShardInfo, ShardWriter, read_shard, verify
 from npp_ds.errors import UserError
 from npp_ds.files import sha256
+from shard_sets import CROP_NAMES, files_limited_to, manifest_of, random_set, write_set
 
 CODES, LABELS = random_set(6)
 KEYS = [f"n{i:02d}.folder/image {i}" for i in range(6)]

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from shard_sets import files_limited_to, manifest_of, write_set
 
 from npp_ds.data import store as store_module
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import stage
 from npp_ds.errors import UserError
+from shard_sets import files_limited_to, manifest_of, write_set
 
 SPAWN = multiprocessing.get_context("spawn")
 PATIENCE = 60

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import NO_DROPOUT, metrics_of, plain_losses, shards_in, tiny_config
-from workers import WorkerError, WorkerPool
 
 from npp_ds.data.loader import EvalLoader
 from npp_ds.data.order import batch_ids
@@ -21,6 +19,8 @@ from npp_ds.training import checkpoint
 from npp_ds.training.engine import NonFiniteError, TrainingEngine
 from npp_ds.training.launch import Processes
 from npp_ds.training.trainer import Trainer
+from runs import NO_DROPOUT, metrics_of, plain_losses, shards_in, tiny_config
+from workers import WorkerError, WorkerPool
 
 pytestmark = pytest.mark.processes
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference_weights import fill
 
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import VQ8, VQ16, VQConfig, VQModel, load_tokenizer, save_tokenizer, to_input, to_uint8
 from npp_ds.tokenizer.loading import SHIPPED, training_facts
 from npp_ds.tokenizer.sources import load_images, open_source
 from npp_ds.tokenizer.training import SMALL_VQ, SphericalCodebook, TokenizerTraining, measure, train
+from reference_weights import fill
 
 ROOT = Path(__file__).parent.parent
 TINY = VQConfig(32, (1, 2), num_res_blocks=1, z_channels=8, codebook_size=16, codebook_dim=4, norm_groups=8)
