@@ -1,14 +1,17 @@
 """Shared fixtures; tests that start processes run after all others, tests for a GPU only where there is one."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from npp_ds.training import checkpoint
+from runs import metrics_of, run, shards_in, tiny_config
 from workers import WorkerPool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: bool({"pair", "tiny_run"} & set(item.fixturenames)) or "processes" in item.keywords)
+    items.sort(key=lambda item: "pair" in item.fixturenames or "processes" in item.keywords)
     for item in items:
         if "gpu" in item.keywords:
             import torch
@@ -23,3 +26,17 @@ def pair() -> Iterator[WorkerPool]:
     pool = WorkerPool(2)
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """The folder of `runs.shards_in`."""
+    return shards_in(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(pair, shards, tmp_path_factory):
+    """(metrics, weights of the last checkpoint) of a run with dropout that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    pair.run(run, tiny_config(shards, folder))
+    return metrics_of(folder), checkpoint.load_weights(folder)[0]

@@ -9,9 +9,12 @@ import torch
 from npp_ds.config import RunConfig
 from npp_ds.data.loader import StageLoader
 from npp_ds.data.store import stage as stage_shards
+from npp_ds.errors import UserError
 from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.training.engine import parameter_groups
+from npp_ds.training.launch import Processes
+from npp_ds.training.trainer import Trainer
 from shard_sets import write_set
 
 NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
@@ -83,3 +86,35 @@ def plain_losses(config: RunConfig, steps: int) -> tuple[list[float], list[float
             losses.append(loss.item())
             norms.append(norm.item())
     return losses, norms, model.state_dict()
+
+
+def run(processes: Processes, config) -> None:
+    Trainer(config, processes).run()
+
+
+def run_and_stop_after(processes: Processes, config, steps: int) -> None:
+    """A run that is interrupted once `steps` steps are done, with a checkpoint from that moment."""
+
+    class Interrupted(Exception):
+        pass
+
+    class Interruptible(Trainer):
+        def _save(self, stage, done):
+            super()._save(stage, done)
+            if done == steps:
+                raise Interrupted
+
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": steps})})
+    try:
+        Interruptible(config, processes).run()
+    except Interrupted:
+        return
+    raise AssertionError("was not interrupted")
+
+
+def error_of(processes: Processes, config) -> str:
+    try:
+        Trainer(config, processes).run()
+    except UserError as error:
+        return str(error)
+    return "no error"
