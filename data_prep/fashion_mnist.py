@@ -17,7 +17,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, exit_code_of
 from npp_ds.files import write_atomic, write_text_atomic
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -128,13 +128,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.val_every < 0 or options.val_every == 1 or options.samples_per_shard < 1:
         parser.error("--val-every must be 0 or at least 2, --samples-per-shard at least 1")
-    try:
-        counts = convert(options.idx, options.split, options.out, options.val_every, options.samples_per_shard)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: convert_and_report(options))
+
+
+def convert_and_report(options: argparse.Namespace) -> None:
+    counts = convert(options.idx, options.split, options.out, options.val_every, options.samples_per_shard)
     print(f"{options.out}: " + ", ".join(f"{count} images in {prefix}-*.tar.gz" for prefix, count in counts.items()))
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, exit_code_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,18 +45,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    try:
-        tokenize(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: tokenize(options))
 
 
 def tokenize(options: argparse.Namespace) -> None:
+    try:
+        encode_images(options)
+    except OSError as error:
+        raise UserError(f"{error.filename or options.out}: {error.strerror}") from error
+
+
+def encode_images(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from npp_ds.tokenizer.encode import EncodeSettings, Encoding

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from npp_ds.errors import UserError
+from npp_ds.errors import exit_code_of
 from npp_ds.evaluation.classifier import Classifier, load_classifier, predict, save_classifier
 from npp_ds.tokenizer.sources import load_images, open_source
 from npp_ds.tokenizer.vq import VQModel, load_tokenizer, to_input, to_uint8
@@ -96,12 +96,8 @@ def train_classifier(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    try:
-        train_classifier(parse())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parse()
+    return exit_code_of(lambda: train_classifier(options))
 
 
 if __name__ == "__main__":

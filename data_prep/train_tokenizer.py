@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from npp_ds.errors import UserError
+from npp_ds.errors import exit_code_of
 
 
 def parse() -> argparse.Namespace:
@@ -33,12 +33,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    try:
-        train_tokenizer(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: train_tokenizer(options))
 
 
 def train_tokenizer(options: argparse.Namespace) -> None:

@@ -1,5 +1,8 @@
 """The one exception that means "a person can fix this": command lines print its text, no traceback, and exit with 2."""
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """Wrong input: the text names the file or key, what was found, what was expected and what to do.
@@ -10,3 +13,13 @@ class UserError(ValueError):
     def __init__(self, text: str, on_all_ranks: bool = False):
         super().__init__(text)
         self.on_all_ranks = on_all_ranks
+
+
+def exit_code_of(action: Callable[[], object]) -> int:
+    """0 after `action()`, or 2 with the text of its UserError on standard error: the end of a script's `main`."""
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from npp_ds.errors import UserError
-
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+from npp_ds.tokenizer.sources import IMAGE_EXTENSIONS
 
 
 def shard_paths(source: str | Path) -> list[str]:

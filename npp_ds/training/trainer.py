@@ -3,7 +3,8 @@
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,18 +65,19 @@ class Trainer:
     def run(self) -> None:
         first_step = self._restore()
         self._on_first_rank(lambda: self._open_metrics(first_step))
-        if first_step == self.schedule.total_steps:
-            self._say(f"{self.run_dir}: already trained to its last step, {first_step}; nothing to do")
-            self._write("end", first_step, elapsed_seconds=self.metrics.elapsed_before if self.metrics else 0.0)
-            return
-        if self.processes.is_first:
-            self.progress = Progress(self.schedule.total_steps, first_step, len(self.schedule.stages))
-        self._announce(first_step)
         try:
+            if first_step == self.schedule.total_steps:
+                self._say(f"{self.run_dir}: already trained to its last step, {first_step}; nothing to do")
+                self._write("end", first_step, elapsed_seconds=self.metrics.elapsed_before if self.metrics else 0.0)
+                return
+            if self.processes.is_first:
+                self.progress = Progress(self.schedule.total_steps, first_step, len(self.schedule.stages))
+            self._announce(first_step)
             self._train(first_step)
         finally:
-            if self.processes.is_first:
+            if self.progress:
                 self.progress.close()
+            if self.metrics:
                 self.metrics.close()
 
     def _train(self, first_step: int) -> None:
@@ -305,21 +307,16 @@ class _Clock:
         self.seconds_per_step = seconds / max(1, steps)
         return images / seconds
 
-    def paused(self) -> "_Pause":
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, clock: _Clock):
-        self.clock = clock
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *exception) -> None:
-        lost = time.perf_counter() - self.began
-        self.clock._started += lost
-        self.clock._mark += lost
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            lost = time.perf_counter() - began
+            self._started += lost
+            self._mark += lost
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
