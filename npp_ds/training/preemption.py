@@ -1,0 +1,48 @@
+"""A scheduler asks a run to stop with a signal; the run saves and ends with a code that says: start me again."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+PREEMPTED = 75
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop, saved, and goes on when started again."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop by `signal_name` and saved after `step` steps."""
+
+    def __init__(self, signal_name: str, step: int):
+        super().__init__(signal_name, step)
+        self.signal_name, self.step = signal_name, step
+
+    def __str__(self) -> str:
+        return f"asked to stop by {self.signal_name}; saved after step {self.step}; start again to go on"
+
+
+class StopRequests:
+    """Inside `with`, SIGTERM and SIGUSR1 end nothing: the first one is noted in `requested`, later ones change nothing.
+
+    Python delivers signals to the main thread only: entered in another thread it raises ValueError.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequests":
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            # None: a handler that was not installed from Python, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = signal.Signals(number).name

@@ -1,0 +1,96 @@
+"""The signals by which schedulers stop a run are noted instead of ending it, and only while somebody wants to know."""
+
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
+
+pytestmark = pytest.mark.processes
+
+# Notes what was requested when it has seen as many signals as are sent, then leaves the block and waits for the next.
+PROGRAM = """
+import signal, sys, time
+from npp_ds.training.preemption import StopRequests
+for times in range(2):
+    with StopRequests() as stop:
+        print("ready", stop.requested, flush=True)
+        while stop.requested is None:
+            time.sleep(0.01)
+        print("first", flush=True)
+        sys.stdin.readline()
+        print(stop.requested, flush=True)
+print("left", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_notes_the_first_signal_twice_in_a_row_and_dies_of_one_afterwards():
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=-1, stdout=-1, text=True)
+    guard = threading.Timer(30, process.kill)
+    guard.start()
+
+    def heard() -> str:
+        return process.stdout.readline().strip()
+
+    try:
+        for first, second in ((signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)):
+            assert heard() == "ready None"
+            process.send_signal(first)
+            assert heard() == "first"
+            process.send_signal(second)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert heard() == first.name
+        assert heard() == "left"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+    finally:
+        guard.cancel()
+        process.kill()
+        process.communicate()
+
+
+def test_earlier_handlers_come_back_also_after_an_error():
+    heard = []
+    before = {number: signal.signal(number, lambda n, f: heard.append(n)) for number in StopRequests.SIGNALS}
+    try:
+        with pytest.raises(KeyError), StopRequests() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            raise KeyError
+        assert (stop.requested, heard) == ("SIGTERM", [])
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        assert heard == [signal.SIGTERM, signal.SIGUSR1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_another_thread_than_the_main_one_is_told_so():
+    errors = []
+
+    def enter() -> None:
+        try:
+            with StopRequests():
+                pass
+        except ValueError as error:
+            errors.append(error)
+
+    before = [signal.getsignal(number) for number in StopRequests.SIGNALS]
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1 and "main thread" in str(errors[0])
+    assert [signal.getsignal(number) for number in StopRequests.SIGNALS] == before
+
+
+def test_preempted_says_by_what_and_where_and_passes_between_processes():
+    error = pickle.loads(pickle.dumps(Preempted("SIGUSR1", 120)))
+    assert (error.signal_name, error.step) == ("SIGUSR1", 120)
+    assert str(error) == "asked to stop by SIGUSR1; saved after step 120; start again to go on"
+    assert PREEMPTED == 75
