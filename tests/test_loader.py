@@ -68,7 +68,8 @@ def threads():
 
 
 def flatten(batch):
-    return [batch.step, batch.epoch, batch.ids.tolist(), [(c.tolist(), y.tolist()) for c, y in batch.micro_batches]]
+    micro_batches = [(c.tolist(), y.tolist()) for c, y in batch.micro_batches]
+    return [batch.step, batch.epoch, batch.ids.tolist(), batch.crops.tolist(), micro_batches]
 
 
 @pytest.mark.parametrize("patch_side", [1, 2, 4])
@@ -85,6 +86,7 @@ def test_batches_are_those_of_the_pure_functions(codes_and_store, patch_side, wo
                 ids = batch_ids(SAMPLES, 12, SEED, epoch, index)[positions]
                 assert (batch.step, batch.epoch) == (step, epoch)
                 np.testing.assert_array_equal(batch.ids, ids.reshape(-1))
+                np.testing.assert_array_equal(batch.crops, crop_index(ids.reshape(-1), SEED, epoch, 3))
                 assert len(batch.micro_batches) == len(positions) == 12 // (world_size * micro_batch_size)
                 for (got_codes, got_labels), rows in zip(batch.micro_batches, ids, strict=True):
                     crops = crop_index(rows, SEED, epoch, 3)

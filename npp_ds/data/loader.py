@@ -26,13 +26,14 @@ PREFETCHED_STEPS = 4
 class StepBatch:
     """What one rank trains on in one optimizer step.
 
-    `ids` int64 [rows] in training order; per micro-step (codes int64 [micro_batch, N, k], labels int64 [micro_batch]),
-    where a dropped label is `num_classes`.
+    `ids` int64 [rows] in training order and `crops` int64 [rows], the crop each of them shows; per micro-step
+    (codes int64 [micro_batch, N, k], labels int64 [micro_batch]), where a dropped label is `num_classes`.
     """
 
     step: int
     epoch: int
     ids: np.ndarray
+    crops: np.ndarray
     micro_batches: list[tuple[Tensor, Tensor]]
 
 
@@ -178,7 +179,7 @@ class StageLoader:
         micro_batches = [
             (self._reader.codes(ids[m], crops[m]), self._reader.to_tensor(labels[m])) for m in range(len(ids))
         ]
-        return StepBatch(step, epoch, ids.reshape(-1), micro_batches)
+        return StepBatch(step, epoch, ids.reshape(-1), crops.reshape(-1), micro_batches)
 
 
 def _check_fit(store: CodeStore, stage: Stage, num_classes: int) -> None:
