@@ -301,35 +301,45 @@ def test_of_two_simultaneous_starts_exactly_one_goes_on(start, tmp_path, locks):
             process.ask("release")
 
 
-def test_a_start_that_another_overtakes_on_the_way_to_the_lock_is_refused(monkeypatch, tmp_path):
-    slow, fast = (Lease(tmp_path, heartbeat_seconds=HEARTBEAT, stale_seconds=30) for _ in range(2))
-    locked = lease_module.locked
-
-    def overtaken(path: Path, patience: float) -> Any:
-        monkeypatch.setattr(lease_module, "locked", locked)
-        fast.acquire()
-        return locked(path, patience)
-
-    monkeypatch.setattr(lease_module, "locked", overtaken)
-    with pytest.raises(UserError, match="another run trains"):
-        slow.acquire()
-    assert record(tmp_path)["token"] == fast.token
-    fast.release()
-
-
-def test_a_watcher_that_slept_too_long_still_sees_that_the_holder_lives(monkeypatch, tmp_path):
-    with taken(tmp_path, host="node1"):
+def silent_holder(folder: Path) -> dict[str, Any]:
+    """Leaves the record of a holder on another node that need be watched for a moment only."""
+    with taken(folder, host="node1"):
         pass
-    left = {**record(tmp_path), "released": False, "heartbeat_seconds": 0.001}
-    (tmp_path / "lease.json").write_text(json.dumps(left))
+    left = {**record(folder), "released": False, "heartbeat_seconds": 0.001}
+    (folder / "lease.json").write_text(json.dumps(left))
+    return left
 
-    def one_beat_later(seconds: float) -> None:
-        left["beat"] += 1
-        (tmp_path / "lease.json").write_text(json.dumps(left))
 
-    monkeypatch.setattr(lease_module.time, "sleep", one_beat_later)
+@pytest.mark.parametrize("moment", ["while it is watched", "before it is overwritten"])
+def test_a_holder_that_wakes_late_keeps_the_folder(monkeypatch, tmp_path, moment):
+    left = silent_holder(tmp_path)
+    owner, name = (time, "sleep") if moment == "while it is watched" else (lease_module, "locked")
+    original = getattr(owner, name)
+
+    def one_beat_later(*args: Any) -> Any:
+        monkeypatch.setattr(owner, name, original)
+        (tmp_path / "lease.json").write_text(json.dumps({**left, "beat": left["beat"] + 1}))
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, one_beat_later)
     with pytest.raises(UserError, match="another run trains"):
         Lease(tmp_path, heartbeat_seconds=HEARTBEAT, stale_seconds=HEARTBEAT / 2, host="node2").acquire()
+    assert record(tmp_path)["token"] == left["token"]
+
+
+def test_a_start_that_is_overwritten_where_no_lock_reaches_does_not_go_on(monkeypatch, tmp_path):
+    slow, fast = (Lease(tmp_path, heartbeat_seconds=HEARTBEAT, job_id="5", restart_count=i) for i in range(2))
+    sleep = time.sleep
+
+    def overtaken(seconds: float) -> None:
+        monkeypatch.setattr(time, "sleep", sleep)
+        fast.acquire()
+
+    monkeypatch.setattr(time, "sleep", overtaken)
+    with pytest.raises(UserError, match="another run trains"):
+        slow.acquire()
+    fast.check()
+    fast.release()
 
 
 def test_a_released_folder_is_free_and_release_may_be_called_again(start, tmp_path):
