@@ -1,6 +1,7 @@
 """The command line `npp`: thin calls into the rooms, and one place that turns errors into a line and an exit code.
 
-Exit codes: 0 done, 2 something to mend (the text says what), 3 the loss or the gradients left the finite numbers.
+Exit codes: 0 done; 2 something to mend (the text says what); 3 the loss or the gradients left the finite numbers;
+4 a process stalled (stacks in stalled.txt); 75 a signal came and a checkpoint was made: the same command goes on.
 """
 
 import os
@@ -52,6 +53,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as schedule.epochs=100")] = None,
     recipe: Annotated[str | None, typer.Option(help="a shipped recipe")] = None,
     config: Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")] = None,
+    from_step: Annotated[
+        int | None, typer.Option(help="go on from the checkpoint of this step; later ones are set aside")
+    ] = None,
 ) -> None:
     """Train a run, or go on with it; start several processes with torchrun -m npp_ds train ..."""
     from npp_ds.config_checks import load_config
@@ -62,14 +66,18 @@ def train(
     except UserError as error:
         raise UserError(str(error), on_all_ranks=True) from error
 
-    from npp_ds.training.engine import NonFiniteError
+    from npp_ds.training.preemption import PREEMPTED, Preempted
+    from npp_ds.training.trainer import NonFiniteError
     from npp_ds.training.trainer import train as train_run
 
     try:
-        train_run(run)
+        train_run(run, from_step)
     except NonFiniteError as error:
-        print(f"error: {error}; stopped before the weights changed", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}; stopped before the weights changed", file=sys.stderr, flush=True)
         sys.exit(3)
+    except Preempted:
+        sys.exit(PREEMPTED)
 
 
 @app.command()
@@ -84,6 +92,7 @@ def sample(
     top_p: Annotated[float, typer.Option(help="draw from the likeliest codes of this total probability")] = 1.0,
     seed: Annotated[int, typer.Option(help="image i is the same for any batch size and number of images")] = 0,
     step: Annotated[int | None, typer.Option(help="checkpoint; the newest complete one when left out")] = None,
+    weights: Annotated[str, typer.Option(help="raw, or ema: their moving average")] = "raw",
     patch_side: Annotated[int, typer.Option(help="sample a coarse model, one code shown per patch")] = 1,
     image_size: Annotated[int | None, typer.Option(help="resize to this many pixels (bicubic)")] = None,
     batch_size: Annotated[int, typer.Option(help="images decoded at a time")] = 64,
@@ -97,6 +106,7 @@ def sample(
         made = sample_run(
             run_dir,
             step=step,
+            weights=weights,
             out=out,
             classes=[name.strip() for name in classes.split(",")] if classes else None,
             labels=labels,

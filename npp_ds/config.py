@@ -85,7 +85,7 @@ class StageSection(_Section):
     epochs: float | None = Field(None, gt=0, description="length in epochs; give this or steps")
     steps: int | None = Field(None, gt=0, description="length in optimizer steps")
     batch_size: int | None = Field(None, ge=1, description="images per optimizer step over all processes")
-    micro_batch_size: int | None = _free(None, "images per forward pass and process", ge=1)
+    micro_batch_size: int | None = _free(None, "most images per forward pass and process", ge=1)
     learning_rate: float | None = Field(None, gt=0, description="peak rate")
     final_learning_rate: float | None = Field(None, ge=0, description="rate at the stage's last step")
     warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up in epochs")
@@ -103,7 +103,10 @@ class ScheduleSection(_Section):
     )
     batch_size: int = Field(256, ge=1, description="images per optimizer step over all processes")
     micro_batch_size: int | None = _free(
-        None, "images per forward pass and process; null: batch_size / processes", ge=1
+        None,
+        "most images per forward pass and process: the largest divisor of batch_size / processes up to it is used; "
+        "null: batch_size / processes",
+        ge=1,
     )
     warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up at the start of each stage, in epochs")
     decay_fraction: float = Field(
@@ -124,17 +127,38 @@ class OptimizerSection(_Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.05, ge=0, description="on tensors of two and more dimensions, none on the rest")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of an exponential moving average of the weights, such as 0.9999; 0: none"
+    )
 
 
 class ValidationSection(_Section):
     every: int = _free(1000, "optimizer steps between validations; 0: only at the ends of stages", ge=0)
     batch_size: int = _free(64, "images per forward pass and process", ge=1)
     limit: int | None = _free(None, "images to validate on; null: all", ge=1)
+    weights: Literal["raw", "ema", "both"] = _free("raw", "validate the weights, their moving average, or both")
 
 
 class CheckpointSection(_Section):
     every: int = _free(1000, "optimizer steps between checkpoints; 0: only at the ends of stages", ge=0)
     keep_last: int = _free(3, "newest checkpoints to keep, besides those at the ends of stages", ge=1)
+    keep_every: int = _free(0, "also keep checkpoints of steps that are multiples of this; 0: none", ge=0)
+    asynchronous: bool = _free(
+        False, "copy to host memory, then write in a thread while training goes on; takes that much host memory"
+    )
+
+
+class WatchSection(_Section):
+    on_nonfinite: Literal["stop", "skip", "rollback"] = _free(
+        "stop",
+        "a step whose loss or gradient norm is not finite never changes the weights; then stop, leave that step out "
+        "for good, or also go back to the newest checkpoint (the third rollback stops the run)",
+    )
+    spike_window: int = _free(100, "losses of a stage that a new one is compared with; 0: no spike warnings", ge=0)
+    spike_threshold: float = _free(8.0, "standard deviations above their mean that make a loss a spike", gt=0)
+    stall_seconds: float = _free(
+        900.0, "a process without a step for so long writes its stacks to stalled.txt and ends; 0: never", ge=0
+    )
 
 
 class LoggingSection(_Section):
@@ -142,11 +166,12 @@ class LoggingSection(_Section):
     monitors: list[Literal["tensorboard", "wandb", "csv"]] = _free(
         [], "also write to these, through DeepSpeed's monitor"
     )
+    samples: bool = _free(False, "write the ids and crops of every step's images to sample_log.jsonl")
 
 
 class DeepSpeedSection(_Section):
     config: str = _free(
-        "zero2", "a name in ds_configs/ (zero1, zero2, zero3 ..) or a JSON file; a resumed run keeps its ZeRO stage"
+        "zero2", "a name in ds_configs/ (zero1, zero2, zero3 ..) or a JSON file; may change when a run is resumed"
     )
 
 
@@ -164,6 +189,7 @@ class RunConfig(_Section):
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    watch: WatchSection = WatchSection()
     logging: LoggingSection = LoggingSection()
 
     @property
@@ -222,7 +248,7 @@ class RunConfig(_Section):
                 start_epoch=epoch,
                 steps_per_epoch=steps_per_epoch,
                 batch_size=s.batch_size,
-                micro_batch_size=s.micro_batch_size or s.batch_size // world_size,
+                micro_batch_size=_micro_batch_size(s.batch_size // world_size, s.micro_batch_size),
                 peak_learning_rate=s.learning_rate,
                 final_learning_rate=s.final_learning_rate,
                 warmup_steps=warmup_steps,
@@ -231,6 +257,11 @@ class RunConfig(_Section):
             stages.append(stage)
             step, epoch = stage.end_step, stage.end_epoch
         return Schedule(tuple(stages))
+
+
+def _micro_batch_size(rows: int, most: int | None) -> int:
+    """The largest divisor of a process's rows of a batch that is at most `most`."""
+    return next(size for size in range(min(rows, most or rows), 0, -1) if rows % size == 0)
 
 
 def _without_free_keys(value: Any) -> Any:

@@ -194,7 +194,7 @@ def _drop(raw: Any, location: tuple[str | int, ...]) -> None:
 
 def problems_of(config: RunConfig, world_size: int | None = None, num_samples: int | None = None) -> list[str]:
     """What is wrong between the keys of a config, and between it, the number of processes and the data."""
-    problems = _model_problems(config) + _stage_problems(config)
+    problems = _model_problems(config) + _stage_problems(config) + _average_problems(config)
     if world_size is not None:
         problems += _batch_problems(config, world_size)
     if num_samples is not None and not problems:
@@ -266,20 +266,27 @@ def _stage_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def _average_problems(config: RunConfig) -> list[str]:
+    if config.validation.weights == "raw" or config.optimizer.ema_decay:
+        return []
+    return [
+        f"validation.weights: {config.validation.weights}, but optimizer.ema_decay is 0, so no average is kept; "
+        "set optimizer.ema_decay (such as 0.9999), or validation.weights to raw"
+    ]
+
+
 def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
-    stages_of: dict[tuple[int, int | None], list[int]] = {}
+    stages_of: dict[int, list[int]] = {}
     table = config.stage_table()
     for i, stage in enumerate(table):
-        stages_of.setdefault((stage.batch_size, stage.micro_batch_size), []).append(i)
+        stages_of.setdefault(stage.batch_size, []).append(i)
     problems = []
-    for (batch_size, micro_batch_size), stages in stages_of.items():
-        unit = world_size * (micro_batch_size or 1)
-        if batch_size % unit:
+    for batch_size, stages in stages_of.items():
+        if batch_size % world_size:
             where = "every stage" if len(stages) == len(table) else f"stages {', '.join(map(str, stages))}"
-            parts = f"{world_size} processes" + (f" x micro_batch_size {micro_batch_size}" if micro_batch_size else "")
             problems.append(
-                f"schedule.batch_size: {batch_size} ({where}) is no multiple of {parts}; use "
-                f"{max(1, round(batch_size / unit)) * unit}, or another micro_batch_size or number of processes"
+                f"schedule.batch_size: {batch_size} ({where}) is no multiple of {world_size} processes; use "
+                f"{max(1, round(batch_size / world_size)) * world_size}, or another number of processes"
             )
     return problems
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from npp_ds.training import checkpoint
-from runs import metrics_of, run, shards_in, tiny_config
+from runs import WATCHED, Outcome, outcome_of, run, shards_in, tiny_config
 from workers import WorkerPool
 
 
@@ -35,8 +34,8 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(pair, shards, tmp_path_factory):
-    """(metrics, weights of the last checkpoint) of a run with dropout that nothing interrupts."""
+def undisturbed(pair, shards, tmp_path_factory) -> Outcome:
+    """What a run of two processes with dropout, average and sample log leaves behind when nothing interrupts it."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    pair.run(run, tiny_config(shards, folder))
-    return metrics_of(folder), checkpoint.load_weights(folder)[0]
+    pair.run(run, tiny_config(shards, folder, **WATCHED))
+    return outcome_of(folder)

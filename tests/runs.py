@@ -1,8 +1,10 @@
 """Tiny runs for tests: a config over random shards, and the same training in plain PyTorch."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -12,13 +14,21 @@ from npp_ds.data.store import stage as stage_shards
 from npp_ds.errors import UserError
 from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
+from npp_ds.training import checkpoint
 from npp_ds.training.engine import parameter_groups
 from npp_ds.training.launch import Processes
+from npp_ds.training.run_log import RunLog
+from npp_ds.training.state_files import SavedState
 from npp_ds.training.trainer import Trainer
 from shard_sets import write_set
 
 NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
-TIMES = ("images_per_second", "elapsed_seconds", "data_wait_seconds")
+WATCHED = {
+    "optimizer": {"learning_rate": 3e-3, "ema_decay": 0.9},
+    "validation": {"every": 7, "batch_size": 8, "weights": "both"},
+    "logging": {"every": 1, "samples": True},
+}
+TIMES = ("images_per_second", "elapsed_seconds", "data_wait_share")
 
 
 def shards_in(folder: Path, seed: int = 0) -> Path:
@@ -52,9 +62,42 @@ def tiny_config(folder: Path, run_dir: Path, **sections: Any) -> RunConfig:
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without what depends on the clock and on when checkpoints were due."""
     lines = (json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["event"] != "checkpoint"]
+
+
+def state_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest complete checkpoint, whole, and its numbers of steps."""
+    folder = checkpoint.newest_complete(run_dir / "checkpoints")
+    record = checkpoint.read_record(folder)
+    numbers = {"step": torch.tensor(record.step), "optimizer_steps": torch.tensor(record.optimizer_steps)}
+    with SavedState(folder, record.files, record.shapes) as saved:
+        whole = {f"{kind}/{name}": saved.whole(kind, name) for kind in record.kinds for name in record.shapes}
+    return {**numbers, **whole}
+
+
+class Outcome(NamedTuple):
+    """What a run left behind: its metrics, the images of every step, and the state in its newest checkpoint."""
+
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    state: dict[str, torch.Tensor]
+
+
+def outcome_of(run_dir: Path) -> Outcome:
+    path = run_dir / "sample_log.jsonl"
+    samples = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return Outcome(metrics_of(run_dir), samples, state_of(run_dir))
+
+
+def assert_same(found: Outcome, expected: Outcome) -> None:
+    """Bit for bit."""
+    assert found.metrics == expected.metrics
+    assert found.samples == expected.samples
+    assert found.state.keys() == expected.state.keys()
+    differ = [name for name, tensor in expected.state.items() if not torch.equal(found.state[name], tensor)]
+    assert not differ
 
 
 def plain_losses(config: RunConfig, steps: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
@@ -88,8 +131,8 @@ def plain_losses(config: RunConfig, steps: int) -> tuple[list[float], list[float
     return losses, norms, model.state_dict()
 
 
-def run(processes: Processes, config) -> None:
-    Trainer(config, processes).run()
+def run(processes: Processes, config, from_step: int | None = None) -> None:
+    Trainer(config, processes, from_step).run()
 
 
 def run_and_stop_after(processes: Processes, config, steps: int) -> None:
@@ -99,9 +142,10 @@ def run_and_stop_after(processes: Processes, config, steps: int) -> None:
         pass
 
     class Interruptible(Trainer):
-        def _save(self, stage, done):
-            super()._save(stage, done)
+        def _save(self, stage, done, must=False):
+            super()._save(stage, done, must)
             if done == steps:
+                self._settle()
                 raise Interrupted
 
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": steps})})
@@ -112,9 +156,21 @@ def run_and_stop_after(processes: Processes, config, steps: int) -> None:
     raise AssertionError("was not interrupted")
 
 
-def error_of(processes: Processes, config) -> str:
+def told(
+    processes: Processes, config, before: Callable[..., None] = lambda trainer: None, *arguments: Any
+) -> list[str]:
+    """What a run says on this rank; `before(trainer, *arguments)` may have prepared it."""
+    said: list[str] = []
+    with patch.object(RunLog, "say", lambda log, text: said.append(text)):
+        trainer = Trainer(config, processes)
+        before(trainer, *arguments)
+        trainer.run()
+    return said
+
+
+def error_of(processes: Processes, config, from_step: int | None = None) -> str:
     try:
-        Trainer(config, processes).run()
+        Trainer(config, processes, from_step).run()
     except UserError as error:
         return str(error)
     return "no error"

@@ -95,10 +95,21 @@ def test_impossible_models_are_refused(tmp_path, model, expected):
     assert expected in complaint(tmp_path, {**MINIMAL, "model": model})
 
 
-def test_batches_must_factor_into_processes_and_micro_batches(tmp_path):
-    keys = {**MINIMAL, "schedule": {"batch_size": 250, "micro_batch_size": 32}}
-    text = complaint(tmp_path, keys, world_size=8)
-    assert "schedule.batch_size: 250 (every stage) is no multiple of 8 processes x micro_batch_size 32; use 256" in text
+def test_batches_must_factor_into_processes(tmp_path):
+    text = complaint(tmp_path, {**MINIMAL, "schedule": {"batch_size": 250}}, world_size=8)
+    assert "schedule.batch_size: 250 (every stage) is no multiple of 8 processes; use 248" in text
+
+
+@pytest.mark.parametrize("world_size, expected", [(1, 32), (8, 32), (16, 16), (64, 4)])
+def test_micro_batches_are_the_largest_that_fit_whatever_the_number_of_processes(tmp_path, world_size, expected):
+    keys = {**MINIMAL, "schedule": {"batch_size": 256, "micro_batch_size": 48}}
+    config = load_config(file=write(tmp_path / "run.yaml", keys), world_size=world_size)
+    assert {s.micro_batch_size for s in config.build_schedule(1000, world_size).stages} == {expected}
+
+
+def test_validating_an_average_that_is_not_kept_is_refused(tmp_path):
+    text = complaint(tmp_path, {**MINIMAL, "validation": {"weights": "ema"}})
+    assert "validation.weights: ema, but optimizer.ema_decay is 0" in text
 
 
 def test_a_wrong_key_causes_no_second_complaint_about_what_it_would_have_set(tmp_path):

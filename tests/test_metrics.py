@@ -61,7 +61,7 @@ def test_progress_shows_stage_step_loss_rate_and_time_to_go(monkeypatch, is_term
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "xterm")
     progress = Progress(total_steps=100, first_step=10, stages=3)
-    progress.show(LINE, seconds_left=75)
+    progress.show(LINE, seconds_per_step=75 / 70)
     progress.say("validation after step 30")
     progress.close()
     text = screen.getvalue()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LABEL_STREAM = int.from_bytes(b"labels", "big")
 LABEL_CHOICES = ("balanced", "random")
+WEIGHT_KINDS = {"raw": "master", "ema": "ema"}  # what a checkpoint calls them
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def sample_run(
     run_dir: str | Path,
     *,
     step: int | None = None,
+    weights: str = "raw",
     out: str | Path | None = None,
     classes: Sequence[int | str] | None = None,
     labels: str = "balanced",
@@ -180,14 +182,17 @@ def sample_run(
 ) -> Samples:
     """Samples `per_class` x classes images of a run's checkpoint and writes them to `out`.
 
-    Weights are those of `step` (None: the newest complete checkpoint), read by `load_weights(run_dir, step=...)`, or
-    `state_dict` when given. `out` defaults to a folder under <run_dir>/samples named after step and settings.
+    Weights are those of `step` (None: the newest complete checkpoint), `weights` "raw" or "ema" (their moving average),
+    read by `load_weights(run_dir, step=..., kind=...)`, or `state_dict` when given. `out` defaults to a folder under
+    <run_dir>/samples named after step and settings.
     With `labels` "random" the number of images stays and the labels are drawn.
     """
     run_dir, options = Path(run_dir), options or Options()
     for name, value in (("per_class", per_class), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name}: found {value}, expected a whole number of at least 1")
+    if weights not in WEIGHT_KINDS:
+        raise UserError(f"weights: found {weights!r}, expected one of {', '.join(WEIGHT_KINDS)}")
     config = _read_config(run_dir)
     manifest = _manifest(config)
     class_names = list(manifest.class_names) if manifest else []
@@ -196,7 +201,7 @@ def sample_run(
     if state_dict is None:
         if load_weights is None:
             from npp_ds.training.checkpoint import load_weights
-        state_dict, step = load_weights(run_dir, step=step)
+        state_dict, step = load_weights(run_dir, step=step, kind=WEIGHT_KINDS[weights])
     model = build_model(config, state_dict, device)
     tokenizer = _tokenizer(config, manifest, device)
     indices = np.arange(per_class * len(chosen))
@@ -216,6 +221,7 @@ def sample_run(
     record = {
         "run": config.name,
         "checkpoint_step": step,
+        "weights": weights,
         **asdict(options),
         "labels": labels,
         "classes": chosen,
@@ -223,7 +229,7 @@ def sample_run(
         **_described(images, seconds),
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
     }
-    directory = Path(out) if out else run_dir / "samples" / _folder_name(step, labels, options)
+    directory = Path(out) if out else run_dir / "samples" / _folder_name(step, weights, labels, options)
     write_samples(directory, images, image_labels, record, class_names)
     return Samples(images, image_labels, record, directory)
 
@@ -239,10 +245,10 @@ def _described(images: np.ndarray, seconds: float) -> dict[str, Any]:
     }
 
 
-def _folder_name(step: int | None, labels: str, options: Options) -> str:
+def _folder_name(step: int | None, weights: str, labels: str, options: Options) -> str:
     """Step, guidance and seed, then whatever else differs from the defaults, so that no two settings share a folder."""
     usual = asdict(Options())
     others = [f"{name}-{value:g}" for name, value in asdict(options).items() if value != usual[name]]
     others = [text.replace("_", "-") for text in others if not text.startswith(("cfg_scale", "seed"))]
     parts = [f"step-{step or 0:08d}", f"cfg-{options.cfg_scale:g}", f"seed-{options.seed}", *others]
-    return "-".join(parts if labels == "balanced" else [*parts, labels])
+    return "-".join([*parts, *(word for word in (weights, labels) if word not in ("raw", "balanced"))])

@@ -64,10 +64,16 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
         )
     if config.precision == "bf16" and settings["zero_optimization"]["stage"] == 1:
         raise UserError(
-            f"precision: bf16 with deepspeed.config {config.deepspeed.config} (ZeRO-1): DeepSpeed's optimizer for "
-            "this pair writes checkpoints from which no weights can be read; set precision to autocast_bf16, or "
+            f"precision: bf16 with deepspeed.config {config.deepspeed.config} (ZeRO-1): DeepSpeed uses another "
+            "optimizer for this pair, which checkpoints do not cover; set precision to autocast_bf16, or "
             "deepspeed.config to zero2"
         )
+    for section in ("offload_optimizer", "offload_param"):
+        if (settings["zero_optimization"].get(section) or {}).get("device") == "nvme":
+            raise UserError(
+                f"deepspeed.config {config.deepspeed.config}: zero_optimization.{section} is on nvme, which "
+                "checkpoints do not cover; use cpu, or drop the section"
+            )
     settings.update(decided)
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}

@@ -1,8 +1,10 @@
 """One DeepSpeed engine for the whole run: built once, told each stage's batch sizes, stepped by whole batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +15,23 @@ from npp_ds.model import ModelConfig, Transformer
 from npp_ds.schedule import Stage
 from npp_ds.training.deepspeed_config import engine_settings
 from npp_ds.training.deepspeed_import import import_deepspeed
+from npp_ds.training.ema import EMA, ShardedEMA
 from npp_ds.training.launch import Processes
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm of a step is no finite number; the weights are those from before the step."""
+from npp_ds.training.partitions import MASTER, MOMENTS, Partitions
+from npp_ds.training.state_files import SavedState
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss in nats per code, mean over the global batch, and the global gradient norm before clipping."""
+    """What a step gave: this rank's mean loss in nats per code (a scalar on the device) and the global gradient norm.
 
-    loss: float
+    The norm is that before clipping; `was_applied` says whether the weights changed: they do not when the loss of any
+    rank or the norm is no finite number.
+    """
+
+    loss: Tensor
     grad_norm: float
+    was_applied: bool
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -62,6 +68,9 @@ class TrainingEngine:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.partitions = Partitions(self.engine)
+        decay = config.optimizer.ema_decay
+        self.ema = ShardedEMA(self.partitions, decay) if decay else None
 
     @property
     def model(self) -> nn.Module:
@@ -75,8 +84,7 @@ class TrainingEngine:
     def step(self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]], learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches of (codes[b, N, k], labels[b]).
 
-        Dropout is a pure function of (seed, step, micro-step, rank). Raises NonFiniteError on all ranks alike when the
-        loss or the gradient norm is not finite, before the weights change.
+        Dropout is a pure function of (seed, step, micro-step, rank).
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -86,15 +94,41 @@ class TrainingEngine:
             torch.manual_seed(int(mix64(self.seed, step, micro_step, self.processes.rank) >> 1))
             self.engine.set_gradient_accumulation_boundary(micro_step == len(micro_batches) - 1)
             loss = self.engine(codes.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-            self.engine.backward(loss)
             losses.append(loss.detach())
-        mean = self.processes.mean(torch.stack(losses).mean())
-        if not math.isfinite(mean):
-            raise NonFiniteError(f"step {step}: the loss is {mean}")
+            # 1 for a finite loss, else NaN: every gradient is then NaN on all ranks, and DeepSpeed drops the step.
+            self.engine.backward(loss * (1 + 0 * loss.detach()))
         self.engine.step()
-        if not self.engine.was_step_applied():
-            raise NonFiniteError(f"step {step}: the gradient norm is not finite (loss {mean:.4f})")
-        return StepResult(mean, float(self.engine.get_global_grad_norm()))
+        was_applied = self.engine.was_step_applied()
+        if was_applied and self.ema:
+            self.ema.update()
+        norm = float(self.engine.get_global_grad_norm()) if was_applied else math.nan
+        return StepResult(torch.stack(losses).mean(), norm, was_applied)
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """Everything that a checkpoint holds of this rank, kind by kind, shaped like the flat partitions."""
+        kinds = {MASTER: self.partitions.masters, **{m: self.partitions.moments(m) for m in MOMENTS}}
+        return {**kinds, EMA: self.ema.partitions} if self.ema else kinds
+
+    def load(self, folder: Path, files: Iterable[str], optimizer_steps: int) -> None:
+        """Takes on the state in a checkpoint's files, whichever processes in whichever ZeRO stage wrote them.
+
+        Called by all ranks together. Raises UserError when the files are not of this model.
+        """
+        with SavedState(folder, files, self.partitions.shapes) as saved:
+            for kind, partitions in self.state().items():
+                for fragment in self.partitions.fragments:
+                    saved.copy_to(fragment.of(partitions), kind, fragment.name, fragment.start)
+        self.partitions.optimizer_steps = optimizer_steps
+        self.partitions.publish()
+
+    @contextmanager
+    def weights(self, kind: str) -> Iterator[nn.Module]:
+        """The model to call with its own weights ("raw") or their moving average ("ema")."""
+        if kind == EMA:
+            with self.ema.in_place_of_weights():
+                yield self.engine
+        else:
+            yield self.engine
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """(name, value, step) to the monitors that the config asked for."""

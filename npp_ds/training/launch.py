@@ -1,8 +1,10 @@
 """Who this process is among its peers, from the environment that torchrun or the deepspeed launcher set, or alone."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,11 +27,43 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def mean(self, value: torch.Tensor) -> float:
-        """Mean over all processes of a scalar tensor; waits for the device."""
-        value = value.detach().float().clone()
-        dist.all_reduce(value)
-        return value.item() / self.world_size
+    def sum(self, values: torch.Tensor) -> list[float]:
+        """Sums over all processes of a vector of float32 numbers; waits for the device."""
+        values = values.detach().float().clone()
+        dist.all_reduce(values)
+        return values.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process passed, by rank; small plain values."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_first(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Result of `action(*arguments)` on the first process, for all; what a person can mend is raised on all."""
+        outcome = [_attempt(action, *arguments) if self.is_first else None]
+        dist.broadcast_object_list(outcome, device=self.device)
+        result, problem = outcome[0]
+        if problem is not None:
+            raise UserError(problem, on_all_ranks=True)
+        return result
+
+    def on_all(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """This process's result of `action(*arguments)`; what a person can mend on any process is raised on all."""
+        result, problem = _attempt(action, *arguments)
+        if found := [p for p in self.gather(problem) if p is not None]:
+            raise UserError(found[0], on_all_ranks=True)
+        return result
+
+
+def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """(result, None), or (None, what a person can mend): wrong input, or files that cannot be read or written."""
+    try:
+        return action(*arguments), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename}: {error.strerror}; mend that or name another place"
 
 
 def world_size_of_environment() -> int:

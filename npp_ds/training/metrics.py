@@ -1,7 +1,11 @@
 """What a run tells the world: metrics.jsonl, always; a progress bar on a terminal, plain lines elsewhere."""
 
 import json
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,30 +14,98 @@ from npp_ds.events import Event, read_events
 from npp_ds.files import write_text_atomic
 
 
-def _precedes(line: Event, step: int) -> bool:
-    """Whether a line will not be written again by a run that goes on after `step` steps."""
-    if line["event"] == "end":
-        return False
-    return line["step"] < step or (line["step"] == step and line["event"] != "stage")
+class StepLog:
+    """A file of JSON lines, each with the step it was written after; opened at step S it forgets all later ones.
 
-
-class MetricsLog:
-    """Appends events to metrics.jsonl. Opening it at step S forgets what an interrupted run wrote after step S."""
+    A line that cannot be written (a full disk) stays in memory and goes out with a later one.
+    """
 
     def __init__(self, path: Path, step: int):
-        before = read_events(path) if path.is_file() else []
-        kept = [line for line in before if _precedes(line, step)]
-        write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.elapsed_before = max((line.get("elapsed_seconds", 0.0) for line in kept), default=0.0)
-        self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
+        self.path = path
+        self._pending = b""
+        self._descriptor: int | None = None
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was written after `step` steps."""
+        self.close()
+        before = read_events(self.path) if self.path.is_file() else []
+        self.kept = [line for line in before if self.precedes(line, step)]
+        write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def precedes(self, line: Event, step: int) -> bool:
+        """Whether a line will not be written again by a run that goes on after `step` steps."""
+        return line["step"] <= step
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One line: what happened after `step` optimizer steps."""
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        self._file.flush()
+        self._pending += (json.dumps({"event": event, "step": step, **values}) + "\n").encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+        except OSError as error:
+            print(f"WARNING: {self.path}: {error.strerror}; its lines wait in memory", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self._file.close()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class MetricsLog(StepLog):
+    """The events of a run in metrics.jsonl."""
+
+    def precedes(self, line: Event, step: int) -> bool:
+        if line["event"] == "end":
+            return False
+        return line["step"] < step or (line["step"] == step and line["event"] != "stage")
+
+    @property
+    def elapsed_before(self) -> float:
+        """Seconds of training in the kept lines."""
+        return max((line.get("elapsed_seconds", 0.0) for line in self.kept), default=0.0)
+
+
+class Clock:
+    """Seconds of training (without validation and saving) and images since the last question."""
+
+    def __init__(self, elapsed_before: float):
+        self._before, self._started = elapsed_before, time.perf_counter()
+        self._images = self._steps = 0
+        self._waited = 0.0
+        self._mark = self._started
+        self.seconds_per_step = 0.0
+        self.data_wait_share = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training since the run's first start, validation and saving apart."""
+        return self._before + time.perf_counter() - self._started
+
+    def count(self, images: int) -> None:
+        self._images += images
+        self._steps += 1
+
+    def rate(self, waited: float) -> float:
+        """Images per second since the last call; `waited` is the time spent waiting for data so far."""
+        now = time.perf_counter()
+        seconds, images, steps = now - self._mark, self._images, self._steps
+        self.seconds_per_step = seconds / max(1, steps)
+        self.data_wait_share = (waited - self._waited) / seconds
+        self._mark, self._images, self._steps, self._waited = now, 0, 0, waited
+        return images / seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            lost = time.perf_counter() - began
+            self._started += lost
+            self._mark += lost
 
 
 class Progress:
@@ -54,7 +126,7 @@ class Progress:
         """A line that stays."""
         (self._bar.console.print(text, highlight=False, markup=False) if self._bar else print(text, flush=True))
 
-    def show(self, line: Event, seconds_left: float) -> None:
+    def show(self, line: Event, seconds_per_step: float) -> None:
         """The state after a logged step, as written to metrics.jsonl."""
         text = (
             f"stage {line['stage'] + 1}/{self.stages} side {line['patch_side']}  step {line['step']}/{self.total_steps}"
@@ -63,6 +135,7 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=line["step"], description=text)
         else:
+            seconds_left = (self.total_steps - line["step"]) * seconds_per_step
             print(f"{text}  eta {timedelta(seconds=round(seconds_left))}", flush=True)
 
     def close(self) -> None:

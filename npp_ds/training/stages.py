@@ -14,7 +14,7 @@ class StageManager:
     """Yields (stage, batch) for every step from `first_step` to the end of the schedule.
 
     When the patch side changes the old loader is closed, the next one built and the engine told its batch sizes.
-    `wait_seconds` is the time spent waiting for data so far.
+    `wait_seconds` is the time spent waiting for data so far, by all loaders.
     """
 
     def __init__(

@@ -1,0 +1,99 @@
+"""What a DeepSpeed engine holds on this rank: which elements of which parameter, in fp32, with their optimizer state.
+
+ZeRO-1 and 2 cut the concatenation of a parameter group into one stretch per rank, ZeRO-3 every parameter by itself.
+Either way a rank's share is a list of fragments, each a contiguous stretch of one flattened parameter: the one view
+that saving, resharding and averaging need. The attributes of DeepSpeed read here are those of 0.19.8.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start .. start + numel` of flattened parameter `name`, at `offset` in this rank's flat partition."""
+
+    name: str
+    start: int
+    numel: int
+    partition: int
+    offset: int
+
+    def of(self, partitions: list[Tensor]) -> Tensor:
+        """View [numel] of this fragment in any list of tensors shaped like the flat partitions."""
+        return partitions[self.partition].narrow(0, self.offset, self.numel)
+
+
+class Partitions:
+    """This rank's flat fp32 partitions of the weights (`masters`) and Adam's moments, and the fragments in them.
+
+    `shapes` maps every parameter's name to the shape of the whole. The moments exist from the start, as zeros.
+    """
+
+    def __init__(self, engine: Any):
+        self._zero, self._adam = engine.optimizer, engine.optimizer.optimizer
+        self._is_stage_3 = hasattr(self._zero, "fp32_partitioned_groups_flat")
+        self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for p, n in self._names.items()}
+        flat = (
+            self._zero.fp32_partitioned_groups_flat if self._is_stage_3 else self._zero.single_partition_of_fp32_groups
+        )
+        self.masters: list[Tensor] = [partition.detach() for partition in flat]
+        self._keys = list(flat)
+        self.fragments = self._fragments_of_stage_3() if self._is_stage_3 else self._fragments_of_stage_1_and_2()
+        for key, master in zip(self._keys, self.masters, strict=True):
+            state = self._adam.state[key]
+            for moment in MOMENTS:
+                state.setdefault(moment, torch.zeros_like(master))
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=master.device))
+
+    def _fragments_of_stage_1_and_2(self) -> list[Fragment]:
+        fragments = []
+        for parameter, name in self._names.items():
+            if (mapping := parameter._hp_mapping) is not None:  # None: nothing of it is in this rank's partition
+                there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                fragments.append(Fragment(name, there.start, here.numel, mapping.param_group_index, here.start))
+        return fragments
+
+    def _fragments_of_stage_3(self) -> list[Fragment]:
+        fragments = []
+        for index, group in enumerate(self._zero.fp16_groups):
+            offset = 0
+            for parameter in group:
+                length = parameter.partition_numel()
+                start = length * self._zero._get_param_partition_rank(parameter)
+                numel = min(length, parameter.ds_numel - start)  # the rest is padding
+                if numel > 0:
+                    fragments.append(Fragment(self._names[parameter], start, numel, index, offset))
+                offset += length
+        return fragments
+
+    def moments(self, name: str) -> list[Tensor]:
+        """One of Adam's moments, shaped like the masters."""
+        return [self._adam.state[key][name] for key in self._keys]
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that Adam has made."""
+        return int(self._adam.state[self._keys[0]]["step"].item())
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for key in self._keys:
+            self._adam.state[key]["step"].fill_(steps)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Brings the weights that the model computes with in line with the masters; called by all ranks together."""
+        if not self._is_stage_3:
+            self._zero.update_lp_params()
+            return
+        self._zero.checkpoint_event_prologue()
+        for index in range(len(self.masters)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        self._zero.checkpoint_event_epilogue()

@@ -1,0 +1,60 @@
+"""What must fit before anything starts: config, data, number of processes, DeepSpeed's settings, attention kernel."""
+
+from pathlib import Path
+
+from npp_ds.config import RunConfig
+from npp_ds.config_checks import problems_of
+from npp_ds.data.store import CodeStore
+from npp_ds.errors import UserError
+from npp_ds.files import sha256
+from npp_ds.model.attention import check_attention
+from npp_ds.schedule import Schedule
+from npp_ds.tokenizer.loading import SHIPPED
+from npp_ds.training.deepspeed_config import engine_settings
+
+
+def fitting_schedule(config: RunConfig, train: CodeStore, val: CodeStore | None, world_size: int) -> Schedule:
+    """The run's steps on this data with this many processes. Raises UserError with everything that does not fit."""
+    problems = problems_of(config, world_size, len(train))
+    problems += _engine_problems(config, len(train), world_size) if not problems else []
+    for key, store in (("train", train), ("val", val)):
+        problems += _data_problems(key, store, config) if store else []
+    if val and train.manifest.tokenizer.sha256 != val.manifest.tokenizer.sha256:
+        problems.append("data.val: made with another tokenizer than data.train; tokenize both with the same one")
+    if problems:
+        raise UserError("the config does not fit the data:\n" + "\n".join(f"  - {p}" for p in problems))
+    return config.build_schedule(len(train), world_size)
+
+
+def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> list[str]:
+    """What DeepSpeed's settings and the attention kernel would refuse once everything is set up."""
+    first = config.build_schedule(num_samples, world_size).stages[0]
+    problems = []
+    for check in (
+        lambda: engine_settings(config, first, world_size),
+        lambda: check_attention(config.model.attention),
+    ):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _data_problems(key: str, store: CodeStore, config: RunConfig) -> list[str]:
+    """Where shards disagree with the model, and with the tokenizer that is to decode its samples."""
+    manifest, model, place = store.manifest, config.model, f"data.{key} ({getattr(config.data, key)})"
+    problems = [
+        f"model.{name}: {getattr(model, name)}, but the shards of {place} have "
+        f"{getattr(manifest, name)}; set model.{name}={getattr(manifest, name)} or name other shards"
+        for name in ("grid_size", "vocab_size", "num_classes")
+        if getattr(model, name) != getattr(manifest, name)
+    ]
+    tokenizer, made_by = config.data.tokenizer, manifest.tokenizer
+    file = SHIPPED.get(tokenizer, Path(tokenizer)) if tokenizer else None
+    if file and file.is_file() and (found := sha256(file)) != made_by.sha256:
+        problems.append(
+            f"data.tokenizer: {tokenizer} has SHA-256 {found[:12]}.., but the shards of {place} were made by "
+            f"{made_by.name} ({made_by.sha256[:12]}..); name that one, or other shards"
+        )
+    return problems

@@ -1,0 +1,128 @@
+"""The folder of a run: whose it is, which settings it holds, and the checkpoint that a start goes on from."""
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import npp_ds
+from npp_ds.config import RunConfig
+from npp_ds.config_checks import load_config
+from npp_ds.errors import UserError
+from npp_ds.files import write_json_atomic, write_text_atomic
+from npp_ds.training import checkpoint
+from npp_ds.training.checkpoint import CheckpointRecord
+from npp_ds.training.launch import Processes
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raises UserError when the run folder belongs to a run with other settings."""
+    path = config.directory / "config.yaml"
+    if path.is_file():
+        before = load_config(file=path)
+        if before.hash() != config.hash():
+            raise UserError(
+                f"{path}: this folder holds a run with other settings ({_differences(before, config)}); "
+                "set run_dir to a new folder, or these keys back"
+            )
+
+
+def describe(config: RunConfig, processes: Processes) -> None:
+    """Writes the resolved config and what the run runs on."""
+    (config.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_text_atomic(config.directory / "config.yaml", config.to_yaml())
+    write_json_atomic(config.directory / "environment.json", _environment(processes))
+
+
+def checkpoint_to_resume(
+    config: RunConfig, data_fingerprint: str, from_step: int | None, say: Callable[[str], None]
+) -> tuple[Path, CheckpointRecord] | None:
+    """The checkpoint of `from_step`, else the newest complete one; None for a run that has saved nothing yet.
+
+    Raises UserError when `from_step` is missing or torn, when all are torn, and when settings or data are not those it
+    was saved with.
+    """
+    checkpoints = config.directory / "checkpoints"
+    checkpoint.remove_unfinished(checkpoints)
+    if from_step is None:
+        folder = checkpoint.newest_complete(checkpoints, say)
+    else:
+        folder = checkpoint.asked_for(checkpoints, from_step)
+    vanished = _named_by_latest_but_gone(checkpoints)
+    if vanished:
+        say(f"WARNING: checkpoint {vanished}, which {checkpoints / 'latest'} names, is gone")
+    if folder is None:
+        if vanished or (steps := checkpoint.saved_steps(checkpoints)):
+            found = vanished or ", ".join(map(str, steps))
+            raise UserError(
+                f"{checkpoints}: none of its checkpoints ({found}) is complete; "
+                "restore one, or remove the run folder to start from the beginning"
+            )
+        if (config.directory / "metrics.jsonl").is_file():
+            say(f"{config.directory}: an earlier start saved no checkpoint; starting from the beginning")
+        return None
+    record = checkpoint.read_record(folder)
+    if record.data_fingerprint != data_fingerprint:
+        raise UserError(
+            f"{folder}: trained on other shards than those in data.train ({config.data.train}), as the "
+            "fingerprint of their manifest shows; name the shards it was trained on, or set run_dir to a new folder"
+        )
+    if record.config_hash != config.hash():
+        raise UserError(
+            f"{folder}: saved by a run with other settings than {config.directory / 'config.yaml'} has now; "
+            "set run_dir to a new folder, or the settings back"
+        )
+    if from_step is not None:
+        _set_aside_later_than(checkpoints, from_step, say)
+    return folder, record
+
+
+def _named_by_latest_but_gone(checkpoints: Path) -> str | None:
+    latest = checkpoints / "latest"
+    name = latest.read_text().strip() if latest.is_file() else ""
+    return name if name and not (checkpoints / name).is_dir() else None
+
+
+def _set_aside_later_than(checkpoints: Path, step: int, say: Callable[[str], None]) -> None:
+    """Renames the checkpoints of later steps, so that the next start goes on from what this one saves."""
+    for later in checkpoint.saved_steps(checkpoints):
+        if later > step:
+            folder = checkpoint.folder_of(checkpoints, later)
+            number = sum(1 for _ in checkpoints.glob(f"set-aside-{folder.name}*"))
+            aside = checkpoints / f"set-aside-{folder.name}{f'-{number}' if number else ''}"
+            folder.rename(aside)
+            say(f"{folder.name}: set aside as {aside.name}, because step {step} was asked for")
+
+
+def _differences(a: RunConfig, b: RunConfig) -> str:
+    def flat(value: Any, key: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {
+                k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}" if key else name).items()
+            }
+        return {key: value}
+
+    old, new = flat(a.bound_keys()), flat(b.bound_keys())
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} now" for k in changed)
+
+
+def _environment(processes: Processes) -> dict[str, Any]:
+    versions = {}
+    for package in ("torch", "deepspeed", "numpy", "flash-attn"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    cuda = processes.device.type == "cuda"
+    return {
+        "npp_ds": npp_ds.__version__,
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(processes.device) if cuda else platform.processor() or platform.machine(),
+        "world_size": processes.world_size,
+    }

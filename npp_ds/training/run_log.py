@@ -1,0 +1,121 @@
+"""What a run tells: its events in metrics.jsonl, the images of every step when asked for, progress on the screen.
+
+All ranks call the same methods; the first one writes.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from npp_ds.config import RunConfig
+from npp_ds.data.loader import StepBatch
+from npp_ds.events import Event
+from npp_ds.schedule import Schedule, Stage
+from npp_ds.training.engine import StepResult
+from npp_ds.training.launch import Processes
+from npp_ds.training.metrics import Clock, MetricsLog, Progress, StepLog
+
+MonitorEvents = list[tuple[str, float, int]]
+
+
+class RunLog:
+    """The log of one start of a run; `clock` counts its seconds of training."""
+
+    def __init__(self, config: RunConfig, processes: Processes):
+        self.config, self.processes = config, processes
+        self.clock = Clock(0.0)
+        self._metrics: MetricsLog | None = None
+        self._samples: StepLog | None = None
+        self._progress: Progress | None = None
+        self._to_monitors: Callable[[MonitorEvents], None] = lambda events: None
+
+    def open(self, step: int) -> None:
+        """Opens the files of the run folder and forgets what they say of later steps; the first rank only."""
+        self._metrics = MetricsLog(self.config.directory / "metrics.jsonl", step)
+        if self.config.logging.samples:
+            self._samples = StepLog(self.config.directory / "sample_log.jsonl", step)
+
+    def close(self) -> None:
+        for part in (self._metrics, self._samples, self._progress):
+            if part:
+                part.close()
+
+    def kept(self) -> list[Event]:
+        """The events of earlier starts."""
+        return self._metrics.kept if self._metrics else []
+
+    def begin(self, schedule: Schedule, first_step: int, to_monitors: Callable[[MonitorEvents], None]) -> None:
+        """Shows progress and starts the clock; `to_monitors` passes (name, value, step) on."""
+        self._to_monitors = to_monitors
+        self.clock = Clock(self._metrics.elapsed_before if self._metrics else 0.0)
+        if self.processes.is_first:
+            self._progress = Progress(schedule.total_steps, first_step, len(schedule.stages))
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was written after `step` steps."""
+        for log in (self._metrics, self._samples):
+            if log:
+                log.rewind(step)
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        if self._metrics:
+            self._metrics.write(event, step, **values)
+
+    def say(self, text: str) -> None:
+        if self.processes.is_first:
+            self._progress.say(text) if self._progress else print(text, flush=True)
+
+    def end(self, step: int) -> None:
+        """The run is at its last step."""
+        self.write("end", step, elapsed_seconds=self.clock.elapsed)
+
+    def enter(self, stage: Stage) -> None:
+        shape = {k: v for k, v in asdict(stage).items() if k not in ("index", "start_step")}
+        self.write("stage", stage.start_step, stage=stage.index, elapsed_seconds=self.clock.elapsed, **shape)
+
+    def step(self, stage: Stage, batch: StepBatch, result: StepResult, loss: float, waited: float) -> None:
+        """A step that changed the weights; `loss` is all ranks' mean, `waited` the seconds spent on data so far."""
+        done = batch.step + 1
+        self._log_samples(stage, batch)
+        self.clock.count(stage.batch_size)
+        if done != 1 and done != stage.end_step and done % self.config.logging.every:
+            return
+        line = {
+            "stage": stage.index,
+            "patch_side": stage.patch_side,
+            "epoch": batch.epoch,
+            "loss": loss,
+            "learning_rate": stage.learning_rate(batch.step),
+            "grad_norm": result.grad_norm,
+            "images_per_second": self.clock.rate(waited),
+            "elapsed_seconds": self.clock.elapsed,
+            "data_wait_share": self.clock.data_wait_share,
+        }
+        self.write("train", done, **line)
+        if self._progress:
+            self._progress.show({"step": done, **line}, self.clock.seconds_per_step)
+        names = ("loss", "learning_rate", "grad_norm", "images_per_second", "patch_side", "data_wait_share")
+        self._to_monitors([(f"train/{name}", line[name], done) for name in names])
+
+    def left_out(self, stage: Stage, batch: StepBatch) -> None:
+        """A step of the schedule that does not change the weights."""
+        self._log_samples(stage, batch, left_out=True)
+        self.write("left_out", batch.step + 1, stage=stage.index, patch_side=stage.patch_side)
+
+    def validation(self, event: str, stage: Stage, done: int, patch_side: int, nll: float) -> None:
+        self.write(event, done, stage=stage.index, patch_side=patch_side, nll=nll)
+        self.say(f"{event.replace('_', ' of ')} after step {done}: {nll:.4f} nats per code at side {patch_side}")
+        self._to_monitors([(f"{event}/nll_side_{patch_side}", nll, done)])
+
+    def _log_samples(self, stage: Stage, batch: StepBatch, left_out: bool = False) -> None:
+        """The images of the global batch in training order, the same for any number of processes."""
+        if not self.config.logging.samples:
+            return
+        shape = (-1, 1, stage.micro_batch_size)
+        parts = self.processes.gather([values.reshape(shape) for values in (batch.ids, batch.crops)])
+        if self._samples:
+            ids, crops = (np.concatenate(of_ranks, axis=1).ravel().tolist() for of_ranks in zip(*parts, strict=True))
+            place = {"stage": stage.index, "epoch": batch.epoch, "patch_side": stage.patch_side}
+            self._samples.write("samples", batch.step + 1, **place, left_out=left_out, ids=ids, crops=crops)

@@ -1,0 +1,174 @@
+"""How a checkpoint comes to be: one protocol, whether training waits for it or goes on meanwhile.
+
+Every rank writes its file into `step-XXXXXXXX.TOKEN.tmp`, hashing as it writes. When all are done, the first rank makes
+sure that the run folder is still ours, writes `COMPLETE.json`, renames the folder to `step-XXXXXXXX` and then replaces
+`latest`. A file that cannot be written (a full disk) costs this checkpoint, not the earlier ones.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from npp_ds.files import fsync_directory, write_text_atomic
+from npp_ds.training.checkpoint import CheckpointRecord, folder_of, write_record
+from npp_ds.training.launch import Processes
+from npp_ds.training.partitions import Fragment
+from npp_ds.training.state_files import file_of, write_state
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the earlier ones are as they were. The same on all ranks."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint: its record with all files, and the seconds that training stood still for it."""
+
+    record: CheckpointRecord
+    seconds_waited: float
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.record.files.values())
+
+
+class CheckpointSaver:
+    """Saves one checkpoint at a time: `begin`, then `finish`; all ranks call both together.
+
+    `token` names temporary folders, `may_commit()` is called on the first rank right before the commit and raises when
+    the run folder is no longer ours. `asynchronous`: `begin` copies to host memory and a thread writes, so training may
+    go on until `is_written`.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        processes: Processes,
+        *,
+        token: str,
+        may_commit: Callable[[], None] = lambda: None,
+        asynchronous: bool = False,
+        beat: Callable[[], None] = lambda: None,
+    ):
+        self.checkpoints, self.processes, self.token = checkpoints, processes, token
+        self.may_commit, self.asynchronous, self.beat = may_commit, asynchronous, beat
+        self._threads = ThreadPoolExecutor(1, "npp-checkpoint")
+        self._host: dict[str, list[Tensor]] = {}
+        self._record: CheckpointRecord | None = None
+        self._writing: Future | None = None
+        self._seconds = 0.0
+
+    @property
+    def pending(self) -> CheckpointRecord | None:
+        """The record of the checkpoint that has begun and is not finished."""
+        return self._record
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part of the pending checkpoint is on disk, or has failed."""
+        return self._writing is not None and self._writing.done()
+
+    def begin(self, record: CheckpointRecord, fragments: list[Fragment], kinds: dict[str, list[Tensor]]) -> None:
+        """Writes this rank's `fragments` of every kind, or starts to. Raises SaveFailed on all ranks."""
+        if self._record is not None:
+            raise RuntimeError(f"the checkpoint of step {self._record.step} is not finished")
+        began = time.perf_counter()
+        problem = self.processes.on_first(self._make_folder, record.step)
+        if problem:
+            raise SaveFailed(problem)
+        self._record = record
+        path = self._folder(record.step) / file_of(self.processes.rank, self.processes.world_size)
+        if self.asynchronous:
+            self._writing = self._threads.submit(write_state, path, fragments, self._copied_to_host(kinds))
+        else:
+            self._writing = Future()
+            try:
+                self._writing.set_result(write_state(path, fragments, kinds, self.beat))
+            except OSError as error:
+                self._writing.set_exception(error)
+        self._seconds = time.perf_counter() - began
+
+    def finish(self) -> Saved:
+        """Waits for all ranks' parts and commits. Raises SaveFailed on all ranks, what `may_commit` raises likewise."""
+        record, writing = self._record, self._writing
+        if record is None or writing is None:
+            raise RuntimeError("no checkpoint has begun")
+        began = time.perf_counter()
+        self._record = self._writing = None
+        outcomes = self.processes.gather(self._outcome(writing))
+        files, problems = {}, []
+        for rank, (entry, problem) in enumerate(outcomes):
+            if problem:
+                problems.append(f"rank {rank}: {problem}")
+            else:
+                files[file_of(rank, self.processes.world_size)] = entry
+        complete = CheckpointRecord(**{**asdict(record), "files": files})
+        problem = self.processes.on_first(self._discard if problems else self._commit, complete)
+        if problems or problem:
+            raise SaveFailed("; ".join(problems) or problem)
+        return Saved(complete, self._seconds + time.perf_counter() - began)
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def _folder(self, step: int) -> Path:
+        folder = folder_of(self.checkpoints, step)
+        return folder.with_name(f"{folder.name}.{self.token}.tmp")
+
+    def _make_folder(self, step: int) -> str | None:
+        folder = self._folder(step)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            return f"{folder}: {error.strerror}"
+        return None
+
+    def _copied_to_host(self, kinds: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Copies in host memory that stays for the next checkpoint, pinned where there is a GPU."""
+        if not self._host:
+            self._host = {
+                kind: [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
+                for kind, tensors in kinds.items()
+            }
+        for kind, tensors in kinds.items():
+            for copy, tensor in zip(self._host[kind], tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._host
+
+    def _outcome(self, writing: Future) -> tuple[dict | None, str | None]:
+        while wait([writing], timeout=1.0).not_done:
+            self.beat()
+        try:
+            return writing.result(), None
+        except OSError as error:
+            return None, f"{error.filename or self.checkpoints}: {error.strerror}"
+
+    def _discard(self, record: CheckpointRecord) -> None:
+        shutil.rmtree(self._folder(record.step), ignore_errors=True)
+
+    def _commit(self, record: CheckpointRecord) -> str | None:
+        self.may_commit()
+        temporary, folder = self._folder(record.step), folder_of(self.checkpoints, record.step)
+        try:
+            write_record(temporary, record)
+            fsync_directory(temporary)
+            aside = folder.with_name(f"{folder.name}.{self.token}.replaced.tmp")
+            if folder.exists():
+                folder.rename(aside)
+            temporary.rename(folder)
+            fsync_directory(self.checkpoints)
+            write_text_atomic(self.checkpoints / "latest", folder.name)
+            shutil.rmtree(aside, ignore_errors=True)
+        except OSError as error:
+            self._discard(record)
+            return f"{error.filename or temporary}: {error.strerror}"
+        return None

@@ -1,0 +1,74 @@
+"""SIGTERM or SIGUSR1 to any one process: all stop after the same step with one checkpoint and exit code 75."""
+
+import signal
+import time
+
+import pytest
+
+from launches import Launch, finish
+from npp_ds.training import checkpoint
+from npp_ds.training.launch import Processes
+from npp_ds.training.preemption import Preempted
+from npp_ds.training.trainer import Trainer
+from runs import WATCHED, assert_same, metrics_of, outcome_of, run, tiny_config
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.mark.parametrize(
+    "rank, first, second",
+    [(1, signal.SIGTERM, None), (0, signal.SIGUSR1, signal.SIGTERM), (1, signal.SIGUSR1, signal.SIGUSR1)],
+)
+def test_preemptible_all_stop_after_one_step_with_one_checkpoint(shards, tmp_path, undisturbed, rank, first, second):
+    config = tiny_config(shards, tmp_path / "run", **WATCHED)
+    with Launch(config) as launch:
+        launch.wait_until_step(2)
+        began, step = time.monotonic(), launch.last_step()
+        launch.send(rank, first)
+        if second:
+            launch.send(1 - rank, second)
+            launch.send(rank, second)
+        codes = launch.exit_codes(timeout=60)
+        seconds = time.monotonic() - began
+    assert codes == [75, 75], launch.text()
+    steps = checkpoint.saved_steps(tmp_path / "run" / "checkpoints")
+    saved = [s for s in steps if s not in (10, 20, 40)] or steps[:1]
+    assert len(saved) == 1
+    assert f"saved after step {saved[0]} of 40; the same command goes on" in launch.text()
+    assert saved[0] - step < 20, "not at the end of the run, but soon"
+    assert seconds < 30
+    assert metrics_of(tmp_path / "run")[-1]["step"] == saved[0]
+    finish(config)
+    assert_same(outcome_of(tmp_path / "run"), undisturbed)
+
+
+def _asked_in_a_validation(processes: Processes, config, at: int, asynchronous: bool) -> tuple[int, int]:
+    """(step after which the run stopped, validation batches that were still computed)."""
+    trainer = Trainer(config, processes)
+    batches = [0]
+    break_off = trainer._break_off_if_asked
+
+    def counted():
+        batches[0] += 1
+        if batches[0] == at and processes.rank == 1:
+            trainer.stop.requested = "SIGUSR1"
+        break_off()
+
+    trainer._break_off_if_asked = counted
+    try:
+        trainer.run()
+    except Preempted as stop:
+        return stop.step, batches[0] - at
+    return -1, -1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("at, step", [(2, 7), (17, 10)], ids=["where no checkpoint is due", "where one is due"])
+def test_preemptible_in_the_middle_of_a_validation(pair, shards, tmp_path, undisturbed, at, step, asynchronous):
+    keys = {**WATCHED, "checkpoint": {"asynchronous": asynchronous}}
+    config = tiny_config(shards, tmp_path / "run", **keys)
+    assert pair.run(_asked_in_a_validation, config, at, asynchronous) == [(step, 0)] * 2
+    assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").name == f"step-{step:08d}"
+    assert not any(m["step"] == step and "validation" in m["event"] for m in metrics_of(tmp_path / "run"))
+    pair.run(run, config)
+    assert_same(outcome_of(tmp_path / "run"), undisturbed)
