@@ -69,8 +69,8 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    train: str = _free(..., "folder of code shards to train on (manifest.json inside)")
-    val: str | None = _free(None, "folder of held-out code shards; null: no validation")
+    train: str = _free(..., "code shards to train on: a folder (manifest.json inside), its URL, or a pipe: command")
+    val: str | None = _free(None, "held-out code shards, likewise; null: no validation")
     tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
     cache_dir: str | None = _free(
         None, "where shards are staged on each node; null: /dev/shm if it has room, else ~/.cache/npp_ds"

@@ -1,10 +1,9 @@
 """Staging: once per node, by many processes at once, never half, never stale, never writable."""
 
-import multiprocessing
 import os
 import shutil
-import signal
 import stat
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,64 +11,10 @@ import pytest
 
 from npp_ds.data import store as store_module
 from npp_ds.data.shards import Manifest
-from npp_ds.data.store import stage
+from npp_ds.data.store import manifest_at_hand, stage
 from npp_ds.errors import UserError
 from shard_sets import files_limited_to, manifest_of, write_set
-
-SPAWN = multiprocessing.get_context("spawn")
-PATIENCE = 60
-
-
-def start(target, *args):
-    process = SPAWN.Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
-
-
-def finish(*processes):
-    """Exit codes of processes that must end within the time limit."""
-    for process in processes:
-        process.join(timeout=PATIENCE)
-    return [process.exitcode for process in processes]
-
-
-def entries(cache):
-    """Names in the cache folder apart from locks."""
-    return sorted(name for name in os.listdir(cache) if not name.endswith(".lock"))
-
-
-def stage_and_report(shards, cache, barrier, results):
-    unpacked = []
-    barrier.wait(timeout=PATIENCE)
-    store = stage(shards, cache, progress=lambda done, total: unpacked.append(done))
-    results.put((int(store.codes.sum(dtype=np.int64)), store.labels.tolist(), unpacked))
-
-
-def stage_and_hang(shards, cache, halfway):
-    """Stages until the first shard is unpacked, then waits for its death."""
-
-    def hang(done, total):
-        halfway.set()
-        signal.pause()
-
-    stage(shards, cache, progress=hang)
-
-
-def hang_halfway(shards, cache):
-    halfway = SPAWN.Event()
-    process = start(stage_and_hang, shards, cache, halfway)
-    assert halfway.wait(timeout=PATIENCE)
-    return process
-
-
-def kill(process):
-    process.kill()
-    assert finish(process) == [-signal.SIGKILL]
-
-
-def assert_holds(store, codes, labels):
-    np.testing.assert_array_equal(store.codes, codes)
-    np.testing.assert_array_equal(store.labels, labels)
+from staging import PATIENCE, SPAWN, assert_holds, entries, finish, hang_halfway, kill, stage_and_report, start
 
 
 def test_mapped_array_equals_the_shards_and_is_read_only(tmp_path):
@@ -142,6 +87,43 @@ def test_changed_manifest_restages_and_leaves_old_maps_alone(tmp_path):
     assert_holds(old, old_codes, old_labels)
 
 
+def test_restaging_of_changed_shards_is_said_once_by_whoever_does_it(tmp_path, monkeypatch):
+    def said_while_staging(name):
+        said = []
+        stage(name, tmp_path / "cache", say=said.append)
+        return said
+
+    write_set(tmp_path / "shards", 40)
+    write_set(tmp_path / "others", 40, seed=2)
+    assert said_while_staging(tmp_path / "shards") == said_while_staging(tmp_path / "others") == []
+    old = Manifest.load(tmp_path / "shards").fingerprint()
+    write_set(tmp_path / "shards", 40, seed=1)
+    monkeypatch.chdir(tmp_path)
+    (line,) = said_while_staging("shards")
+    assert (
+        f"{tmp_path / 'shards'}: the shards have changed since they were staged in {tmp_path / 'cache' / old}" in line
+    )
+    assert said_while_staging("shards") == []
+    (stage("shards", tmp_path / "cache").folder / "codes.npy").unlink()
+    assert len(said_while_staging("shards")) == 1, "the earlier copy is still there"
+
+
+def test_damaged_copy_of_unchanged_shards_is_no_change(tmp_path):
+    write_set(tmp_path / "shards", 40)
+    (stage(tmp_path / "shards", tmp_path / "cache").folder / "codes.npy").unlink()
+    stage(tmp_path / "shards", tmp_path / "cache", say=pytest.fail)
+
+
+def test_manifest_at_hand_is_that_of_the_folder_else_of_the_copy_staged_last(tmp_path):
+    write_set(tmp_path / "shards", 40)
+    stage(tmp_path / "shards", tmp_path / "cache")
+    write_set(tmp_path / "shards", 30)
+    assert manifest_at_hand(tmp_path / "shards", tmp_path / "cache").num_samples == 30
+    (tmp_path / "shards" / "manifest.json").unlink()
+    assert manifest_at_hand(tmp_path / "shards", tmp_path / "cache").num_samples == 40
+    assert manifest_at_hand(tmp_path / "others", tmp_path / "cache") is None
+
+
 def test_staged_set_is_opened_without_reading_the_shards(tmp_path):
     codes, labels = write_set(tmp_path / "shards", 40)
     stage(tmp_path / "shards", tmp_path / "cache")
@@ -192,6 +174,31 @@ def test_too_small_disk_is_refused_before_unpacking(tmp_path, monkeypatch):
         stage(tmp_path / "shards", tmp_path / "cache")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4160))
     assert len(stage(tmp_path / "shards", tmp_path / "cache")) == 40
+
+
+def test_disk_that_another_process_filled_with_the_same_set_is_not_too_small(tmp_path, monkeypatch):
+    write_set(tmp_path / "shards", 40)
+    cache, halfway, go_on, stores = tmp_path / "cache", threading.Event(), threading.Event(), []
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if any(cache.glob("*/codes.npy")) else 4160)
+    )
+
+    def wait(done, total):
+        halfway.set()
+        assert go_on.wait(timeout=PATIENCE)
+
+    def call(*progress):
+        stores.append(stage(tmp_path / "shards", cache, *progress))
+
+    first, second = threading.Thread(target=call, args=[wait]), threading.Thread(target=call)
+    first.start()
+    assert halfway.wait(timeout=PATIENCE)
+    second.start()
+    second.join(timeout=0.3)
+    go_on.set()
+    for thread in (first, second):
+        thread.join(timeout=PATIENCE)
+    assert [len(store) for store in stores] == [40, 40]
 
 
 def test_cache_that_cannot_be_made_is_named(tmp_path):

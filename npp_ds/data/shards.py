@@ -112,12 +112,19 @@ class Manifest(_Record):
         """The manifest in `directory`; UserError when missing, unreadable, inconsistent or of another version."""
         path = Path(directory) / MANIFEST_NAME
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
         except OSError as error:
             raise UserError(
                 f"{path}: {error.strerror}; expected the manifest of a folder of code shards. "
                 "It is written last: run data_prep/tokenize_imagenet.py to its end, or correct the folder."
             ) from None
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: str | Path) -> "Manifest":
+        """The manifest in the bytes of a file; UserError naming `path` when `load` would refuse that file."""
+        try:
+            raw = json.loads(content)
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error}); tokenize again or restore the file.") from None
         found = {name: raw.get(name) if isinstance(raw, dict) else None for name in ("format", "version")}
@@ -319,7 +326,7 @@ def check(
     first_seen: dict[str, str] = {}
     done = 0
     for shard in manifest.shards:
-        yield from _check_file(directory / shard.file, shard)
+        yield from check_file(directory / shard.file, shard)
         if (directory / shard.file).is_file():
             yield from _check_samples(directory / shard.file, shard, manifest, first_seen, accept)
         done += shard.samples
@@ -335,7 +342,8 @@ def verify(directory: str | Path, progress: Callable[[int, int], None] = lambda 
     return list(check(directory, manifest, progress=progress))
 
 
-def _check_file(path: Path, shard: ShardInfo) -> Iterator[str]:
+def check_file(path: Path, shard: ShardInfo) -> Iterator[str]:
+    """Yields what size and hash of the file at `path` say against it being `shard`."""
     try:
         if (size := path.stat().st_size) != shard.bytes:
             yield f"{path}: found {size} bytes, expected {shard.bytes}; tokenize this shard again or restore it."

@@ -79,14 +79,11 @@ def _schedule(config: "RunConfig", events: list[Event]) -> tuple[Schedule, dict[
     """The stage table and its costs; where the training shards are not at hand, the stages that have begun, and the
     costs only if those are all.
     """
-    from npp_ds.data.shards import MANIFEST_NAME, Manifest
+    from npp_ds.data.store import manifest_at_hand
 
-    whole = (Path(config.data.train) / MANIFEST_NAME).is_file()
-    if whole:
-        schedule = config.build_schedule(Manifest.load(config.data.train).num_samples)
-    else:
-        schedule = Schedule(tuple(entered_stages(events)))
-    if not (whole or of_kind(events, "end")):
+    manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
+    schedule = config.build_schedule(manifest.num_samples) if manifest else Schedule(tuple(entered_stages(events)))
+    if not (manifest or of_kind(events, "end")):
         return schedule, {}
     flop_cost = schedule.flop_cost(config.model.grid_size, config.model.training_flops)
     return schedule, {"token_cost": schedule.token_cost(), "flop_cost": flop_cost}

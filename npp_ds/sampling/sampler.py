@@ -139,11 +139,10 @@ def _read_config(run_dir: Path) -> "RunConfig":
 
 
 def _manifest(config: "RunConfig"):
-    """The training data's manifest (class names, the tokenizer's hash), or None where the shards are not at hand."""
-    from npp_ds.data.shards import MANIFEST_NAME, Manifest
+    """The training data's manifest (class names, the tokenizer's hash), or None where it is not at hand."""
+    from npp_ds.data.store import manifest_at_hand
 
-    folder = Path(config.data.train)
-    return Manifest.load(folder) if (folder / MANIFEST_NAME).is_file() else None
+    return manifest_at_hand(config.data.train, config.data.cache_dir)
 
 
 def _tokenizer(config: "RunConfig", manifest, device: str | torch.device):

@@ -1,0 +1,308 @@
+"""Shards behind a URL: fetched once per node, whole or not at all, going on after any interruption."""
+
+import re
+import shutil
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+from npp_ds.data import remote
+from npp_ds.data.shards import Manifest, ShardInfo, verify
+from npp_ds.data.store import load_manifest, manifest_at_hand, stage
+from npp_ds.errors import UserError
+from shard_sets import manifest_of, write_set
+from staging import PATIENCE, SPAWN, assert_holds, entries, finish, kill, stage_and_report, start
+
+SHARDS = [f"train-{i:06d}.tar" for i in range(3)]
+
+
+class Server:
+    """Serves `folder` at `url`, counts the GETs of each file, and answers with `faults[name]` until they are used up.
+
+    A fault is called with the request's handler and the file's content instead of sending that.
+    """
+
+    def __init__(self, folder):
+        self.requests, self.faults, outer = Counter(), {}, self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                name = self.path.removeprefix("/set/")
+                outer.requests[name] += 1
+                if not (folder / name).is_file():
+                    self.send_error(404)
+                    return
+                fault = outer.faults[name].pop(0) if outer.faults.get(name) else send
+                fault(self, (folder / name).read_bytes())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/set"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def send(handler, content, length=None):
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(length or len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def cut(handler, content):
+    send(handler, content[: len(content) // 2], length=len(content))
+
+
+def shorten(handler, content):
+    send(handler, content[:-512])
+
+
+def lengthen(handler, content):
+    send(handler, content + bytes(512))
+
+
+def flip(handler, content):
+    send(handler, content[:700] + bytes([content[700] ^ 1]) + content[701:])
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """(server, codes, labels) of a set of 90 images in three shards."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.0)
+    codes, labels = write_set(tmp_path / "shards", 90, num_shards=3)
+    server = Server(tmp_path / "shards")
+    yield server, codes, labels
+    server.close()
+
+
+def name_of(tmp_path):
+    return Manifest.load(tmp_path / "shards").fingerprint()
+
+
+def test_set_behind_a_url_is_staged_like_one_in_a_folder(tmp_path, published):
+    server, codes, labels = published
+    said = []
+    store = stage(f"{server.url}/", tmp_path / "cache", say=said.append)
+    assert_holds(store, codes, labels)
+    assert store.manifest == Manifest.load(tmp_path / "shards") == load_manifest(server.url)
+    assert entries(tmp_path / "cache") == [name_of(tmp_path)]
+    assert [server.requests[name] for name in SHARDS] == [1, 1, 1]
+    assert len(said) == 1
+    assert said[0].startswith(f"{server.url}: fetching 3 of 3 shards (")
+    assert_holds(stage(server.url, tmp_path / "cache", say=pytest.fail), codes, labels)
+    assert [server.requests[name] for name in SHARDS] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (cut, "curl ended with exit code 18"),
+        (shorten, r"found \d+ bytes, expected \d+"),
+        (lengthen, r"found more than the \d+ bytes expected"),
+        (flip, "found SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
+    ],
+)
+def test_shard_that_arrives_wrong_is_fetched_again_and_then_refused(tmp_path, published, fault, reason):
+    server, codes, labels = published
+    server.faults[SHARDS[1]] = [fault] * 3
+    with pytest.raises(UserError, match=rf"{server.url}/{SHARDS[1]}: .*{reason}, in each of 3 tries; .*run again"):
+        stage(server.url, tmp_path / "cache")
+    assert [server.requests[name] for name in SHARDS] == [1, 3, 0]
+    (left,) = (tmp_path / "cache").glob("*.download")
+    assert sorted(path.name for path in left.iterdir()) == ["manifest.json", "source.txt", SHARDS[0]]
+
+    server.faults[SHARDS[1]] = [fault]
+    said = []
+    assert_holds(stage(server.url, tmp_path / "cache", say=said.append), codes, labels)
+    assert [server.requests[name] for name in SHARDS] == [1, 5, 1]
+    assert said[0].startswith(f"{server.url}: fetching 2 of 3 shards")
+    assert re.search(rf"{SHARDS[1]}: .*{reason}; trying again", said[1])
+    assert entries(tmp_path / "cache") == [name_of(tmp_path)]
+
+
+def test_download_goes_on_from_another_server_when_the_first_one_died(tmp_path, published):
+    server, codes, labels = published
+    dying = Server(tmp_path / "shards")
+
+    def die(handler, content):
+        cut(handler, content)
+        dying.server.socket.close()
+
+    dying.faults[SHARDS[2]] = [die]
+    try:
+        with pytest.raises(UserError, match=rf"{dying.url}/{SHARDS[2]}: .*exit code"):
+            stage(dying.url, tmp_path / "cache")
+    finally:
+        dying.close()
+    assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
+    assert [server.requests[name] for name in SHARDS] == [0, 0, 1]
+
+
+@pytest.mark.processes
+def test_killed_download_goes_on_without_fetching_finished_shards_again(tmp_path, published):
+    server, codes, labels = published
+    halfway, released = threading.Event(), threading.Event()
+
+    def hang(handler, content):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[:-1000])
+        handler.wfile.flush()
+        halfway.set()
+        assert released.wait(timeout=PATIENCE)
+
+    server.faults[SHARDS[1]] = [hang]
+    process = start(stage, server.url, tmp_path / "cache")
+    try:
+        assert halfway.wait(timeout=PATIENCE)
+        kill(process)
+    finally:
+        released.set()
+    assert entries(tmp_path / "cache") == [f"{name_of(tmp_path)}.download"]
+    assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
+    assert [server.requests[name] for name in SHARDS] == [1, 2, 1]
+    assert entries(tmp_path / "cache") == [name_of(tmp_path)]
+
+
+@pytest.mark.processes
+def test_processes_that_stage_at_once_fetch_each_shard_once(tmp_path, published):
+    server, codes, labels = published
+    barrier, results = SPAWN.Barrier(2), SPAWN.Queue()
+    processes = [start(stage_and_report, server.url, tmp_path / "cache", barrier, results) for _ in range(2)]
+    reports = [results.get(timeout=PATIENCE) for _ in processes]
+    assert finish(*processes) == [0, 0]
+    assert [report[:2] for report in reports] == [(int(codes.sum()), labels.tolist())] * 2
+    assert sorted(report[2] for report in reports) == [[], [30, 60, 90]]
+    assert [server.requests[name] for name in SHARDS] == [1, 1, 1]
+
+
+def test_what_an_interrupted_download_left_is_checked_before_it_is_used(tmp_path, published):
+    server, codes, labels = published
+    server.faults[SHARDS[2]] = [flip] * 3
+    with pytest.raises(UserError, match="SHA-256"):
+        stage(server.url, tmp_path / "cache")
+    (left,) = (tmp_path / "cache").glob("*.download")
+    content = (left / SHARDS[0]).read_bytes()
+    (left / SHARDS[0]).write_bytes(content[:-1] + b"x")
+    assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
+    assert [server.requests[name] for name in SHARDS] == [2, 1, 4]
+
+
+def test_set_that_changed_behind_its_url_is_fetched_anew_and_that_is_said(tmp_path, published):
+    server, _, _ = published
+    stage(server.url, tmp_path / "cache")
+    first = name_of(tmp_path)
+    write_set(tmp_path / "shards", 90, num_shards=3, seed=1)
+    server.faults[SHARDS[2]] = [flip] * 3
+    with pytest.raises(UserError, match="SHA-256"):
+        stage(server.url, tmp_path / "cache")
+    abandoned = name_of(tmp_path)
+    assert entries(tmp_path / "cache") == sorted([first, f"{abandoned}.download"])
+    codes, labels = write_set(tmp_path / "shards", 80, num_shards=3, seed=2)
+    said = []
+    assert_holds(stage(server.url, tmp_path / "cache", say=said.append), codes, labels)
+    assert said[0].startswith(f"{server.url}: the shards have changed since they were staged in")
+    assert entries(tmp_path / "cache") == sorted([first, name_of(tmp_path)])
+
+
+def test_bad_content_that_the_manifest_agrees_with_is_named_with_url_file_and_key(tmp_path, published):
+    server, _, _ = published
+    manifest = Manifest.load(tmp_path / "shards")
+    manifest.model_copy(update={"vocab_size": 900}).save(tmp_path / "shards")
+    expected = rf"{server.url}: .*{SHARDS[0]}, key '.*': code 9\d\d out of range, expected below 900 .*shards verify"
+    with pytest.raises(UserError, match=expected) as error:
+        stage(server.url, tmp_path / "cache")
+    (left,) = (tmp_path / "cache").glob("*.download")
+    assert f"`npp shards verify {left}`" in str(error.value)
+    assert len(verify(left)) > 1
+    manifest.save(tmp_path / "shards")
+    assert len(stage(server.url, tmp_path / "cache")) == 90
+    assert entries(tmp_path / "cache") == [manifest.fingerprint()]
+
+
+def test_command_is_run_for_each_file(tmp_path):
+    codes, labels = write_set(tmp_path / "shards", 20, num_shards=2)
+    log = tmp_path / "log"
+    source = f"pipe:echo {{file}} >> {log} && cat '{tmp_path}/shards/{{file}}'"
+    assert_holds(stage(source, tmp_path / "cache"), codes, labels)
+    assert log.read_text().split() == ["manifest.json", *SHARDS[:2]]
+
+
+def test_command_that_fails_is_named_with_its_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.0)
+    write_set(tmp_path / "shards", 20)
+    failing = f"pipe:test {{file}} = manifest.json || exit 3; cat {tmp_path}/shards/{{file}}"
+    with pytest.raises(UserError, match=rf"^pipe:.*{SHARDS[0]}.*: the command ended with exit code 3, in each of 3"):
+        stage(failing, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"^pipe:cat /data: found no \{file\} in the command; .*pipe:ssh"):
+        stage("pipe:cat /data", tmp_path / "cache")
+
+
+def test_what_fsspec_opens_is_staged(tmp_path):
+    import fsspec
+
+    codes, labels = write_set(tmp_path / "shards", 20, num_shards=2)
+    fsspec.filesystem("memory").put(str(tmp_path / "shards"), "/bucket/train", recursive=True)
+    assert_holds(stage("memory://bucket/train", tmp_path / "cache"), codes, labels)
+
+
+def test_set_that_cannot_be_had_is_refused_by_its_url(tmp_path, published):
+    server, _, _ = published
+    (tmp_path / "shards" / SHARDS[1]).unlink()
+    with pytest.raises(UserError, match=rf"`curl -fL -o /dev/null {server.url}/{SHARDS[1]}`.*curl .* exit code 22"):
+        stage(server.url, tmp_path / "cache")
+    (tmp_path / "shards" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=rf"^{server.url}/manifest.json: not valid JSON"):
+        stage(server.url, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"^nosuch://host/set/manifest.json: ValueError: Protocol not known: nosuch"):
+        stage("nosuch://host/set", tmp_path / "cache")
+    manifest_of([]).save(tmp_path / "shards")
+    with pytest.raises(UserError, match=rf"^{server.url}: holds no samples"):
+        stage(server.url, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("file", ["a;touch stolen;.tar", "$(touch stolen).tar", "-rf.tar", "a b.tar", "x?y.tar"])
+def test_manifest_cannot_put_words_into_the_command(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    manifest_of([ShardInfo(file=file, samples=1, bytes=1, sha256="0" * 64)]).save(tmp_path)
+    with pytest.raises(UserError, match=r"expected only letters, digits, .* in the name"):
+        stage(f"pipe:cat {tmp_path}/{{file}}", tmp_path / "cache")
+    assert not (tmp_path / "stolen").exists()
+
+
+def test_room_is_needed_for_shards_and_arrays_less_what_has_been_fetched(tmp_path, published, monkeypatch):
+    server, codes, labels = published
+    shards = sum(shard.bytes for shard in Manifest.load(tmp_path / "shards").shards)
+    arrays = codes.nbytes + labels.nbytes
+    server.faults[SHARDS[2]] = [flip] * 3
+    with pytest.raises(UserError, match="SHA-256"):
+        stage(server.url, tmp_path / "cache")
+    (left,) = (tmp_path / "cache").glob("*.download")
+    fetched = sum(path.stat().st_size for path in left.iterdir())
+    free = shards + arrays - fetched
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
+    with pytest.raises(UserError, match=f"{shards + arrays - 1:,} bytes free, {shards + arrays:,} needed"):
+        stage(server.url, tmp_path / "cache")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
+
+
+def test_manifest_of_a_staged_url_is_at_hand_without_the_network(tmp_path):
+    write_set(tmp_path / "shards", 20)
+    source = f"pipe:cat {tmp_path}/shards/{{file}}"
+    assert manifest_at_hand(source, tmp_path / "cache") is None
+    manifest = stage(source, tmp_path / "cache").manifest
+    shutil.rmtree(tmp_path / "shards")
+    assert manifest_at_hand(source, tmp_path / "cache") == manifest
