@@ -3,6 +3,8 @@
 Everything random in the data order, in dropout seeds and in sampling comes from here: no generator state is ever saved.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -20,13 +22,23 @@ def mix64(*words: int | np.ndarray) -> np.ndarray:
 
     `mix64(seed, epoch, ids)` gives one hash per id. The order and the number of words matter.
     """
-    with np.errstate(over="ignore"):
-        state = np.uint64(len(words))
-        for word in words:
-            if isinstance(word, (int, np.integer)):
-                word = int(word) & 0xFFFFFFFFFFFFFFFF
-            state = _finalize(state * _GOLDEN + np.asarray(word).astype(np.uint64) + _GOLDEN)
+    state, rest = np.uint64(len(words)), words
+    while rest and isinstance(rest[0], (int, np.integer)):
+        state, rest = _absorb_integer(state, int(rest[0])), rest[1:]
+    for word in rest:
+        state = _absorb(state, word)
     return state
+
+
+def _absorb(state: np.ndarray, word: int | np.ndarray) -> np.ndarray:
+    if isinstance(word, (int, np.integer)):
+        word = int(word) & 0xFFFFFFFFFFFFFFFF
+    with np.errstate(over="ignore"):
+        return _finalize(state * _GOLDEN + np.asarray(word).astype(np.uint64) + _GOLDEN)
+
+
+# Kept because tuples often begin with the same integers, and numpy's scalar arithmetic costs more than a batch's.
+_absorb_integer = lru_cache(maxsize=1024)(_absorb)
 
 
 def uniform(*words: int | np.ndarray) -> np.ndarray:

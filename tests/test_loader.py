@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import torch
 
 from npp_ds.data.loader import PREFETCHED_STEPS, EvalLoader, StageLoader
 from npp_ds.data.order import batch_ids, crop_index, drop_label, rank_slice
-from npp_ds.data.store import stage
+from npp_ds.data.shards import ShardInfo
+from npp_ds.data.store import CodeStore, stage
 from npp_ds.errors import UserError
 from npp_ds.model.patches import group
 from npp_ds.schedule import Stage
-from shard_sets import CROP_NAMES, write_set
+from shard_sets import CROP_NAMES, manifest_of, write_set
 
 SAMPLES, SEED, NULL_CLASS = 103, 5, 10
 
@@ -258,6 +260,14 @@ def test_evaluation_sees_each_sample_once_in_its_central_crop(codes_and_store, w
     rows, lengths = eval_rows(store, world_size, micro_batch_size)
     assert rows == expected
     assert len(set(lengths)) == 1
+
+
+@pytest.mark.parametrize("patch_side", [1, 2, 3, 4, 6, 8, 12, 24])
+def test_codes_are_grouped_alike_for_every_side_that_divides_the_grid(patch_side):
+    codes = np.random.default_rng(0).integers(0, 1000, (5, 3, 576), dtype=np.uint16)
+    manifest = manifest_of([ShardInfo(file="a.tar", samples=5, bytes=0, sha256="0" * 64)], grid_size=24)
+    (batch,) = EvalLoader(CodeStore(codes, np.arange(5), manifest, Path()), patch_side, 5, 0, 1)
+    assert torch.equal(batch[0], group(torch.from_numpy(codes[:, 1].astype(np.int64)), patch_side))
 
 
 def test_limited_evaluation_is_spread_over_the_set(codes_and_store):

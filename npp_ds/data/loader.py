@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import gcd
 
 import numpy as np
 import torch
@@ -55,17 +56,23 @@ class _Reader:
         self._rows = store.codes.reshape(-1, store.manifest.num_tokens)
         grouped = group(torch.arange(store.manifest.num_tokens)[None], patch_side)
         self._shape = tuple(grouped.shape[1:])
-        self._columns = grouped.flatten().numpy()
+        # Codes that are neighbours in raster order and in their patch are moved together, up to four as one uint64.
+        together = gcd(patch_side, 4)
+        self._columns = grouped.flatten().numpy()[::together] // together
+        self._unit = np.dtype(f"u{2 * together}")
         self._buffers = np.empty((2, 0, store.manifest.num_tokens), np.uint16)
 
     def codes(self, ids: np.ndarray, crops: np.ndarray | int) -> Tensor:
         """int64 [len(ids), N, k] of one crop of each sample."""
         if self._buffers.shape[1] != len(ids):
-            self._buffers = np.empty((2, len(ids), len(self._columns)), np.uint16)
+            self._buffers = np.empty((2, len(ids), self._buffers.shape[2]), np.uint16)
         raster, grouped = self._buffers
         # mode="clip", because with "raise" np.take fills a second buffer first; the indices are in range.
         np.take(self._rows, ids * self.num_crops + crops, axis=0, out=raster, mode="clip")
-        np.take(raster, self._columns, axis=1, out=grouped, mode="clip")
+        if self._shape[1] == 1:
+            grouped = raster
+        else:
+            np.take(raster.view(self._unit), self._columns, axis=1, out=grouped.view(self._unit), mode="clip")
         return self.to_tensor(grouped).view(len(ids), *self._shape)
 
     def to_tensor(self, values: np.ndarray) -> Tensor:
