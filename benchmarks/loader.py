@@ -1,0 +1,230 @@
+"""How many rows of codes a second reach training: the staged array, beside the ways they are usually read.
+
+Writes random codes as shards and as files, reads both warm on one core, and takes turns between the readers:
+
+    python -m benchmarks.loader --out benchmarks/results
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader, Dataset
+
+from npp_ds.data.loader import StageLoader
+from npp_ds.data.order import batch_ids, epoch_permutation
+from npp_ds.data.shards import CropInfo, Manifest, ShardWriter, TokenizerInfo, shard_name
+from npp_ds.data.store import CodeStore, stage
+from npp_ds.files import write_json_atomic, write_text_atomic
+from npp_ds.schedule import Stage
+
+BATCH, GRID, VOCABULARY, CLASSES = 256, 16, 16384, 1000
+GATHER, STREAM, FILES = "staged array, gather alone", "stock WebDataset, tar streaming", "one .npy file per image"
+
+
+def write_shards(folder: Path, codes: np.ndarray, labels: np.ndarray, shard_images: int) -> list[Path]:
+    """A set of one crop per image, `shard_images` images a shard; returns the shards."""
+    folder.mkdir()
+    infos = []
+    for start in range(0, len(codes), shard_images):
+        with ShardWriter(folder / shard_name("train", len(infos))) as writer:
+            for row in range(start, min(start + shard_images, len(codes))):
+                writer.write(f"{row:08d}", codes[row, None], int(labels[row]))
+        infos.append(writer.info)
+    Manifest(
+        split="train",
+        grid_size=GRID,
+        vocab_size=VOCABULARY,
+        num_classes=CLASSES,
+        class_names=[],
+        image_size=GRID * 16,
+        tokenizer=TokenizerInfo(name="random", sha256="0" * 64, downsample=16, precision="fp32"),
+        crops=CropInfo(scheme="center", ranges=[], names=["center"]),
+        num_samples=len(codes),
+        shards=infos,
+        source={},
+        skipped=[],
+    ).save(folder)
+    return [folder / info.file for info in infos]
+
+
+def write_files(folder: Path, codes: np.ndarray, labels: np.ndarray) -> None:
+    """Two files an image, int64 codes [1, crops, tokens] and label [1], as the published extraction writes them."""
+    for name in ("codes", "labels"):
+        (folder / name).mkdir(parents=True)
+    for row in range(len(codes)):
+        np.save(folder / "codes" / f"{row}.npy", codes[row, None, None].astype(np.int64))
+        np.save(folder / "labels" / f"{row}.npy", labels[row, None])
+
+
+def gather(store: CodeStore) -> int:
+    """One epoch of shuffled batches of uint16 rows; returns their number, as all readers here do."""
+    rows = store.codes.reshape(len(store), -1)
+    out = np.empty((BATCH, rows.shape[1]), np.uint16)
+    steps = len(store) // BATCH
+    for step in range(steps):
+        np.take(rows, batch_ids(len(store), BATCH, 0, 0, step), axis=0, out=out, mode="clip")
+    return steps * BATCH
+
+
+def load(store: CodeStore, patch_side: int) -> int:
+    """One epoch as the trainer reads it: shuffled, prefetched, crops drawn, labels dropped, grouped, int64 tensors."""
+    epoch_permutation.cache_clear()
+    steps = len(store) // BATCH
+    plan = Stage(
+        index=0,
+        patch_side=patch_side,
+        start_step=0,
+        end_step=steps,
+        start_epoch=0,
+        steps_per_epoch=steps,
+        batch_size=BATCH,
+        micro_batch_size=BATCH,
+        peak_learning_rate=1e-4,
+        final_learning_rate=1e-5,
+        warmup_steps=1,
+        decay_steps=1,
+    )
+    options = {"seed": 0, "class_dropout": 0.1, "num_classes": CLASSES, "rank": 0, "world_size": 1, "first_step": 0}
+    with StageLoader(store, plan, **options) as loader:
+        return sum(len(labels) for batch in loader for _, labels in batch.micro_batches)
+
+
+def stream(shards: list[Path]) -> int:
+    """The same shards through stock WebDataset with a shuffle buffer, as int64 batches."""
+    dataset = (
+        webdataset.WebDataset([str(path) for path in shards], shardshuffle=len(shards))
+        .shuffle(1000)
+        .decode()
+        .to_tuple("codes.npy", "cls")
+        .batched(BATCH)
+    )
+    return sum(len(torch.from_numpy(codes.astype(np.int64))) for codes, _ in dataset)
+
+
+class _FilePerImage(Dataset):
+    """Reads what `write_files` wrote, drawing a crop, the way the published training code does."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, label = (np.load(self.folder / name / f"{row}.npy") for name in ("codes", "labels"))
+        crop = torch.randint(codes.shape[1], ()).item()
+        return torch.from_numpy(codes[:, crop]), torch.from_numpy(label)
+
+
+def read_files(folder: Path, count: int) -> int:
+    """Shuffled batches of a folder of `write_files`, in this process."""
+    return sum(len(codes) for codes, _ in DataLoader(_FilePerImage(folder, count), BATCH, shuffle=True))
+
+
+def measure(readers: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
+    """Rows a second of each reader, `repeats` times in turn, after one unmeasured round."""
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for turn in range(repeats + 1):
+        for name, read in readers.items():
+            started = time.perf_counter()
+            rows = read()
+            if turn:
+                rates[name].append(rows / (time.perf_counter() - started))
+    return rates
+
+
+def machine() -> dict[str, str | int | None]:
+    """What the figures depend on."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
+    versions = {package: version(package) for package in ("numpy", "torch", "webdataset")}
+    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), **versions}
+
+
+def run(folder: Path, images: int, subset: int, repeats: int) -> dict:
+    """Writes the data under `folder` and measures; the result as it is printed in JSON."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, VOCABULARY, (images, GRID**2), dtype=np.uint16)
+    labels = rng.integers(0, CLASSES, images)
+    shard_images = min(subset, 10_000)
+    shards = write_shards(folder / "shards", codes, labels, shard_images)
+    write_files(folder / "files", codes[:subset], labels[:subset])
+    started = time.perf_counter()
+    store = stage(folder / "shards", folder / "cache")
+    staging_seconds = time.perf_counter() - started
+    readers: dict[str, Callable[[], int]] = {GATHER: lambda: gather(store)}
+    for side in (1, 2, 4):
+        readers[f"StageLoader, patch side {side}"] = lambda side=side: load(store, side)
+    readers[STREAM] = lambda: stream(shards[: subset // shard_images])
+    readers[FILES] = lambda: read_files(folder / "files", subset)
+    rates = measure(readers, repeats)
+    return {
+        "benchmark": "loader",
+        "images": images,
+        "subset": subset,
+        "repeats": repeats,
+        "rows_per_second": {name: round(median(values)) for name, values in rates.items()},
+        "range": {name: [round(min(values)), round(max(values))] for name, values in rates.items()},
+        "staged_images_per_second": round(images / staging_seconds),
+        "machine": machine(),
+    }
+
+
+def table(result: dict) -> str:
+    m = result["machine"]
+    lines = [
+        "# Rows of 256 codes a second on one core",
+        "",
+        f"Batches of {BATCH}, warm, {result['images']:,} images of one crop (for WebDataset and files "
+        f"{result['subset']:,} of them); medians of {result['repeats']} turns.",
+        "",
+        "| reader | rows/s | lowest .. highest |",
+        "|---|---|---|",
+    ]
+    for name, rate in result["rows_per_second"].items():
+        low, high = result["range"][name]
+        lines.append(f"| {name} | {rate:,} | {low:,} .. {high:,} |")
+    lines += [
+        "",
+        "StageLoader is what the trainer iterates over: the epoch's permutation, crops, labels, grouping and int64 "
+        "tensors are included, and its thread shares the core with its reader. All but the gather end in int64 "
+        "batches. Verifying and unpacking the shards, once per node, went at "
+        f"{result['staged_images_per_second']:,} images/s.",
+        "",
+        f"{m['processor']}, {m['cores']} cores of which one was used; numpy {m['numpy']}, torch {m['torch']}, "
+        f"webdataset {m['webdataset']}. Made by `python -m benchmarks.loader`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200_000, help="images in the staged set")
+    parser.add_argument("--subset", type=int, default=20_000, help="images for WebDataset and for files")
+    parser.add_argument("--repeats", type=int, default=7, help="measured turns")
+    parser.add_argument("--out", type=Path, help="folder for loader.json and loader.md")
+    args = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(Path(folder), args.images, args.subset, args.repeats)
+    print(table(result))
+    print(json.dumps(result))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(args.out / "loader.json", result)
+        write_text_atomic(args.out / "loader.md", table(result))
+
+
+if __name__ == "__main__":
+    main()
