@@ -102,24 +102,6 @@ def test_batches_are_those_of_the_pure_functions(codes_and_store, patch_side, wo
         assert steps == 23
 
 
-def test_global_batch_does_not_depend_on_processes_or_micro_batches(store):
-    def global_batches(world_size, micro_batch_size):
-        stage = make_stage(micro_batch_size=micro_batch_size)
-        loaders = [make_loader(store, stage, rank=rank, world_size=world_size) for rank in range(world_size)]
-        for batches in zip(*loaders, strict=True):
-            parts = [part for parts in zip(*(batch.micro_batches for batch in batches), strict=True) for part in parts]
-            yield torch.cat([codes for codes, _ in parts]), torch.cat([labels for _, labels in parts])
-
-    alone = list(global_batches(1, 12))
-    assert len(alone) == 23
-    for world_size, micro_batch_size in ((1, 2), (2, 3), (3, 4), (4, 1)):
-        for (codes, labels), (other_codes, other_labels) in zip(
-            alone, global_batches(world_size, micro_batch_size), strict=True
-        ):
-            assert torch.equal(codes, other_codes)
-            assert torch.equal(labels, other_labels)
-
-
 def test_resume_at_any_step_gives_the_batches_of_an_uninterrupted_run(store):
     whole = [flatten(batch) for batch in make_loader(store)]
     for first_step in range(7, 31):
