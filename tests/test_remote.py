@@ -13,6 +13,7 @@ from npp_ds.data import remote
 from npp_ds.data.shards import Manifest, ShardInfo, verify
 from npp_ds.data.store import load_manifest, manifest_at_hand, stage
 from npp_ds.errors import UserError
+from runs import metrics_of, run, tiny_config
 from shard_sets import manifest_of, write_set
 from staging import PATIENCE, SPAWN, assert_holds, entries, finish, kill, stage_and_report, start
 
@@ -75,11 +76,19 @@ def flip(handler, content):
     send(handler, content[:700] + bytes([content[700] ^ 1]) + content[701:])
 
 
+def stall(handler, content):
+    """Half of the content, then silence until the other side has gone."""
+    send(handler, content[: len(content) // 2], length=len(content))
+    handler.connection.settimeout(PATIENCE)
+    handler.connection.recv(1)
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """(server, codes, labels) of a set of 90 images in three shards."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "STALL_SECONDS", 1)
     codes, labels = write_set(tmp_path / "shards", 90, num_shards=3)
     server = Server(tmp_path / "shards")
     yield server, codes, labels
@@ -107,7 +116,7 @@ def test_set_behind_a_url_is_staged_like_one_in_a_folder(tmp_path, published):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (cut, "curl ended with exit code 18"),
+        (cut, r"curl ended with exit code 18 \(see its message\)"),
         (shorten, r"found \d+ bytes, expected \d+"),
         (lengthen, r"found more than the \d+ bytes expected"),
         (flip, "found SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
@@ -115,20 +124,29 @@ def test_set_behind_a_url_is_staged_like_one_in_a_folder(tmp_path, published):
 )
 def test_shard_that_arrives_wrong_is_fetched_again_and_then_refused(tmp_path, published, fault, reason):
     server, codes, labels = published
-    server.faults[SHARDS[1]] = [fault] * 3
-    with pytest.raises(UserError, match=rf"{server.url}/{SHARDS[1]}: .*{reason}, in each of 3 tries; .*run again"):
+    server.faults[SHARDS[1]] = [fault] * 4
+    with pytest.raises(UserError, match=rf"{server.url}/{SHARDS[1]}: .*{reason}, in each of 4 tries; .*run again"):
         stage(server.url, tmp_path / "cache")
-    assert [server.requests[name] for name in SHARDS] == [1, 3, 0]
+    assert [server.requests[name] for name in SHARDS] == [1, 4, 0]
     (left,) = (tmp_path / "cache").glob("*.download")
     assert sorted(path.name for path in left.iterdir()) == ["manifest.json", "source.txt", SHARDS[0]]
 
     server.faults[SHARDS[1]] = [fault]
     said = []
     assert_holds(stage(server.url, tmp_path / "cache", say=said.append), codes, labels)
-    assert [server.requests[name] for name in SHARDS] == [1, 5, 1]
+    assert [server.requests[name] for name in SHARDS] == [1, 6, 1]
     assert said[0].startswith(f"{server.url}: fetching 2 of 3 shards")
     assert re.search(rf"{SHARDS[1]}: .*{reason}; trying again", said[1])
     assert entries(tmp_path / "cache") == [name_of(tmp_path)]
+
+
+def test_server_that_falls_silent_is_given_up_and_asked_again(tmp_path, published):
+    server, codes, labels = published
+    server.faults[SHARDS[1]] = [stall]
+    said = []
+    assert_holds(stage(server.url, tmp_path / "cache", say=said.append), codes, labels)
+    assert f"{SHARDS[1]}: curl ended with exit code 28" in said[1]
+    assert [server.requests[name] for name in SHARDS] == [1, 2, 1]
 
 
 def test_download_goes_on_from_another_server_when_the_first_one_died(tmp_path, published):
@@ -147,6 +165,20 @@ def test_download_goes_on_from_another_server_when_the_first_one_died(tmp_path, 
         dying.close()
     assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
     assert [server.requests[name] for name in SHARDS] == [0, 0, 1]
+
+
+@pytest.mark.processes
+def test_run_on_shards_behind_a_url_is_the_run_on_the_folder(pair, shards, undisturbed, tmp_path):
+    servers = {key: Server(shards / key) for key in ("train", "val")}
+    try:
+        data = {"cache_dir": str(tmp_path / "cache"), **{key: server.url for key, server in servers.items()}}
+        pair.run(run, tiny_config(shards, tmp_path / "run", data=data))
+    finally:
+        for server in servers.values():
+            server.close()
+    assert metrics_of(tmp_path / "run") == undisturbed[0]
+    assert [servers["train"].requests[name] for name in SHARDS] == [1, 1, 0]
+    assert servers["val"].requests[SHARDS[0]] == 1
 
 
 @pytest.mark.processes
@@ -190,14 +222,14 @@ def test_processes_that_stage_at_once_fetch_each_shard_once(tmp_path, published)
 
 def test_what_an_interrupted_download_left_is_checked_before_it_is_used(tmp_path, published):
     server, codes, labels = published
-    server.faults[SHARDS[2]] = [flip] * 3
+    server.faults[SHARDS[2]] = [flip] * 4
     with pytest.raises(UserError, match="SHA-256"):
         stage(server.url, tmp_path / "cache")
     (left,) = (tmp_path / "cache").glob("*.download")
     content = (left / SHARDS[0]).read_bytes()
     (left / SHARDS[0]).write_bytes(content[:-1] + b"x")
     assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
-    assert [server.requests[name] for name in SHARDS] == [2, 1, 4]
+    assert [server.requests[name] for name in SHARDS] == [2, 1, 5]
 
 
 def test_set_that_changed_behind_its_url_is_fetched_anew_and_that_is_said(tmp_path, published):
@@ -205,7 +237,7 @@ def test_set_that_changed_behind_its_url_is_fetched_anew_and_that_is_said(tmp_pa
     stage(server.url, tmp_path / "cache")
     first = name_of(tmp_path)
     write_set(tmp_path / "shards", 90, num_shards=3, seed=1)
-    server.faults[SHARDS[2]] = [flip] * 3
+    server.faults[SHARDS[2]] = [flip] * 4
     with pytest.raises(UserError, match="SHA-256"):
         stage(server.url, tmp_path / "cache")
     abandoned = name_of(tmp_path)
@@ -241,10 +273,10 @@ def test_command_is_run_for_each_file(tmp_path):
 
 
 def test_command_that_fails_is_named_with_its_exit_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.0)
     write_set(tmp_path / "shards", 20)
     failing = f"pipe:test {{file}} = manifest.json || exit 3; cat {tmp_path}/shards/{{file}}"
-    with pytest.raises(UserError, match=rf"^pipe:.*{SHARDS[0]}.*: the command ended with exit code 3, in each of 3"):
+    with pytest.raises(UserError, match=rf"^pipe:.*{SHARDS[0]}.*: the command ended with exit code 3 .*in each of 4"):
         stage(failing, tmp_path / "cache")
     with pytest.raises(UserError, match=r"^pipe:cat /data: found no \{file\} in the command; .*pipe:ssh"):
         stage("pipe:cat /data", tmp_path / "cache")
@@ -261,7 +293,7 @@ def test_what_fsspec_opens_is_staged(tmp_path):
 def test_set_that_cannot_be_had_is_refused_by_its_url(tmp_path, published):
     server, _, _ = published
     (tmp_path / "shards" / SHARDS[1]).unlink()
-    with pytest.raises(UserError, match=rf"`curl -fL -o /dev/null {server.url}/{SHARDS[1]}`.*curl .* exit code 22"):
+    with pytest.raises(UserError, match=rf"^{server.url}/{SHARDS[1]}: curl ended with exit code 22"):
         stage(server.url, tmp_path / "cache")
     (tmp_path / "shards" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=rf"^{server.url}/manifest.json: not valid JSON"):
@@ -286,7 +318,7 @@ def test_room_is_needed_for_shards_and_arrays_less_what_has_been_fetched(tmp_pat
     server, codes, labels = published
     shards = sum(shard.bytes for shard in Manifest.load(tmp_path / "shards").shards)
     arrays = codes.nbytes + labels.nbytes
-    server.faults[SHARDS[2]] = [flip] * 3
+    server.faults[SHARDS[2]] = [flip] * 4
     with pytest.raises(UserError, match="SHA-256"):
         stage(server.url, tmp_path / "cache")
     (left,) = (tmp_path / "cache").glob("*.download")

@@ -140,13 +140,40 @@ def test_cut_or_missing_cache_file_is_staged_again(tmp_path, name, size):
     assert_holds(stage(tmp_path / "shards", tmp_path / "cache"), codes, labels)
 
 
-def test_bad_shard_is_named_and_nothing_is_left(tmp_path):
-    write_set(tmp_path / "shards", 40, num_shards=2)
-    path = tmp_path / "shards" / "train-000001.tar"
+def flip(path):
     content = bytearray(path.read_bytes())
     content[3000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-000001\.tar: found SHA-256"):
+
+
+def lower(**limits):
+    """Lowers limits in the manifest, so that what the shards hold is out of range."""
+    return lambda path: Manifest.load(path.parent).model_copy(update=limits).save(path.parent)
+
+
+def repeat_first_shard(path):
+    shutil.copy(path.with_name("train-000000.tar"), path)
+    first, second = Manifest.load(path.parent).shards
+    manifest_of([first, first.model_copy(update={"file": second.file})]).save(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (flip, r"train-000001\.tar: found SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}; tokenize this shard again"),
+        (lambda path: os.truncate(path, 9000), r"train-000001\.tar: found 9000 bytes, expected \d+; tokenize this"),
+        (os.unlink, r"train-000001\.tar: No such file or directory; tokenize this shard again"),
+        (lower(vocab_size=998), r"train-00000\d\.tar, key 'n.*/image_.*': code 99\d out of range, expected below 998"),
+        (lower(num_classes=9), r"train-00000\d\.tar, key 'n.*/image_.*': label 9 out of range, expected below 9"),
+        (lower(grid_size=2), r"key 'n.*/image_00000': codes are \[3, 16\], expected \[3, 4\]"),
+        (repeat_first_shard, r"train-000001\.tar, key 'n.*/image_00000': duplicate key, already in train-000000\.tar"),
+    ],
+    ids=["flipped", "truncated", "missing", "codes", "labels", "grid", "duplicates"],
+)
+def test_bad_set_is_refused_by_file_and_key_and_nothing_is_left(tmp_path, spoil, message):
+    write_set(tmp_path / "shards", 40, num_shards=2)
+    spoil(tmp_path / "shards" / "train-000001.tar")
+    with pytest.raises(UserError, match=f"{message}.*`npp shards verify {tmp_path / 'shards'}` lists every problem"):
         stage(tmp_path / "shards", tmp_path / "cache")
     assert entries(tmp_path / "cache") == []
 

@@ -7,6 +7,7 @@ A set is named by the URL of its folder (`https://host/data/train`, `s3://bucket
 import contextlib
 import hashlib
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from npp_ds.data.shards import MANIFEST_NAME, Manifest, ShardInfo, check_file
 from npp_ds.errors import UserError
 from npp_ds.files import write_atomic
 
-ATTEMPTS = 3
-PAUSE_SECONDS = 2.0
+ATTEMPTS = 4
+FIRST_PAUSE_SECONDS = 2.0
+STALL_SECONDS = 60
 _BLOCK_BYTES = 1 << 20
 
 
@@ -82,7 +84,7 @@ def _persistently(address: str, transfer: Callable[[], bytes | None], say: Calla
                     "it is the one in the manifest, then run again: shards that have arrived are kept."
                 ) from None
             say(f"{address}: {error}; trying again")
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
     return None
 
 
@@ -113,15 +115,18 @@ def _blocks(address: str) -> Iterator[bytes]:
                 yield block
     except Exception as error:  # Each protocol has exceptions of its own, not all of them OSErrors.
         if status := getattr(stream, "status", None):
-            url = re.match("https?:", address)
-            program = f"`curl -fL -o /dev/null {address}`, run by hand, says why: curl" if url else "the command"
-            raise _TransferError(f"{program} ended with exit code {status}") from None
+            program = "curl" if address.startswith("http") else "the command"
+            raise _TransferError(f"{program} ended with exit code {status} (see its message)") from None
         raise _TransferError(f"{type(error).__name__}: {error}") from None
 
 
 def _open(address: str) -> BinaryIO:
     from webdataset.gopen import gopen, gopen_schemes
 
+    if re.match("https?://", address):
+        # gopen's own call of curl would wait for ever for a server that has fallen silent.
+        patience = f"--connect-timeout 30 --speed-limit 1 --speed-time {STALL_SECONDS}"
+        return gopen(f"pipe:curl -fsSL {patience} {shlex.quote(address)}")
     if address.split(":", 1)[0] in gopen_schemes:
         return gopen(address)
     import fsspec
