@@ -178,6 +178,43 @@ def test_bad_set_is_refused_by_file_and_key_and_nothing_is_left(tmp_path, spoil,
     assert entries(tmp_path / "cache") == []
 
 
+def test_failure_is_shared_by_those_who_waited_and_not_by_later_starts(tmp_path):
+    write_set(tmp_path / "shards", 40, num_shards=2)
+    content = (tmp_path / "shards" / "train-000001.tar").read_bytes()
+    os.truncate(tmp_path / "shards" / "train-000001.tar", 9000)
+    halfway, go_on, told, read = threading.Event(), threading.Event(), [], []
+
+    def wait(done, total):
+        halfway.set()
+        assert go_on.wait(timeout=PATIENCE)
+
+    def call(progress):
+        with pytest.raises(UserError) as error:
+            stage(tmp_path / "shards", tmp_path / "cache", progress)
+        told.append(str(error.value))
+
+    def note(done, total):
+        read.append(done)
+
+    calls = [threading.Thread(target=call, args=[progress]) for progress in (wait, note, note)]
+    calls[0].start()
+    assert halfway.wait(timeout=PATIENCE)
+    for thread in calls[1:]:
+        thread.start()
+        thread.join(timeout=0.2)
+    go_on.set()
+    for thread in calls:
+        thread.join(timeout=PATIENCE)
+    assert len(told) == 3
+    assert len(set(told)) == 1
+    assert "train-000001.tar: found 9000 bytes" in told[0]
+    assert read == []
+    call(note)
+    assert read == [20]
+    (tmp_path / "shards" / "train-000001.tar").write_bytes(content)
+    assert len(stage(tmp_path / "shards", tmp_path / "cache")) == 40
+
+
 def test_empty_or_missing_set_is_refused(tmp_path):
     (tmp_path / "shards").mkdir()
     with pytest.raises(UserError, match=r"manifest\.json"):

@@ -184,11 +184,24 @@ def _download(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
-    """Holds the lock of one set under `root`; the kernel lets go of it when the process dies, however it dies."""
+    """Holds the lock of one set under `root`; the kernel lets go of it when the process dies, however it dies.
+
+    UserError when a holder's work ended in one while this process waited: the set would be read in vain once more.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{name}.lock").open("w") as file:
+    with (root / f"{name}.lock").open("a+") as file:
+        before = os.fstat(file.fileno()).st_mtime_ns
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        file.seek(0)
+        if (problem := file.read()) and os.fstat(file.fileno()).st_mtime_ns != before:
+            raise UserError(problem)
+        file.truncate(0)
+        try:
+            yield
+        except UserError as error:
+            file.write(str(error))
+            file.flush()
+            raise
 
 
 def _remove_abandoned(root: Path, source: str, name: str) -> None:
@@ -202,7 +215,7 @@ def _remove_abandoned(root: Path, source: str, name: str) -> None:
         if folder.stem != name and (_read_source(folder) == source or folder.with_suffix("").exists())
     ]
     for leftover in (*root.glob("*.tmp"), *downloads):
-        with leftover.with_suffix(".lock").open("w") as file, contextlib.suppress(BlockingIOError):
+        with leftover.with_suffix(".lock").open("a") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(leftover, ignore_errors=True)
 
