@@ -51,8 +51,6 @@ def stage(
     ~/.cache/npp_ds. UserError for a missing or bad set, an empty one, and a full disk.
     """
     manifest = load_manifest(shard_dir)
-    if manifest.num_samples == 0:
-        raise UserError(f"{shard_dir}: holds no samples; expected at least one. Tokenize some images into it.")
     name, source = manifest.fingerprint(), _source(shard_dir)
     needed = _bytes_needed(manifest, source)
     roots = _roots(cache_dir)
@@ -83,8 +81,14 @@ def stage(
 
 
 def load_manifest(shard_dir: str | Path) -> Manifest:
-    """The manifest of a set in a folder or behind a URL, as `stage` takes them; UserError when there is no good one."""
-    return remote.load_manifest(shard_dir) if remote.is_remote(shard_dir) else Manifest.load(shard_dir)
+    """The manifest of a set in a folder or behind a URL, as `stage` takes them.
+
+    UserError when there is no good one, or it is that of an empty set.
+    """
+    manifest = remote.load_manifest(shard_dir) if remote.is_remote(shard_dir) else Manifest.load(shard_dir)
+    if manifest.num_samples == 0:
+        raise UserError(f"{shard_dir}: holds no samples; expected at least one. Tokenize some images into it.")
+    return manifest
 
 
 def manifest_at_hand(shard_dir: str | Path, cache_dir: str | Path | None = None) -> Manifest | None:

@@ -32,7 +32,8 @@ class RunSummary:
 
     `token_cost` counts trained positions, `flop_cost` FLOPs; `time_cost` is measured: the time the images took at each
     stage's rate over the time they would have taken at the rate of the stage with patch side 1 (None without one).
-    `validation_nll` is the last one at patch side 1, in nats per code.
+    `validation_nll` is the last one at patch side 1, in nats per code; `saving_seconds` is the time that training stood
+    still for its `checkpoints`, and `data_wait_share` the median share of the time that it waited for data.
     """
 
     name: str
@@ -43,6 +44,9 @@ class RunSummary:
     time_cost: float | None = None
     validation_nll: float | None = None
     validation_step: int | None = None
+    checkpoints: int = 0
+    saving_seconds: float = 0.0
+    data_wait_share: float | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     files: list[tuple[str, str]] = field(default_factory=list)
     next_steps: list[str] = field(default_factory=list)
@@ -105,6 +109,8 @@ def summarize(
     `evaluation` is what `npp_ds.evaluation.fid.evaluate_samples` returned; `files` are (what it is, where it lies).
     """
     summaries = _stage_summaries(events, stages)
+    saves = of_kind(events, "checkpoint")
+    waits = [e["data_wait_share"] for e in of_kind(events, "train") if "data_wait_share" in e]
     plain = [e for e in of_kind(events, "validation") if e["patch_side"] == 1]
     return RunSummary(
         name=name,
@@ -115,6 +121,9 @@ def summarize(
         time_cost=_time_cost(summaries),
         validation_nll=plain[-1]["nll"] if plain else None,
         validation_step=plain[-1]["step"] if plain else None,
+        checkpoints=len(saves),
+        saving_seconds=sum(e["seconds"] for e in saves),
+        data_wait_share=median(waits) if waits else None,
         evaluation=dict(evaluation or {}),
         files=list(files),
         next_steps=list(next_steps),

@@ -44,6 +44,12 @@ def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.validation_nll is not None:
         value = f"{summary.validation_nll:.4f} nats per code after step {summary.validation_step:,}"
         rows.append(("validation at patch side 1", value))
+    if summary.checkpoints and (seconds := summary.total("seconds")):
+        share = summary.saving_seconds / seconds
+        value = f"{summary.checkpoints}, training stood still for {duration(summary.saving_seconds)} ({share:.2%})"
+        rows.append(("checkpoints", value))
+    if summary.data_wait_share is not None:
+        rows.append(("waiting for data", f"{summary.data_wait_share:.2%} of the time (median)"))
     return rows + _evaluation_rows(summary.evaluation)
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from npp_ds.config import RunConfig
 from npp_ds.config_checks import problems_of
-from npp_ds.data.store import CodeStore
+from npp_ds.data.shards import Manifest
+from npp_ds.data.store import load_manifest
 from npp_ds.errors import UserError
 from npp_ds.files import sha256
 from npp_ds.model.attention import check_attention
@@ -13,17 +14,22 @@ from npp_ds.tokenizer.loading import SHIPPED
 from npp_ds.training.deepspeed_config import engine_settings
 
 
-def fitting_schedule(config: RunConfig, train: CodeStore, val: CodeStore | None, world_size: int) -> Schedule:
-    """The run's steps on this data with this many processes. Raises UserError with everything that does not fit."""
-    problems = problems_of(config, world_size, len(train))
-    problems += _engine_problems(config, len(train), world_size) if not problems else []
-    for key, store in (("train", train), ("val", val)):
-        problems += _data_problems(key, store, config) if store else []
-    if val and train.manifest.tokenizer.sha256 != val.manifest.tokenizer.sha256:
+def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
+    """The run's steps on its data with this many processes, of which only the manifests are read.
+
+    Raises UserError with everything that does not fit.
+    """
+    train = load_manifest(config.data.train)
+    val = load_manifest(config.data.val) if config.data.val else None
+    problems = problems_of(config, world_size, train.num_samples)
+    problems += _engine_problems(config, train.num_samples, world_size) if not problems else []
+    for key, manifest in (("train", train), ("val", val)):
+        problems += _data_problems(key, manifest, config) if manifest else []
+    if val and train.tokenizer.sha256 != val.tokenizer.sha256:
         problems.append("data.val: made with another tokenizer than data.train; tokenize both with the same one")
     if problems:
         raise UserError("the config does not fit the data:\n" + "\n".join(f"  - {p}" for p in problems))
-    return config.build_schedule(len(train), world_size)
+    return config.build_schedule(train.num_samples, world_size)
 
 
 def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> list[str]:
@@ -41,9 +47,9 @@ def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> li
     return problems
 
 
-def _data_problems(key: str, store: CodeStore, config: RunConfig) -> list[str]:
+def _data_problems(key: str, manifest: Manifest, config: RunConfig) -> list[str]:
     """Where shards disagree with the model, and with the tokenizer that is to decode its samples."""
-    manifest, model, place = store.manifest, config.model, f"data.{key} ({getattr(config.data, key)})"
+    model, place = config.model, f"data.{key} ({getattr(config.data, key)})"
     problems = [
         f"model.{name}: {getattr(model, name)}, but the shards of {place} have "
         f"{getattr(manifest, name)}; set model.{name}={getattr(manifest, name)} or name other shards"

@@ -76,9 +76,8 @@ class Trainer:
 
     def _set_up(self, from_step: int | None) -> None:
         config, processes = self.config, self.processes
+        self.schedule: Schedule = processes.on_first(fitting_schedule, config, processes.world_size)
         self.train_store, self.val_store = processes.on_all(self._stage_data)
-        stores = self.train_store, self.val_store
-        self.schedule: Schedule = processes.on_first(fitting_schedule, config, *stores, processes.world_size)
         self.zero_stage: int = read_settings(config.deepspeed.config)["zero_optimization"]["stage"]
         token: str = processes.on_first(self._take_run_folder)
         self.resumed_from: tuple[Path, CheckpointRecord] | None = processes.on_first(
