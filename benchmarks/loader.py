@@ -6,13 +6,10 @@ Writes random codes as shards and as files, reads both warm on one core, and tak
 """
 
 import argparse
-import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -21,11 +18,11 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.common import machine, publish
 from npp_ds.data.loader import StageLoader
 from npp_ds.data.order import batch_ids, epoch_permutation
 from npp_ds.data.shards import CropInfo, Manifest, ShardWriter, TokenizerInfo, shard_name
 from npp_ds.data.store import CodeStore, stage
-from npp_ds.files import write_json_atomic, write_text_atomic
 from npp_ds.schedule import Stage
 
 BATCH, GRID, VOCABULARY, CLASSES = 256, 16, 16384, 1000
@@ -144,13 +141,6 @@ def measure(readers: dict[str, Callable[[], int]], repeats: int) -> dict[str, li
     return rates
 
 
-def machine() -> dict[str, str | int | None]:
-    """What the figures depend on."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
-    versions = {package: version(package) for package in ("numpy", "torch", "webdataset")}
-    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), **versions}
-
-
 def run(folder: Path, images: int, subset: int, repeats: int) -> dict:
     """Writes the data under `folder` and measures; the result as it is printed in JSON."""
     rng = np.random.default_rng(0)
@@ -176,7 +166,7 @@ def run(folder: Path, images: int, subset: int, repeats: int) -> dict:
         "rows_per_second": {name: round(median(values)) for name, values in rates.items()},
         "range": {name: [round(min(values)), round(max(values))] for name, values in rates.items()},
         "staged_images_per_second": round(images / staging_seconds),
-        "machine": machine(),
+        "machine": machine("numpy", "torch", "webdataset"),
     }
 
 
@@ -218,12 +208,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), args.images, args.subset, args.repeats)
-    print(table(result))
-    print(json.dumps(result))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(args.out / "loader.json", result)
-        write_text_atomic(args.out / "loader.md", table(result))
+    publish(result, table(result), args.out)
 
 
 if __name__ == "__main__":

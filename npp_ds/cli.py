@@ -58,6 +58,9 @@ def train(
     ] = None,
 ) -> None:
     """Train a run, or go on with it; start several processes with torchrun -m npp_ds train ..."""
+    from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
+
+    stop = StopRequests().__enter__()  # for the rest of this process, beginning before the slow imports
     from npp_ds.config_checks import load_config
     from npp_ds.training.launch import world_size_of_environment
 
@@ -66,12 +69,11 @@ def train(
     except UserError as error:
         raise UserError(str(error), on_all_ranks=True) from error
 
-    from npp_ds.training.preemption import PREEMPTED, Preempted
     from npp_ds.training.trainer import NonFiniteError
     from npp_ds.training.trainer import train as train_run
 
     try:
-        train_run(run, from_step)
+        train_run(run, from_step, stop)
     except NonFiniteError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}; stopped before the weights changed", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import TextIO
 
 import yaml
 
@@ -15,7 +16,7 @@ from workers import free_port
 class Launch:
     """`world_size` processes of one `npp train`, as a launcher would start them; a context manager that ends them."""
 
-    def __init__(self, config: RunConfig, world_size: int = 2, *arguments: str):
+    def __init__(self, config: RunConfig, world_size: int = 2, *arguments: str, output: TextIO | None = None):
         self.run_dir = config.directory
         self.file = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
         self.file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -26,7 +27,7 @@ class Launch:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "npp_ds", "train", "--config", self.file, *arguments],
-                stdout=self._log,
+                stdout=output or self._log,
                 stderr=subprocess.STDOUT,
                 env={
                     **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),

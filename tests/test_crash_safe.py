@@ -1,19 +1,27 @@
 """Killed at any moment, on a full disk, with damaged files: a run goes on from its newest complete checkpoint."""
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from launches import Launch, finish
 from npp_ds.errors import UserError
+from npp_ds.events import read_events
 from npp_ds.files import sha256
 from npp_ds.training import checkpoint, saving, state_files
+from npp_ds.training.checkpoint import CheckpointRecord
+from npp_ds.training.launch import Processes
+from npp_ds.training.partitions import Fragment
+from npp_ds.training.saving import CheckpointSaver
 from npp_ds.training.trainer import Trainer
 from runs import (
     WATCHED,
@@ -148,10 +156,31 @@ def test_crash_safe_never_means_a_silent_fresh_start(pair, shards, tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint.load_weights(tmp_path / "run")
     shutil.rmtree(checkpoints / "step-00000003")
-    assert "none of its checkpoints (step-00000003) is complete" in pair.run(error_of, config)[0]
+    assert "none of its checkpoints (3) is complete" in pair.run(error_of, config)[0]
     shutil.rmtree(checkpoints)
+    before = outcome_files(tmp_path / "run")
+    assert "none of its checkpoints (3) is complete" in pair.run(error_of, config)[0]
+    assert outcome_files(tmp_path / "run") == before, "the logs are as they were"
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(WorkerError):
+        pair.run(told, config, _break_at_step_2)
     said = pair.run(told, config)[0]
     assert f"{tmp_path / 'run'}: an earlier start saved no checkpoint; starting from the beginning" in said
+
+
+def outcome_files(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run_dir.glob("*.jsonl")}
+
+
+def _break_at_step_2(trainer: Trainer) -> None:
+    step = trainer.engine.step
+
+    def broken(at, *arguments):
+        if at == 2:
+            raise RuntimeError("broken on all ranks")
+        return step(at, *arguments)
+
+    trainer.engine.step = broken
 
 
 def test_a_checkpoint_of_another_format_is_an_error_and_not_passed_over(tmp_path):
@@ -174,20 +203,21 @@ def test_going_on_from_an_earlier_step_sets_later_checkpoints_aside(pair, shards
 
 def _cannot_write_at(trainer: Trainer, steps: list[int]) -> None:
     """Lets the second rank find no room when it saves these steps: the kernel refuses to let a file grow."""
-    saver, begin = trainer.saver, trainer.saver.begin
+    saver, begin, wait_for_all = trainer.saver, trainer.saver.begin, trainer.saver._wait_for_all
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if trainer.processes.rank != 1:
         return
 
-    def short_of_room(record, *arguments):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def begin_short_of_room(record, *arguments):
         if record.step in steps:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        try:
-            begin(record, *arguments)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        begin(record, *arguments)
 
-    saver.begin = short_of_room
+    def wait_and_make_room(writing):
+        wait_for_all(writing)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    saver.begin, saver._wait_for_all = begin_short_of_room, wait_and_make_room
 
 
 def test_crash_safe_on_a_full_disk_the_run_lives_and_the_earlier_checkpoint_stays(pair, shards, tmp_path, undisturbed):
@@ -234,3 +264,125 @@ def test_a_checkpoint_that_holds_code_is_not_run(pair, shards, tmp_path):
         checkpoint.load_weights(tmp_path / "run")
     assert "not a file of a checkpoint of this model" in pair.run(error_of, config)[0]
     assert not marker.exists()
+
+
+def _unreadable_on_one_rank(processes: Processes, config) -> str:
+    trainer = Trainer(config, processes)
+    if processes.rank == 1:
+        trainer.engine.read = _raise_io_error
+    try:
+        trainer.run()
+    except UserError as error:
+        return str(error)
+    return "went on"
+
+
+def _raise_io_error(*_) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), "rank-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_crash_safe_one_rank_that_cannot_read_ends_all_with_one_error(pair, shards, tmp_path, zero_stage):
+    config = tiny_config(shards, tmp_path / "run", deepspeed={"config": f"zero{zero_stage}"})
+    pair.run(run_and_stop_after, config, 3)
+    texts = pair.run(_unreadable_on_one_rank, config, timeout=30)
+    assert texts == ["rank-00001-of-00002.safetensors: Input/output error; mend that or name another place"] * 2
+
+
+def test_crash_safe_an_unreadable_checkpoint_is_not_taken_for_torn(pair, shards, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run")
+    pair.run(run_and_stop_after, config, 3)
+    monkeypatch.setattr(checkpoint, "sha256", _raise_io_error)
+    with pytest.raises(UserError, match="Input/output error; mend that, or remove this checkpoint"):
+        checkpoint.newest_complete(tmp_path / "run" / "checkpoints")
+
+
+def _commit_twice(processes: Processes, folder: Path) -> list[str]:
+    """Two savers at the same step, as of a run that was suspended between its last look and its commit."""
+    fragments, kinds = [Fragment("w", 0, 4, 0, 0)], {"master": [torch.arange(4.0)]}
+    record = CheckpointRecord(5, 0, 1, 2, "fp32", "", "", 5, ["master"], {"w": [4]})
+    savers = [CheckpointSaver(folder, processes, token=token) for token in ("older", "newer")]
+    for saver in savers:
+        saver.begin(record, fragments, kinds)
+    savers[1].finish()
+    savers[0].finish()
+    for saver in savers:
+        saver.close()
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_crash_safe_a_late_commit_does_not_replace_a_complete_checkpoint(tmp_path):
+    pool = WorkerPool(1)
+    try:
+        assert pool.run(_commit_twice, tmp_path) == [["latest", "step-00000005"]]
+    finally:
+        pool.stop()
+    assert checkpoint.what_is_wrong(tmp_path / "step-00000005") is None
+
+
+def test_crash_safe_killed_while_a_thread_writes(pair, fresh_pair, shards, tmp_path, undisturbed):
+    keys = {**WATCHED, "checkpoint": {"every": 3, "keep_last": 1, "asynchronous": True}}
+    config = tiny_config(shards, tmp_path / "run", **keys)
+    with pytest.raises(WorkerError, match="died with exit code"):
+        fresh_pair.run(told, config, _die_in_the_second_save, "in the middle of a file", 1)
+    assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").name == "step-00000003"
+    pair.run(run, config)
+    assert_same(outcome_of(tmp_path / "run"), undisturbed)
+
+
+def _write_slowly(trainer: Trainer, seconds: float) -> None:
+    """Lets rank 1 take so long for each of the first blocks of a file."""
+    blocks = state_files._blocks
+
+    def slow(*arguments):
+        for number, block in enumerate(blocks(*arguments)):
+            if trainer.processes.rank == 1 and number < 12:
+                time.sleep(seconds)
+            yield block
+
+    patcher = patch.object(state_files, "_blocks", slow)
+    patcher.start()
+    trainer._resources.callback(patcher.stop)
+
+
+def test_a_long_save_is_no_stall_as_long_as_it_makes_progress(pair, shards, tmp_path):
+    keys = {
+        "schedule": {"patch_sides": [2, 1], "epochs": 2},
+        "validation": {"every": 0},
+        "watch": {"stall_seconds": 1.5},
+    }
+    pair.run(told, tiny_config(shards, tmp_path / "run", **keys), _write_slowly, 0.4)
+    saves = [e for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "checkpoint"]
+    assert all(e["seconds"] > 4 for e in saves), "longer than what would be a stall"
+
+
+def test_training_goes_on_while_a_thread_writes(pair, shards, tmp_path):
+    keys = {"checkpoint": {"every": 5, "asynchronous": True}, "validation": {"every": 0}, "logging": {"every": 1}}
+    pair.run(told, tiny_config(shards, tmp_path / "run", **keys), _write_slowly, 0.02)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    place = next(i for i, e in enumerate(events) if e["event"] == "checkpoint")
+    assert events[place]["step"] == 5
+    assert events[place - 1]["step"] > 5, "later steps were told before it was complete"
+    assert events[place]["seconds"] < 0.2
+
+
+def test_a_screen_that_takes_nothing_is_no_reason_to_stop(shards, tmp_path):
+    keys = {"schedule": {"patch_sides": [2, 1], "epochs": 2}, "validation": {"every": 0}}
+    config = tiny_config(shards, tmp_path / "run", **keys)
+    with open("/dev/full", "w") as full, Launch(config, 1, output=full) as launch:
+        assert launch.exit_codes() == [0]
+    assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").name == "step-00000020"
+
+
+def _break_monitor(trainer: Trainer) -> None:
+    if trainer.engine.monitor:
+        trainer.engine.monitor.write_events = _raise_io_error
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_monitor_that_fails_is_given_up(pair, shards, tmp_path):
+    keys = {"schedule": {"patch_sides": [2, 1], "epochs": 2}, "validation": {"every": 0}}
+    pair.run(
+        told, tiny_config(shards, tmp_path / "run", logging={"every": 1, "monitors": ["csv"]}, **keys), _break_monitor
+    )
+    assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").name == "step-00000020"

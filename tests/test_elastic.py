@@ -1,11 +1,25 @@
 """A run goes on with another number of processes or in another ZeRO stage, with the same batches and the same state."""
 
+import json
+
 import pytest
 import torch
 
+from npp_ds.training import checkpoint
+from npp_ds.training.deepspeed_config import shipped_configs
 from npp_ds.training.launch import Processes
 from npp_ds.training.trainer import Trainer
-from runs import NO_DROPOUT, error_of, metrics_of, outcome_of, run, run_and_stop_after, state_of, tiny_config
+from runs import (
+    NO_DROPOUT,
+    error_of,
+    metrics_of,
+    outcome_of,
+    plain_losses,
+    run,
+    run_and_stop_after,
+    state_of,
+    tiny_config,
+)
 from workers import WorkerPool
 
 pytestmark = pytest.mark.processes
@@ -127,3 +141,31 @@ def test_elastic_does_not_mean_that_a_batch_is_changed_silently(pools, shards, t
     told = pools[3].run(error_of, config)
     assert "schedule.batch_size: 16 (every stage) is no multiple of 3 processes; use 15" in told[0]
     assert metrics_of(tmp_path / "run")[-1]["step"] == 5, "a refused start changes nothing"
+
+
+@pytest.mark.parametrize(
+    "zero_stage, settings",
+    [
+        (2, {"round_robin_gradients": True}),
+        (1, {"round_robin_gradients": True}),
+        (2, {"offload_optimizer": {"device": "cpu"}}),
+        (3, {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 5000}),
+        (3, {"stage3_param_persistence_threshold": 0}),
+    ],
+    ids=str,
+)
+def test_elastic_holds_for_other_settings_of_deepspeed(pools, shards, tmp_path, zero_stage, settings):
+    keys = {**KEYS, "optimizer": {"learning_rate": 3e-3}}
+    path = tmp_path / "ds.json"
+    shipped = json.loads(shipped_configs()[f"zero{zero_stage}"].read_text())
+    shipped["zero_optimization"].update(settings)
+    path.write_text(json.dumps({**shipped, "zero_force_ds_cpu_optimizer": False}))
+    config = tiny_config(shards, tmp_path / "run", **{**keys, "deepspeed": {"config": str(path)}})
+    pools[2].run(run_and_stop_after, config, 13)
+    _, _, expected = plain_losses(config, 13)
+    weights, _ = checkpoint.load_weights(tmp_path / "run")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
+    pools[1].run(run, config)
+    losses = [line["loss"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"]
+    assert losses == pytest.approx(plain_losses(config, 40)[0], rel=1e-5)

@@ -113,6 +113,18 @@ def test_a_finished_run_started_again_changes_nothing(pair, shards, tmp_path):
     assert found[-2:] == before[-2:], "killed between its last checkpoint and its last validation"
 
 
+def test_results_of_a_validation_are_told_once(pair, shards, tmp_path):
+    keys = {**WATCHED, "validation": {"every": 7, "weights": "raw"}}
+    pair.run(run_and_stop_after, tiny_config(shards, tmp_path / "run", **keys), 14)
+    path = tmp_path / "run" / "metrics.jsonl"
+    pair.run(run, tiny_config(shards, tmp_path / "run", **WATCHED))
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"end"' not in line))
+    found = [
+        (m["event"], m["step"], m["patch_side"]) for m in metrics_of(tmp_path / "run") if "validation" in m["event"]
+    ]
+    assert len(found) == len(set(found))
+
+
 def test_the_same_shards_in_another_place_go_on(pair, shards, tmp_path, undisturbed):
     pair.run(run_and_stop_after, tiny_config(shards, tmp_path / "run", **WATCHED), 3)
     elsewhere = shards_in(tmp_path / "elsewhere")

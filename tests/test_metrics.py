@@ -1,7 +1,9 @@
 """What a run tells: lines that survive a kill and are not told twice, a bar on a terminal, plain lines elsewhere."""
 
+import errno
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -43,6 +45,32 @@ def test_every_event_is_on_disk_when_written(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     log.write("train", 1, loss=2.0)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"event": "train", "step": 1, "loss": 2.0}
+
+
+def test_lines_that_found_no_room_are_written_later_and_once(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    write, room = os.write, [70]
+
+    def short_of_room(descriptor, data):
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = write(descriptor, data[: room[0]])
+        room[0] -= done
+        return done
+
+    monkeypatch.setattr(os, "write", short_of_room)
+    for step in range(1, 6):
+        log.write("train", step, loss=1.0)
+    assert [e["step"] for e in read_events(tmp_path / "metrics.jsonl")] == [1], "then a half line"
+    room[0] = 0
+    log.rewind(3)
+    log.write("train", 4, loss=2.0)
+    room[0] = 10_000
+    log.write("train", 5, loss=2.0)
+    log.close()
+    events = read_events(tmp_path / "metrics.jsonl")
+    assert [(e["step"], e["loss"]) for e in events] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
+    assert [e["step"] for e in MetricsLog(tmp_path / "metrics.jsonl", 9).kept] == [1, 2, 3, 4, 5]
 
 
 class Terminal(io.StringIO):

@@ -4,12 +4,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from launches import Launch, finish
 from npp_ds.errors import UserError
-from npp_ds.training import checkpoint
+from npp_ds.training import checkpoint, run_folder
 from npp_ds.training.launch import Processes
 from npp_ds.training.lease import Lease
 from npp_ds.training.trainer import Trainer
@@ -100,3 +101,19 @@ def test_a_finished_run_gives_its_folder_back(shards, tmp_path):
     began = time.monotonic()
     Lease(config.directory, host="elsewhere").acquire()
     assert time.monotonic() - began < 2
+
+
+def _with_a_folder_of_its_own(processes: Processes, config, elsewhere: Path) -> str:
+    """Rank 1 sees another folder under the name of the run folder, as on a node that does not share it."""
+    if processes.rank == 1:
+        config = config.model_copy(update={"run_dir": str(elsewhere)})
+    check = run_folder.check_shared
+    with patch.object(run_folder, "check_shared", lambda run_dir, token: check(run_dir, token, patience=1.0)):
+        return error_of(processes, config)
+
+
+def test_processes_that_do_not_share_the_run_folder_are_refused(pair, shards, tmp_path):
+    texts = pair.run(_with_a_folder_of_its_own, tiny_config(shards, tmp_path / "run"), tmp_path / "elsewhere")
+    assert texts[0] == texts[1]
+    assert "elsewhere/lease.json" in texts[0]
+    assert "not that of the first process" in texts[0]

@@ -181,7 +181,8 @@ def _wide_model(processes: Processes, folder: Path, size: str) -> tuple[float, f
     second = engine.step(1, batch, 1e-3)
     assert second.loss < first.loss
     torch.distributed.barrier()
-    engine.load(folder, ["rank-0.safetensors", "rank-1.safetensors"], 1)
+    engine.read(folder, ["rank-0.safetensors", "rank-1.safetensors"], 1)
+    engine.partitions.publish()
     again = engine.step(1, batch, 1e-3)
     assert (again.loss.item(), again.grad_norm) == (second.loss.item(), second.grad_norm)
     return first.loss.item(), second.grad_norm

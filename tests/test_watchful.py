@@ -87,6 +87,7 @@ def test_watchful_a_non_finite_loss_stops_before_the_update_and_says_where(
     ids = undisturbed.samples[13]["ids"][8:]
     listed = ", ".join(map(str, ids))
     expected = f"step 13 (stage 1, patch side 2): the loss of rank 1 is nan; sample ids: {listed}"
+    expected += "; to leave such steps out: watch.on_nonfinite=skip"
     assert text == [f"{expected} | weights as before: True"] * 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, 14))
@@ -145,7 +146,10 @@ def test_watchful_rollback_goes_back_and_leaves_the_step_out(pair, shards, tmp_p
     said = pair.run(told, config, _break_loss, [13])[0]
     assert "rolled back to step-00000010 (rollback 1); left out: steps 13" in said
     found = outcome_of(tmp_path / "run")
-    assert_same(_without(found, "nonfinite", "rollback"), without_13(zero_stage))
+    assert_same(_without(found, "rollback"), without_13(zero_stage))
+    told_of = next(m for m in found.metrics if m["event"] == "rollback")
+    assert (told_of["failed_step"], told_of["step"], told_of["ranks"]) == (13, 10, [1])
+    assert len(told_of["sample_ids"]) == 8
 
 
 def test_watchful_excluded_steps_stay_excluded_after_a_restart(pair, shards, tmp_path, without_13):
@@ -184,6 +188,12 @@ def test_watchful_two_rollbacks_are_lived_with_and_the_third_stops(pair, shards,
     config = tiny_config(shards, tmp_path / "three", **keys)
     text = pair.run(_stopped, config, _break_loss, [5, 9, 22])
     assert all("step 22" in t and "rollback 3 of 3 | weights as before: True" in t for t in text)
+
+
+def test_watchful_a_run_that_only_skips_is_stopped(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run", watch={"on_nonfinite": "skip"}, **WATCHED)
+    text = pair.run(_stopped, config, _break_loss, list(range(12, 40)))
+    assert all("step 22 " in t and "so were the 10 steps before it" in t for t in text)
 
 
 def test_watchful_a_spike_is_told_with_its_images_and_the_run_goes_on(pair, shards, tmp_path, undisturbed):

@@ -51,8 +51,8 @@ class CheckpointRecord:
     format: int = FORMAT
 
 
-class OtherFormatError(UserError):
-    """A checkpoint of another version of this software: not torn, and not to be passed over."""
+class TornError(UserError):
+    """A checkpoint without a record that can be believed; one of another version of this software is not torn."""
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -62,13 +62,11 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 def what_is_wrong(folder: Path) -> str | None:
     """None for a complete checkpoint, else the first thing that shows it torn: a missing, short or changed file.
 
-    Reads every file whole, several at a time.
+    Reads every file whole, several at a time. Raises UserError for one that cannot be read, and for another format.
     """
     try:
         record = read_record(folder)
-    except OtherFormatError:
-        raise
-    except UserError as error:
+    except TornError as error:
         return str(error)
     if folder.name != folder_of(folder.parent, record.step).name:
         return f"{folder}: its record is that of step {record.step}"
@@ -85,7 +83,7 @@ def _what_is_wrong_with(path: Path, expected: dict[str, Any]) -> str | None:
     except FileNotFoundError:
         return f"{path}: missing"
     except OSError as error:
-        return f"{path}: {error.strerror}"
+        raise _unreadable(path, error) from error
 
 
 def write_record(folder: Path, record: CheckpointRecord) -> None:
@@ -95,22 +93,27 @@ def write_record(folder: Path, record: CheckpointRecord) -> None:
 
 
 def read_record(folder: Path) -> CheckpointRecord:
-    """Raises UserError when there is none, it cannot be read, or it was changed after it was written."""
+    """Raises TornError when there is none or it was changed, UserError when it is unreadable or of another format."""
     try:
         raw = json.loads((folder / RECORD).read_text())
         found = raw["format"]
         digest = raw.pop("sha256", None)
         whole = digest == _digest(raw)
         record = CheckpointRecord(**raw) if whole and found == FORMAT else None
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder / RECORD}: not a readable completeness record ({error!r})") from error
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise TornError(f"{folder / RECORD}: not a readable completeness record ({error!r})") from error
+    except OSError as error:
+        raise _unreadable(folder / RECORD, error) from error
     if found != FORMAT and (whole or digest is None):
-        raise OtherFormatError(
-            f"{folder / RECORD}: format {found}, this version reads {FORMAT}; use the npp_ds that wrote it"
-        )
+        raise UserError(f"{folder / RECORD}: format {found}, this version reads {FORMAT}; use the npp_ds that wrote it")
     if record is None:
-        raise UserError(f"{folder / RECORD}: the record does not agree with its own SHA-256")
+        raise TornError(f"{folder / RECORD}: the record does not agree with its own SHA-256")
     return record
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    """A file that cannot be read now may be whole: no reason to go on from an older checkpoint."""
+    return UserError(f"{path}: {error.strerror}; mend that, or remove this checkpoint to go on from an older one")
 
 
 def _digest(content: dict[str, Any]) -> str:

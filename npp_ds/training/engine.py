@@ -1,6 +1,7 @@
 """One DeepSpeed engine for the whole run: built once, told each stage's batch sizes, stepped by whole batches."""
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class TrainingEngine:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.monitor = self.engine.monitor if self.engine.monitor.enabled else None
+        self.engine.monitor.enabled = False  # or DeepSpeed would write events of its own in every step
         self.partitions = Partitions(self.engine)
         decay = config.optimizer.ema_decay
         self.ema = ShardedEMA(self.partitions, decay) if decay else None
@@ -109,17 +112,17 @@ class TrainingEngine:
         kinds = {MASTER: self.partitions.masters, **{m: self.partitions.moments(m) for m in MOMENTS}}
         return {**kinds, EMA: self.ema.partitions} if self.ema else kinds
 
-    def load(self, folder: Path, files: Iterable[str], optimizer_steps: int) -> None:
+    def read(self, folder: Path, files: Iterable[str], optimizer_steps: int) -> None:
         """Takes on the state in a checkpoint's files, whichever processes in whichever ZeRO stage wrote them.
 
-        Called by all ranks together. Raises UserError when the files are not of this model.
+        Each rank reads by itself; the model computes with it after `partitions.publish()`, called by all together.
+        Raises UserError when the files are not of this model.
         """
         with SavedState(folder, files, self.partitions.shapes) as saved:
             for kind, partitions in self.state().items():
                 for fragment in self.partitions.fragments:
                     saved.copy_to(fragment.of(partitions), kind, fragment.name, fragment.start)
         self.partitions.optimizer_steps = optimizer_steps
-        self.partitions.publish()
 
     @contextmanager
     def weights(self, kind: str) -> Iterator[nn.Module]:
@@ -131,6 +134,10 @@ class TrainingEngine:
             yield self.engine
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        """(name, value, step) to the monitors that the config asked for."""
-        if self.engine.monitor.enabled:
-            self.engine.monitor.write_events(events)
+        """(name, value, step) to the monitors that the config asked for; one that fails is given up."""
+        if self.monitor:
+            try:
+                self.monitor.write_events(events)
+            except Exception as error:  # whatever a monitor's library raises is no reason to lose a run
+                self.monitor = None
+                warnings.warn(f"logging.monitors: given up after {error!r}", stacklevel=2)

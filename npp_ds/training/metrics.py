@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,25 @@ from npp_ds.files import write_text_atomic
 class StepLog:
     """A file of JSON lines, each with the step it was written after; opened at step S it forgets all later ones.
 
-    A line that cannot be written (a full disk) stays in memory and goes out with a later one.
+    A line that cannot be written (a full disk) waits in memory and goes out before the next one.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self._pending = b""
+        self.kept: list[Event] = []
+        self._waiting: list[bytes] = []  # whole lines, of the first of which `_sent` bytes are in the file
+        self._sent = 0
         self._descriptor: int | None = None
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
         """Forgets what was written after `step` steps."""
-        self.close()
         before = read_events(self.path) if self.path.is_file() else []
+        before += [json.loads(line) for line in self._waiting]
         self.kept = [line for line in before if self.precedes(line, step)]
         write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        self._waiting, self._sent = [], 0
+        self.close()
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def precedes(self, line: Event, step: int) -> bool:
@@ -40,17 +44,31 @@ class StepLog:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One line: what happened after `step` optimizer steps."""
-        self._pending += (json.dumps({"event": event, "step": step, **values}) + "\n").encode()
-        try:
-            while self._pending:
-                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
-        except OSError as error:
-            print(f"WARNING: {self.path}: {error.strerror}; its lines wait in memory", file=sys.stderr, flush=True)
+        self._waiting.append((json.dumps({"event": event, "step": step, **values}) + "\n").encode())
+        self._flush()
+
+    def sync(self) -> None:
+        """Makes what is written survive a power cut."""
+        self._flush()
+        with suppress(OSError):
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         if self._descriptor is not None:
+            self._flush()
             os.close(self._descriptor)
             self._descriptor = None
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._sent += os.write(self._descriptor, self._waiting[0][self._sent :])
+                if self._sent == len(self._waiting[0]):
+                    self._waiting.pop(0)
+                    self._sent = 0
+        except OSError as error:
+            with suppress(OSError):
+                print(f"WARNING: {self.path}: {error.strerror}; lines wait in memory", file=sys.stderr, flush=True)
 
 
 class MetricsLog(StepLog):

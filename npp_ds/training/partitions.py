@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
@@ -53,11 +54,20 @@ class Partitions:
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device=master.device))
 
     def _fragments_of_stage_1_and_2(self) -> list[Fragment]:
+        """Where parameters lie in a group's flat buffer is read off their addresses.
+
+        DeepSpeed's own mapping (`_hp_mapping`, 0.19.8) is wrong with round_robin_gradients.
+        """
         fragments = []
-        for parameter, name in self._names.items():
-            if (mapping := parameter._hp_mapping) is not None:  # None: nothing of it is in this rank's partition
-                there, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-                fragments.append(Fragment(name, there.start, here.numel, mapping.param_group_index, here.start))
+        for index, (group, flat) in enumerate(zip(self._zero.bit16_groups, self._zero.bit16_groups_flat, strict=True)):
+            size = self.masters[index].numel()
+            first = size * dist.get_rank(self._zero.real_dp_process_group[index])
+            for parameter in group:
+                begin = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+                start, stop = max(begin, first), min(begin + parameter.numel(), first + size)
+                if start < stop:
+                    name = self._names[parameter]
+                    fragments.append(Fragment(name, start - begin, stop - start, index, start - first))
         return fragments
 
     def _fragments_of_stage_3(self) -> list[Fragment]:

@@ -22,7 +22,8 @@ class Preempted(Exception):
 class StopRequests:
     """Inside `with`, SIGTERM and SIGUSR1 end nothing: the first one is noted in `requested`, later ones change nothing.
 
-    Python delivers signals to the main thread only: entered in another thread it raises ValueError.
+    Python delivers signals to the main thread only: entered in another thread it raises ValueError. A process that ends
+    with its answer never leaves the `with`, so that a late signal does not change its exit code.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -1,6 +1,8 @@
 """The folder of a run: whose it is, which settings it holds, and the checkpoint that a start goes on from."""
 
 import platform
+import socket
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +14,7 @@ import npp_ds
 from npp_ds.config import RunConfig
 from npp_ds.config_checks import load_config
 from npp_ds.errors import UserError
+from npp_ds.events import of_kind, read_events
 from npp_ds.files import write_json_atomic, write_text_atomic
 from npp_ds.training import checkpoint
 from npp_ds.training.checkpoint import CheckpointRecord
@@ -28,6 +31,22 @@ def check_settings(config: RunConfig) -> None:
                 f"{path}: this folder holds a run with other settings ({_differences(before, config)}); "
                 "set run_dir to a new folder, or these keys back"
             )
+
+
+def check_shared(run_dir: Path, token: str, patience: float = 60.0) -> None:
+    """Raises UserError when this process does not see the lease that the first one has just taken.
+
+    A network file system may show it late: it is looked for until `patience` seconds are over.
+    """
+    deadline = time.monotonic() + patience
+    path = run_dir / "lease.json"
+    while not (path.is_file() and token in path.read_text(errors="replace")):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path.absolute()} on {socket.gethostname()}: not that of the first process; all need one run folder: "
+                "set run_dir to one on a file system that all nodes share, and start all in one directory"
+            )
+        time.sleep(0.5)
 
 
 def describe(config: RunConfig, processes: Processes) -> None:
@@ -51,20 +70,21 @@ def checkpoint_to_resume(
         folder = checkpoint.newest_complete(checkpoints, say)
     else:
         folder = checkpoint.asked_for(checkpoints, from_step)
-    vanished = _named_by_latest_but_gone(checkpoints)
-    if vanished:
-        say(f"WARNING: checkpoint {vanished}, which {checkpoints / 'latest'} names, is gone")
+    saved = _newest_that_was_saved(config.directory)
     if folder is None:
-        if vanished or (steps := checkpoint.saved_steps(checkpoints)):
-            found = vanished or ", ".join(map(str, steps))
+        steps = checkpoint.saved_steps(checkpoints) or ([saved] if saved is not None else [])
+        if steps:
             raise UserError(
-                f"{checkpoints}: none of its checkpoints ({found}) is complete; "
+                f"{checkpoints}: none of its checkpoints ({', '.join(map(str, steps))}) is complete; "
                 "restore one, or remove the run folder to start from the beginning"
             )
         if (config.directory / "metrics.jsonl").is_file():
             say(f"{config.directory}: an earlier start saved no checkpoint; starting from the beginning")
         return None
     record = checkpoint.read_record(folder)
+    if from_step is None and saved is not None and saved > record.step:
+        gone = checkpoint.folder_of(checkpoints, saved)
+        say(f"WARNING: {gone.name} was saved and is not complete any more; going on from {folder.name}")
     if record.data_fingerprint != data_fingerprint:
         raise UserError(
             f"{folder}: trained on other shards than those in data.train ({config.data.train}), as the "
@@ -80,10 +100,11 @@ def checkpoint_to_resume(
     return folder, record
 
 
-def _named_by_latest_but_gone(checkpoints: Path) -> str | None:
-    latest = checkpoints / "latest"
-    name = latest.read_text().strip() if latest.is_file() else ""
-    return name if name and not (checkpoints / name).is_dir() else None
+def _newest_that_was_saved(run_dir: Path) -> int | None:
+    """The last step of which the metrics say that a checkpoint was saved."""
+    path = run_dir / "metrics.jsonl"
+    saves = of_kind(read_events(path), "checkpoint") if path.is_file() else []
+    return saves[-1]["step"] if saves else None
 
 
 def _set_aside_later_than(checkpoints: Path, step: int, say: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ All ranks call the same methods; the first one writes.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 
 from npp_ds.config import RunConfig
 from npp_ds.data.loader import StepBatch
-from npp_ds.events import Event
 from npp_ds.schedule import Schedule, Stage
 from npp_ds.training.engine import StepResult
 from npp_ds.training.launch import Processes
@@ -34,6 +34,7 @@ class RunLog:
     def open(self, step: int) -> None:
         """Opens the files of the run folder and forgets what they say of later steps; the first rank only."""
         self._metrics = MetricsLog(self.config.directory / "metrics.jsonl", step)
+        self.clock = Clock(self._metrics.elapsed_before)
         if self.config.logging.samples:
             self._samples = StepLog(self.config.directory / "sample_log.jsonl", step)
 
@@ -42,9 +43,10 @@ class RunLog:
             if part:
                 part.close()
 
-    def kept(self) -> list[Event]:
-        """The events of earlier starts."""
-        return self._metrics.kept if self._metrics else []
+    def kept_validations(self, done: int) -> set[tuple[str, int | None]]:
+        """(event, patch side) of what earlier starts have told after `done` steps; empty but on the first rank."""
+        kept = self._metrics.kept if self._metrics else []
+        return {(e["event"], e.get("patch_side")) for e in kept if e["step"] == done}
 
     def begin(self, schedule: Schedule, first_step: int, to_monitors: Callable[[MonitorEvents], None]) -> None:
         """Shows progress and starts the clock; `to_monitors` passes (name, value, step) on."""
@@ -64,8 +66,16 @@ class RunLog:
             self._metrics.write(event, step, **values)
 
     def say(self, text: str) -> None:
+        """A line on the first rank's screen; a screen that takes none (a full disk behind it) is no reason to stop."""
         if self.processes.is_first:
-            self._progress.say(text) if self._progress else print(text, flush=True)
+            with suppress(OSError):
+                self._progress.say(text) if self._progress else print(text, flush=True)
+
+    def sync(self) -> None:
+        """Makes what is written survive a power cut."""
+        for log in (self._metrics, self._samples):
+            if log:
+                log.sync()
 
     def end(self, step: int) -> None:
         """The run is at its last step."""
@@ -95,7 +105,8 @@ class RunLog:
         }
         self.write("train", done, **line)
         if self._progress:
-            self._progress.show({"step": done, **line}, self.clock.seconds_per_step)
+            with suppress(OSError):
+                self._progress.show({"step": done, **line}, self.clock.seconds_per_step)
         names = ("loss", "learning_rate", "grad_norm", "images_per_second", "patch_side", "data_wait_share")
         self._to_monitors([(f"train/{name}", line[name], done) for name in names])
 

@@ -9,14 +9,17 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from npp_ds.errors import UserError
 from npp_ds.files import fsync_directory, write_text_atomic
-from npp_ds.training.checkpoint import CheckpointRecord, folder_of, write_record
+from npp_ds.training.checkpoint import CheckpointRecord, folder_of, what_is_wrong, write_record
 from npp_ds.training.launch import Processes
 from npp_ds.training.partitions import Fragment
 from npp_ds.training.state_files import file_of, write_state
@@ -39,11 +42,12 @@ class Saved:
 
 
 class CheckpointSaver:
-    """Saves one checkpoint at a time: `begin`, then `finish`; all ranks call both together.
+    """Saves one checkpoint at a time: `begin`, then `finish`; all ranks call both together. A thread writes.
 
-    `token` names temporary folders, `may_commit()` is called on the first rank right before the commit and raises when
-    the run folder is no longer ours. `asynchronous`: `begin` copies to host memory and a thread writes, so training may
-    go on until `is_written`.
+    `token` names temporary folders; `may_commit()` is called on the first rank right before the commit and raises when
+    the run folder is no longer ours. `asynchronous`: `begin` copies to host memory, so training may go on until
+    `is_written`; otherwise nothing may change between `begin` and `finish`. `beat()` is called while ranks wait for
+    each other and any of them still makes progress.
     """
 
     def __init__(
@@ -58,10 +62,11 @@ class CheckpointSaver:
     ):
         self.checkpoints, self.processes, self.token = checkpoints, processes, token
         self.may_commit, self.asynchronous, self.beat = may_commit, asynchronous, beat
-        self._threads = ThreadPoolExecutor(1, "npp-checkpoint")
+        self._thread = ThreadPoolExecutor(1, "npp-checkpoint")
         self._host: dict[str, list[Tensor]] = {}
         self._record: CheckpointRecord | None = None
         self._writing: Future | None = None
+        self._blocks = 0
         self._seconds = 0.0
 
     @property
@@ -75,23 +80,20 @@ class CheckpointSaver:
         return self._writing is not None and self._writing.done()
 
     def begin(self, record: CheckpointRecord, fragments: list[Fragment], kinds: dict[str, list[Tensor]]) -> None:
-        """Writes this rank's `fragments` of every kind, or starts to. Raises SaveFailed on all ranks."""
+        """Starts to write this rank's `fragments` of every kind. Raises SaveFailed on all ranks."""
         if self._record is not None:
             raise RuntimeError(f"the checkpoint of step {self._record.step} is not finished")
         began = time.perf_counter()
-        problem = self.processes.on_first(self._make_folder, record.step)
-        if problem:
+        if problem := self.processes.on_first(self._make_folder, record.step):
             raise SaveFailed(problem)
-        self._record = record
         path = self._folder(record.step) / file_of(self.processes.rank, self.processes.world_size)
-        if self.asynchronous:
-            self._writing = self._threads.submit(write_state, path, fragments, self._copied_to_host(kinds))
-        else:
+        self._record = record
+        try:
+            kinds = self._copied_to_host(kinds) if self.asynchronous else kinds
+            self._writing = self._thread.submit(write_state, path, fragments, kinds, self._count_block)
+        except Exception as error:  # told to all ranks by `finish`
             self._writing = Future()
-            try:
-                self._writing.set_result(write_state(path, fragments, kinds, self.beat))
-            except OSError as error:
-                self._writing.set_exception(error)
+            self._writing.set_exception(error)
         self._seconds = time.perf_counter() - began
 
     def finish(self) -> Saved:
@@ -100,22 +102,39 @@ class CheckpointSaver:
         if record is None or writing is None:
             raise RuntimeError("no checkpoint has begun")
         began = time.perf_counter()
+        self._wait_for_all(writing)
         self._record = self._writing = None
         outcomes = self.processes.gather(self._outcome(writing))
-        files, problems = {}, []
-        for rank, (entry, problem) in enumerate(outcomes):
-            if problem:
-                problems.append(f"rank {rank}: {problem}")
-            else:
-                files[file_of(rank, self.processes.world_size)] = entry
-        complete = CheckpointRecord(**{**asdict(record), "files": files})
+        names = [file_of(rank, self.processes.world_size) for rank in range(len(outcomes))]
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(outcomes) if problem]
+        complete = replace(record, files={name: entry for name, (entry, _) in zip(names, outcomes, strict=True)})
         problem = self.processes.on_first(self._discard if problems else self._commit, complete)
         if problems or problem:
             raise SaveFailed("; ".join(problems) or problem)
         return Saved(complete, self._seconds + time.perf_counter() - began)
 
+    def afterwards(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """Lets the writing thread do something when it has nothing to write."""
+        self._thread.submit(action, *arguments)
+
     def close(self) -> None:
-        self._threads.shutdown()
+        self._thread.shutdown()
+
+    def _wait_for_all(self, writing: Future) -> None:
+        """Returns when every rank has written; a rank that stands still lets the beat of all fall silent."""
+        before = -1.0
+        while True:
+            state = torch.tensor([float(writing.done()), float(self._blocks)], device=self.processes.device)
+            written, blocks = self.processes.sum(state)
+            if blocks != before:
+                self.beat()
+            if written == self.processes.world_size:
+                return
+            before = blocks
+            wait([writing], timeout=0.2)
+
+    def _count_block(self) -> None:
+        self._blocks += 1
 
     def _folder(self, step: int) -> Path:
         folder = folder_of(self.checkpoints, step)
@@ -145,30 +164,36 @@ class CheckpointSaver:
         return self._host
 
     def _outcome(self, writing: Future) -> tuple[dict | None, str | None]:
-        while wait([writing], timeout=1.0).not_done:
-            self.beat()
-        try:
+        """(the file's entry, None), or (None, why there is none)."""
+        error = writing.exception()
+        if error is None:
             return writing.result(), None
-        except OSError as error:
+        if isinstance(error, OSError):
             return None, f"{error.filename or self.checkpoints}: {error.strerror}"
+        return None, f"{type(error).__name__}: {error}"
 
     def _discard(self, record: CheckpointRecord) -> None:
         shutil.rmtree(self._folder(record.step), ignore_errors=True)
 
     def _commit(self, record: CheckpointRecord) -> str | None:
-        self.may_commit()
         temporary, folder = self._folder(record.step), folder_of(self.checkpoints, record.step)
+        torn = folder.with_name(f"{folder.name}.{self.token}.torn.tmp")
         try:
             write_record(temporary, record)
             fsync_directory(temporary)
-            aside = folder.with_name(f"{folder.name}.{self.token}.replaced.tmp")
-            if folder.exists():
-                folder.rename(aside)
-            temporary.rename(folder)
+            self.may_commit()
+            if folder.exists() and what_is_wrong(folder) is not None:
+                folder.rename(torn)
+            if not folder.exists():  # else whoever made it was at the same step of the same run
+                temporary.rename(folder)
             fsync_directory(self.checkpoints)
-            write_text_atomic(self.checkpoints / "latest", folder.name)
-            shutil.rmtree(aside, ignore_errors=True)
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._discard(record)
+            if isinstance(error, UserError):
+                raise
             return f"{error.filename or temporary}: {error.strerror}"
+        with suppress(OSError):  # for people only
+            write_text_atomic(self.checkpoints / "latest", folder.name)
+        for leftover in (torn, temporary):
+            shutil.rmtree(leftover, ignore_errors=True)
         return None

@@ -1,9 +1,11 @@
 """A training run from top to bottom: data, schedule, engine, resume, the loop over steps, what is done after each."""
 
 import math
+from collections.abc import Collection
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,25 +31,25 @@ from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
 
 MAX_ROLLBACKS = 3
+MAX_SKIPS = 10  # in a row
 
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient norm of a step is no finite number; the weights are those from before the step."""
 
 
-def train(config: RunConfig, from_step: int | None = None) -> None:
+def train(config: RunConfig, from_step: int | None = None, stop: StopRequests | None = None) -> None:
     """Trains the run that `config` describes, from its newest complete checkpoint when there is one, to its last step.
 
-    `from_step` asks for the checkpoint of exactly that step; later ones are set aside. Called by every process of the
-    launch. Raises UserError for what a person can mend, NonFiniteError when the loss or the gradients left the finite
-    numbers, Preempted after a signal has been answered with a checkpoint.
+    `from_step` asks for the checkpoint of exactly that step; later ones are set aside. `stop` hears of signals. Called
+    by every process of the launch. Raises UserError for what a person can mend, NonFiniteError when the loss or the
+    gradients left the finite numbers, Preempted after a signal has been answered with a checkpoint.
     """
-    with StopRequests() as stop:
-        processes = join_processes()
-        try:
-            Trainer(config, processes, from_step, stop).run()
-        finally:
-            leave_processes()
+    processes = join_processes()
+    try:
+        Trainer(config, processes, from_step, stop).run()
+    finally:
+        leave_processes()
 
 
 class Trainer:
@@ -80,12 +82,14 @@ class Trainer:
         self.train_store, self.val_store = processes.on_all(self._stage_data)
         self.zero_stage: int = read_settings(config.deepspeed.config)["zero_optimization"]["stage"]
         token: str = processes.on_first(self._take_run_folder)
+        processes.on_all(run_folder.check_shared, self.run_dir, token)
         self.resumed_from: tuple[Path, CheckpointRecord] | None = processes.on_first(
             run_folder.checkpoint_to_resume, config, self.train_store.manifest.fingerprint(), from_step, self.log.say
         )
         processes.on_first(run_folder.describe, config, processes)
         record = self.resumed_from[1] if self.resumed_from else None
         self.first_step = record.step if record else 0
+        self.last_saved = record.step if record else None
         self.excluded_steps = set(record.excluded_steps) if record else set()
         self.rollbacks = record.rollbacks if record else 0
         processes.on_first(self.log.open, self.first_step)
@@ -94,6 +98,7 @@ class Trainer:
         self.is_finished = self.first_step == self.schedule.total_steps and not self.lacks_validation
         if self.is_finished:
             return
+        self._end_if_asked()
         self.engine = TrainingEngine(config, self.schedule.stages[0], processes)
         self.stages = StageManager(config, self.schedule, self.train_store, self.engine, processes)
         self.watchdog = Watchdog(self.run_dir / "stalled.txt", processes.rank, config.watch.stall_seconds)
@@ -101,7 +106,7 @@ class Trainer:
             self.checkpoints,
             processes,
             token=token,
-            may_commit=self._check_lease,
+            may_commit=self._before_commit,
             asynchronous=config.checkpoint.asynchronous,
             beat=self.watchdog.beat,
         )
@@ -114,8 +119,8 @@ class Trainer:
                 self.log.end(self.first_step)
                 return
             if self.resumed_from:
-                folder, record = self.resumed_from
-                self.processes.on_all(self._load, folder, record)
+                self._load(*self.resumed_from)
+            self._end_if_asked()
             self._announce()
             self.log.begin(self.schedule, self.first_step, self.engine.write_events)
             with self.watchdog:
@@ -127,7 +132,7 @@ class Trainer:
         if step == 0 and self.config.watch.on_nonfinite == "rollback" and not self.resumed_from:
             self._save(self.schedule.stages[0], 0)
         if self.lacks_validation:
-            self._validate(self.schedule.stage_at(step - 1), step)
+            self._validate(self.schedule.stage_at(step - 1), step, self.log.kept_validations(step))
         while step < self.schedule.total_steps:
             step = self._train_from(step)
 
@@ -144,9 +149,9 @@ class Trainer:
                     result = self.engine.step(batch.step, batch.micro_batches, stage.learning_rate(batch.step))
                 loss, must_stop = self._agree(result)
                 if result and not result.was_applied:
-                    self._answer_nonfinite(stage, batch, result)
+                    facts = self._answer_nonfinite(stage, batch, result)
                     if self.config.watch.on_nonfinite == "rollback":
-                        return self._roll_back(batch.step)
+                        return self._roll_back(batch.step, facts)
                     result = None
                 if result:
                     self._check_loss(batch.step, loss)
@@ -180,16 +185,21 @@ class Trainer:
         flags = torch.tensor(flags, dtype=torch.float32, device=self.processes.device)
         total, stopping, lost, written = self.processes.sum(torch.cat([loss, flags]))
         if lost:
-            self.processes.on_first(self._check_lease)
+            self.processes.on_first(lambda: self.lease.check())
         if written == self.processes.world_size:
             self._finish_save(must=False)
         return total / self.processes.world_size, stopping > 0
 
-    def _check_lease(self) -> None:
+    def _before_commit(self) -> None:
+        """What must hold when a checkpoint appears: the folder is ours, and the logs say how it came about."""
+        self.log.sync()
         self.lease.check()
 
-    def _answer_nonfinite(self, stage: Stage, batch: StepBatch, result: StepResult) -> None:
-        """Leaves out for good a step that was not finite and has not changed the weights, or raises NonFiniteError."""
+    def _answer_nonfinite(self, stage: Stage, batch: StepBatch, result: StepResult) -> dict[str, Any]:
+        """Leaves out for good a step that was not finite and has not changed the weights, or raises NonFiniteError.
+
+        Returns what is known of it.
+        """
         losses = self.processes.gather(result.loss.item())
         ids = self.processes.gather(batch.ids.tolist())
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -201,30 +211,44 @@ class Trainer:
             f"step {batch.step} (stage {stage.index}, patch side {stage.patch_side}): {what}; "
             f"sample ids: {', '.join(map(str, images))}"
         )
+        policy, skips = self.config.watch.on_nonfinite, self._skips_before(batch.step)
+        self.rollbacks += policy == "rollback"
+        if policy == "rollback":
+            self._settle()
         facts = {"stage": stage.index, "losses": list(map(str, losses)), "ranks": bad, "sample_ids": images}
         self.log.write("nonfinite", batch.step, **facts)
-        policy = self.config.watch.on_nonfinite
-        self.rollbacks += policy == "rollback"
-        if policy == "stop" or self.rollbacks == MAX_ROLLBACKS:
+        if policy == "stop" or self.rollbacks == MAX_ROLLBACKS or skips == MAX_SKIPS:
             self._settle()
-            which = f"; rollback {self.rollbacks} of {MAX_ROLLBACKS}" if policy == "rollback" else ""
-            raise NonFiniteError(text + which)
+            hint = {
+                "stop": "; to leave such steps out: watch.on_nonfinite=skip",
+                "skip": f"; so were the {skips} steps before it",
+                "rollback": f"; rollback {self.rollbacks} of {MAX_ROLLBACKS}",
+            }
+            raise NonFiniteError(text + hint[policy])
         self.excluded_steps.add(batch.step)
         self.log.say(f"WARNING: {text}; the run leaves this step out ({policy})")
+        return facts
 
-    def _roll_back(self, failed_step: int) -> int:
+    def _skips_before(self, step: int) -> int:
+        """How many steps right before this one were left out."""
+        return next(n for n in range(step + 1) if step - 1 - n not in self.excluded_steps)
+
+    def _roll_back(self, failed_step: int, facts: dict[str, Any]) -> int:
         """Loads the newest complete checkpoint, excluded steps apart; returns the step to go on with."""
-        self._settle()
-        folder = self.processes.on_first(checkpoint.newest_complete, self.checkpoints, self.log.say)
-        if folder is None:
-            raise UserError(f"{self.checkpoints}: no complete checkpoint to roll back to", on_all_ranks=True)
-        record = checkpoint.read_record(folder)
-        self.processes.on_all(self._load, folder, record)
-        self.log.rewind(record.step)
-        self.log.write("rollback", record.step, failed_step=failed_step, rollbacks=self.rollbacks)
+        with self.watchdog.patient():
+            folder, record = self.processes.on_first(self._checkpoint_to_roll_back_to)
+            self._load(folder, record)
+            self.processes.on_first(self.log.rewind, record.step)
+        self.log.write("rollback", record.step, failed_step=failed_step, rollbacks=self.rollbacks, **facts)
         left_out = ", ".join(map(str, sorted(self.excluded_steps)))
         self.log.say(f"rolled back to {folder.name} (rollback {self.rollbacks}); left out: steps {left_out}")
         return record.step
+
+    def _checkpoint_to_roll_back_to(self) -> tuple[Path, CheckpointRecord]:
+        folder = checkpoint.newest_complete(self.checkpoints, self.log.say)
+        if folder is None:
+            raise UserError(f"{self.checkpoints}: no complete checkpoint to roll back to")
+        return folder, checkpoint.read_record(folder)
 
     def _warn_of_spike(self, stage: Stage, batch: StepBatch, spike: Spike) -> None:
         ids = [i for part in self.processes.gather(batch.ids.tolist()) for i in part]
@@ -279,9 +303,11 @@ class Trainer:
         except SaveFailed as error:
             self._live_without(step, error, must)
             return
+        self.last_saved = step
         self.log.write("checkpoint", step, seconds=saved.seconds_waited, bytes=saved.bytes)
         if self.processes.is_first:
-            checkpoint.remove_old(self.checkpoints, step, self.config.checkpoint.keep_last, self._is_kept, self.log.say)
+            keep = self.config.checkpoint.keep_last, self._is_kept
+            self.saver.afterwards(checkpoint.remove_old, self.checkpoints, step, *keep, self.log.say)
 
     def _is_kept(self, step: int) -> bool:
         """Whether a checkpoint stays however old it is."""
@@ -297,6 +323,12 @@ class Trainer:
             raise UserError(f"{text}, then start again", on_all_ranks=True)
         self.log.say(f"WARNING: {text}; the run goes on")
 
+    def _end_if_asked(self) -> None:
+        """Ends a start that a signal has asked to stop before its first step; there is nothing new to save."""
+        if names := list(filter(None, self.processes.gather(self.stop.requested))):
+            self.log.say(f"{names[0]}: stopped before the first step of this start; the same command goes on")
+            raise Preempted(names[0], self.first_step)
+
     def _end_preempted(self, done: int) -> None:
         """Ends a run that a signal has asked to stop; its checkpoint of `done` steps is complete."""
         name = next(filter(None, self.processes.gather(self.stop.requested)))
@@ -308,18 +340,20 @@ class Trainer:
         if self.first_step == 0:
             return False
         stage = self.schedule.stage_at(self.first_step - 1)
-        return self.validation.is_missing(stage, self.first_step, self.log.kept())
+        return self.validation.is_missing(stage, self.first_step, self.log.kept_validations(self.first_step))
 
-    def _validate(self, stage: Stage, done: int) -> None:
+    def _validate(self, stage: Stage, done: int, known: Collection[tuple[str, int]] = ()) -> None:
+        """Validates after `done` steps; `known` (event, patch side) are told already."""
         try:
             results = self.validation.run(self.engine, stage, self._break_off_if_asked)
         except _StopAgreed:
-            if done not in self.processes.on_first(checkpoint.saved_steps, self.checkpoints):
-                self._save(stage, done, must=True)
             self._settle()
+            if done != self.last_saved:
+                self._save(stage, done, must=True)
             self._end_preempted(done)
         for event, side, nll in results:
-            self.log.validation(event, stage, done, side, nll)
+            if (event, side) not in known:
+                self.log.validation(event, stage, done, side, nll)
 
     def _break_off_if_asked(self) -> None:
         self.watchdog.beat()
@@ -339,7 +373,8 @@ class Trainer:
         return self.lease.token
 
     def _load(self, folder: Path, record: CheckpointRecord) -> None:
-        self.engine.load(folder, record.files, record.optimizer_steps)
+        self.processes.on_all(self.engine.read, folder, record.files, record.optimizer_steps)
+        self.engine.partitions.publish()
 
     def _announce(self) -> None:
         stages = ", ".join(

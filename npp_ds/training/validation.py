@@ -7,7 +7,6 @@ from npp_ds.config import RunConfig
 from npp_ds.data.loader import EvalLoader
 from npp_ds.data.store import CodeStore
 from npp_ds.evaluation.nll import mean_nll
-from npp_ds.events import Event
 from npp_ds.schedule import Schedule, Stage
 from npp_ds.training.ema import EMA
 from npp_ds.training.engine import TrainingEngine
@@ -36,11 +35,10 @@ class Validation:
         every = self.settings.every
         return self.store is not None and (done in self._ends or (every > 0 and done % every == 0))
 
-    def is_missing(self, stage: Stage, done: int, events: list[Event]) -> bool:
-        """Whether it was due after `done` steps, in `stage`, and is not among the events of earlier starts."""
+    def is_missing(self, stage: Stage, done: int, known: set[tuple[str, int | None]]) -> bool:
+        """Whether it was due after `done` steps, in `stage`, and not all of it is `known` (event, patch side)."""
         expected = {(_EVENTS[kind], side) for kind in _KINDS[self.settings.weights] for side in self._sides(stage)}
-        found = {(event["event"], event.get("patch_side")) for event in events if event["step"] == done}
-        return self.is_due(done) and not expected <= found
+        return self.is_due(done) and not expected <= known
 
     def run(self, engine: TrainingEngine, stage: Stage, before_batch: Callable[[], None]) -> list[Result]:
         """Called by all ranks together; `before_batch` may raise, on all of them, to break it off."""

@@ -6,7 +6,8 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ class Watchdog:
         self.tick = min(seconds / 16, 1.0)  # seconds between two looks
         self.slack = min(seconds / 4, 2.0)  # by which faulthandler's thread comes later than ours
         self.grace = min(seconds / 2, 10.0)  # more than tick and slack: for those who come later
-        self._beaten = False
+        self._beaten = self._patient = False
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._descriptor = -1
@@ -40,6 +41,15 @@ class Watchdog:
     def beat(self) -> None:
         """Says that a step is done."""
         self._beaten = True
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Inside, nobody is taken for stalled: for what takes its time and cannot tell its progress."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._beaten, self._patient = True, False
 
     def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
@@ -74,7 +84,7 @@ class Watchdog:
         quiet = 0.0
         while not self._closed.wait(self.tick):
             quiet += self.tick
-            if self._beaten:
+            if self._beaten or self._patient:
                 self._beaten, quiet = False, 0.0
             if quiet >= self.seconds:
                 self._end(quiet)

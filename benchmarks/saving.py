@@ -1,0 +1,149 @@
+"""How long training stands still for a checkpoint: ours, at once and in a thread, beside DeepSpeed's own.
+
+One process, ZeRO-2 in fp32, a model whose state is written whole; steps of training go on between and during saves:
+
+    python -m benchmarks.saving --out benchmarks/results
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.common import machine, publish
+from npp_ds.config import RunConfig
+from npp_ds.schedule import Stage
+from npp_ds.training.checkpoint import CheckpointRecord
+from npp_ds.training.engine import TrainingEngine
+from npp_ds.training.launch import Processes, join_processes, leave_processes
+from npp_ds.training.saving import CheckpointSaver, Saved
+
+OURS, IN_THREAD, DEEPSPEED = "npp_ds, at once", "npp_ds, asynchronous", "DeepSpeed's save_checkpoint"
+GRID, BATCH = 8, 4
+
+
+def build(processes: Processes, dim: int, layers: int) -> TrainingEngine:
+    config = RunConfig.model_validate(
+        {
+            "precision": "fp32",
+            "model": {"dim": dim, "n_layers": layers, "n_heads": dim // 64, "grid_size": GRID, "vocab_size": 16384},
+            "data": {"train": "unused"},
+            "schedule": {"patch_sides": [1], "epochs": 1, "batch_size": BATCH},
+        }
+    )
+    stage: Stage = config.build_schedule(100 * BATCH).stages[0]
+    engine = TrainingEngine(config, stage, processes)
+    train(engine, 0)
+    return engine
+
+
+def train(engine: TrainingEngine, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    codes = torch.randint(16384, (BATCH, GRID**2, 1), generator=generator)
+    engine.step(step, [(codes, torch.randint(1000, (BATCH,), generator=generator))], 1e-4)
+
+
+def record_of(engine: TrainingEngine, step: int) -> CheckpointRecord:
+    shapes = {name: list(shape) for name, shape in engine.partitions.shapes.items()}
+    return CheckpointRecord(step, 0, 1, 2, "fp32", "", "", step, list(engine.state()), shapes)
+
+
+def ours(engine: TrainingEngine, saver: CheckpointSaver, step: int) -> tuple[float, float, int]:
+    """(seconds that training stood still, seconds until the checkpoint was complete, bytes)."""
+    began = time.perf_counter()
+    saver.begin(record_of(engine, step), engine.partitions.fragments, engine.state())
+    while not saver.is_written:
+        train(engine, step)
+    saved: Saved = saver.finish()
+    return saved.seconds_waited, time.perf_counter() - began, saved.bytes
+
+
+def deepspeed(engine: TrainingEngine, folder: Path, step: int) -> tuple[float, float, int]:
+    began = time.perf_counter()
+    engine.engine.save_checkpoint(str(folder), tag=str(step), client_state={}, save_latest=False)
+    seconds = time.perf_counter() - began
+    return seconds, seconds, sum(f.stat().st_size for f in (folder / str(step)).iterdir())
+
+
+def run(folder: Path, processes: Processes, dim: int, layers: int, repeats: int) -> dict:
+    """Saves in turn in every way, after one round that is not measured."""
+    engine = build(processes, dim, layers)
+    savers = {
+        name: CheckpointSaver(folder / name, processes, token="benchmark", asynchronous=name == IN_THREAD)
+        for name in (OURS, IN_THREAD)
+    }
+    figures: dict[str, list[tuple[float, float, int]]] = {OURS: [], IN_THREAD: [], DEEPSPEED: []}
+    for turn in range(1, repeats + 2):
+        for name in figures:
+            train(engine, turn)
+            saver = savers.get(name)
+            found = ours(engine, saver, turn) if saver else deepspeed(engine, folder / name, turn)
+            shutil.rmtree(folder / name)
+            if turn > 1:
+                figures[name].append(found)
+    for saver in savers.values():
+        saver.close()
+    still = {name: [seconds for seconds, _, _ in values] for name, values in figures.items()}
+    return {
+        "benchmark": "saving",
+        "parameters": sum(torch.Size(shape).numel() for shape in engine.partitions.shapes.values()),
+        "repeats": repeats,
+        "seconds_stood_still": {name: round(median(values), 3) for name, values in still.items()},
+        "range": {name: [round(min(values), 3), round(max(values), 3)] for name, values in still.items()},
+        "seconds_to_complete": {n: round(median(total for _, total, _ in v), 3) for n, v in figures.items()},
+        "megabytes": {name: round(values[0][2] / 1e6) for name, values in figures.items()},
+        "machine": machine("torch", "deepspeed"),
+    }
+
+
+def table(result: dict) -> str:
+    m = result["machine"]
+    lines = [
+        "# Seconds that training stands still for a checkpoint",
+        "",
+        f"{result['parameters'] / 1e6:.1f}M parameters in fp32 with Adam's moments, one process, ZeRO-2, to a local "
+        f"disk; medians of {result['repeats']} turns.",
+        "",
+        "| way | stands still | lowest .. highest | complete after | MB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, seconds in result["seconds_stood_still"].items():
+        low, high = result["range"][name]
+        complete = result["seconds_to_complete"][name]
+        lines.append(f"| {name} | {seconds} s | {low} .. {high} | {complete} s | {result['megabytes'][name]} |")
+    lines += [
+        "",
+        "Ours are hashed, flushed to disk and committed by a rename within these times; DeepSpeed's are neither hashed "
+        "nor flushed. The asynchronous way trains on while its thread writes, here on the same cores.",
+        "",
+        f"{m['processor']}, {m['cores']} cores; torch {m['torch']}, deepspeed {m['deepspeed']}. "
+        "Made by `python -m benchmarks.saving`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=512, help="width of the model")
+    parser.add_argument("--layers", type=int, default=8, help="its layers")
+    parser.add_argument("--repeats", type=int, default=5, help="measured turns")
+    parser.add_argument("--folder", type=Path, help="where to save; a temporary folder when left out")
+    parser.add_argument("--out", type=Path, help="folder for saving.json and saving.md")
+    args = parser.parse_args()
+    os.environ.setdefault("LOCAL_SIZE", "1")
+    processes = join_processes()
+    try:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            result = run(Path(folder), processes, args.dim, args.layers, args.repeats)
+    finally:
+        leave_processes()
+    publish(result, table(result), args.out)
+
+
+if __name__ == "__main__":
+    main()
