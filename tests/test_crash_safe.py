@@ -139,6 +139,20 @@ def test_crash_safe_torn_checkpoints_are_named_and_passed_over(pair, shards, tmp
     assert_same(outcome_of(folder), undisturbed)
 
 
+def test_crash_safe_a_damaged_latest_is_named_and_changes_nothing(pair, shards, tmp_path, undisturbed):
+    config = tiny_config(shards, tmp_path / "run", **WATCHED)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    pair.run(run_and_stop_after, config, 3)
+    latest.write_bytes(b"\xf3tep-00000003")
+    pair.run(run_and_stop_after, config, 6)
+    assert latest.read_text() == "step-00000006"
+    latest.write_bytes(b"x" * 300)
+    said = pair.run(told, config)[0]
+    assert any("resuming after step 6" in line for line in said)
+    assert any(f"which {latest} names, is gone" in line for line in said)
+    assert_same(outcome_of(tmp_path / "run"), undisturbed)
+
+
 def test_crash_safe_never_means_a_silent_fresh_start(pair, shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run")
     pair.run(run_and_stop_after, config, 3)

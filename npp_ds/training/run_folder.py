@@ -82,8 +82,8 @@ def checkpoint_to_resume(
 
 def _named_by_latest_but_gone(checkpoints: Path) -> str | None:
     latest = checkpoints / "latest"
-    name = latest.read_text().strip() if latest.is_file() else ""
-    return name if name and not (checkpoints / name).is_dir() else None
+    name = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    return name if name and name not in (path.name for path in checkpoints.iterdir()) else None
 
 
 def _set_aside_later_than(checkpoints: Path, step: int, say: Callable[[str], None]) -> None:
