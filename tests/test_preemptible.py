@@ -2,6 +2,8 @@
 
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +42,31 @@ def test_preemptible_all_stop_after_one_step_with_one_checkpoint(shards, tmp_pat
     assert metrics_of(tmp_path / "run")[-1]["step"] == saved[0]
     finish(config)
     assert_same(outcome_of(tmp_path / "run"), undisturbed)
+
+
+def test_preemptible_from_the_imports_on_and_however_often_it_is_asked(shards, tmp_path, undisturbed):
+    config = tiny_config(shards, tmp_path / "run", **WATCHED)
+    with Launch(config) as launch:
+        maps = Path(f"/proc/{launch.processes[1].pid}/maps")
+        _wait(lambda: "libtorch" in maps.read_text(), launch)
+        launch.send(1, signal.SIGUSR1)
+        _wait(lambda: "saved after step" in launch.text(), launch)
+        while any(process.poll() is None for process in launch.processes):
+            launch.send(0, signal.SIGTERM)
+            launch.send(1, signal.SIGTERM)
+            time.sleep(0.02)
+        assert launch.exit_codes() == [75, 75], launch.text()
+        assert "SIGUSR1: saved after step 1 of 40" in launch.text()
+    finish(config)
+    assert_same(outcome_of(tmp_path / "run"), undisturbed)
+
+
+def _wait(condition: Callable[[], bool], launch: Launch, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, launch.text()
+        assert all(process.poll() is None for process in launch.processes), launch.text()
+        time.sleep(0.002)
 
 
 def _asked_in_a_validation(processes: Processes, config, at: int, asynchronous: bool) -> tuple[int, int]:

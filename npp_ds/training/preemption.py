@@ -22,6 +22,7 @@ class Preempted(Exception):
 class StopRequests:
     """Inside `with`, SIGTERM and SIGUSR1 end nothing: the first one is noted in `requested`, later ones change nothing.
 
+    When Preempted leaves the block they stay ignored: the process is about to end, and its exit code is to be seen.
     Python delivers signals to the main thread only: entered in another thread it raises ValueError.
     """
 
@@ -40,6 +41,8 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
+            if isinstance(error, Preempted):
+                handler = signal.SIG_IGN
             # None: a handler that was not installed from Python, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
