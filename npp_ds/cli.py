@@ -6,7 +6,7 @@ Exit codes: 0 done; 2 something to mend (the text says what); 3 the loss or the 
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from npp_ds.errors import UserError
+from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 
 app = typer.Typer(
     name="npp",
@@ -58,14 +59,21 @@ def train(
     ] = None,
 ) -> None:
     """Train a run, or go on with it; start several processes with torchrun -m npp_ds train ..."""
-    from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
+    try:
+        with StopRequests() as stop:  # before the imports, which take seconds
+            _train(recipe, config, overrides or (), from_step, stop)
+    except Preempted:
+        sys.exit(PREEMPTED)
 
-    stop = StopRequests().__enter__()  # for the rest of this process, beginning before the slow imports
+
+def _train(
+    recipe: str | None, config: Path | None, overrides: Sequence[str], from_step: int | None, stop: StopRequests
+) -> None:
     from npp_ds.config_checks import load_config
     from npp_ds.training.launch import world_size_of_environment
 
     try:
-        run = load_config(recipe, config, overrides or (), world_size_of_environment())
+        run = load_config(recipe, config, overrides, world_size_of_environment())
     except UserError as error:
         raise UserError(str(error), on_all_ranks=True) from error
 
@@ -78,8 +86,6 @@ def train(
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}; stopped before the weights changed", file=sys.stderr, flush=True)
         sys.exit(3)
-    except Preempted:
-        sys.exit(PREEMPTED)
 
 
 @app.command()

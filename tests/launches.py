@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TextIO
+from pathlib import Path
 
 import yaml
 
@@ -14,29 +14,33 @@ from workers import free_port
 
 
 class Launch:
-    """`world_size` processes of one `npp train`, as a launcher would start them; a context manager that ends them."""
+    """`world_size` processes of one `npp train`, as a launcher would start them; a context manager that ends them.
 
-    def __init__(self, config: RunConfig, world_size: int = 2, *arguments: str, output: TextIO | None = None):
+    What they print is appended to the file `output`, one beside the run folder unless given.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int = 2, *arguments: str, output: Path | None = None):
         self.run_dir = config.directory
         self.file = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
         self.file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         self.world_size, port = world_size, free_port()
-        self.output = self.run_dir.with_name(f"{self.run_dir.name}.out")
+        self.output = output or self.run_dir.with_name(f"{self.run_dir.name}.out")
         self._log = open(self.output, "ab")  # noqa: SIM115 - open as long as the launch
         self.began_at = self._log.tell()
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "npp_ds", "train", "--config", self.file, *arguments],
-                stdout=output or self._log,
-                stderr=subprocess.STDOUT,
-                env={
-                    **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                    "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                    "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                },
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
+        self.processes: list[subprocess.Popen] = []
+        common = {
+            **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "npp_ds", "train", "--config", self.file, *arguments]
+        try:
+            for rank in map(str, range(world_size)):
+                env = {**common, "RANK": rank, "LOCAL_RANK": rank}
+                process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=env)
+                self.processes.append(process)
+        except BaseException:  # an interrupt, say
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Launch":
         return self
@@ -55,10 +59,7 @@ class Launch:
             time.sleep(0.01)
 
     def last_step(self) -> int:
-        path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        steps = [line for line in lines if line.startswith('{"event": "train"')]
-        return int(steps[-1].split('"step": ')[1].split(",")[0]) if steps else 0
+        return last_step(self.run_dir)
 
     def send(self, rank: int, number: signal.Signals) -> None:
         self.processes[rank].send_signal(number)
@@ -78,6 +79,14 @@ class Launch:
         with open(self.output, "rb") as file:
             file.seek(self.began_at)
             return file.read().decode(errors="replace")
+
+
+def last_step(run_dir: Path) -> int:
+    """Steps that are done, says the last whole line of training in a run's metrics."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    steps = [line for line in lines if line.startswith('{"event": "train"')]
+    return int(steps[-1].split('"step": ')[1].split(",")[0]) if steps else 0
 
 
 def finish(config: RunConfig, world_size: int = 2, *arguments: str, timeout: float = 180) -> str:

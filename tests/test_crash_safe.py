@@ -147,6 +147,19 @@ def test_crash_safe_torn_checkpoints_are_named_and_passed_over(pair, shards, tmp
     assert_same(outcome_of(folder), undisturbed)
 
 
+def test_crash_safe_a_damaged_latest_changes_nothing(pair, shards, tmp_path, undisturbed):
+    config = tiny_config(shards, tmp_path / "run", **WATCHED)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    pair.run(run_and_stop_after, config, 3)
+    latest.write_bytes(b"\xf3tep-00000003")
+    pair.run(run_and_stop_after, config, 6)
+    assert latest.read_text() == "step-00000006"
+    latest.write_bytes(b"x" * 300)
+    said = pair.run(told, config)[0]
+    assert any("resuming after step 6" in line for line in said)
+    assert_same(outcome_of(tmp_path / "run"), undisturbed)
+
+
 def test_crash_safe_never_means_a_silent_fresh_start(pair, shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run")
     pair.run(run_and_stop_after, config, 3)
@@ -369,7 +382,7 @@ def test_training_goes_on_while_a_thread_writes(pair, shards, tmp_path):
 def test_a_screen_that_takes_nothing_is_no_reason_to_stop(shards, tmp_path):
     keys = {"schedule": {"patch_sides": [2, 1], "epochs": 2}, "validation": {"every": 0}}
     config = tiny_config(shards, tmp_path / "run", **keys)
-    with open("/dev/full", "w") as full, Launch(config, 1, output=full) as launch:
+    with Launch(config, 1, output=Path("/dev/full")) as launch:
         assert launch.exit_codes() == [0]
     assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").name == "step-00000020"
 

@@ -2,6 +2,8 @@
 
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -20,11 +22,7 @@ pytestmark = pytest.mark.processes
     [(1, signal.SIGTERM, None), (0, signal.SIGUSR1, signal.SIGTERM), (1, signal.SIGUSR1, signal.SIGUSR1)],
 )
 def test_preemptible_all_stop_after_one_step_with_one_checkpoint(shards, tmp_path, rank, first, second):
-    keys = {
-        "schedule": {"patch_sides": [2, 1], "epochs": 400},
-        "validation": {"every": 0},
-        "watch": {"spike_window": 0},
-    }
+    keys = {"schedule": {"patch_sides": [2, 1], "epochs": 400}, "validation": {"every": 0}}
     config = tiny_config(shards, tmp_path / "run", **keys)
     with Launch(config) as launch:
         launch.wait_until_step(5)
@@ -43,19 +41,6 @@ def test_preemptible_all_stop_after_one_step_with_one_checkpoint(shards, tmp_pat
     assert saved < 2000, "far from the end of a stage"
     assert seconds < 30
     assert metrics_of(tmp_path / "run")[-1]["step"] == saved
-
-
-def test_preemptible_before_the_first_step_there_is_nothing_to_save(shards, tmp_path):
-    config = tiny_config(shards, tmp_path / "run")
-    with Launch(config) as launch:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "lease.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        launch.send(0, signal.SIGTERM)
-        assert launch.exit_codes(timeout=60) == [75, 75]
-    assert len(checkpoint.saved_steps(tmp_path / "run" / "checkpoints")) <= 1
-    finish(config)
 
 
 def _asked_at(processes: Processes, config, step: int) -> int:
@@ -85,6 +70,31 @@ def test_preemptible_the_step_that_was_asked_in_is_the_last_and_the_run_goes_on_
     assert checkpoint.newest_complete(tmp_path / "run" / "checkpoints").name == f"step-{step + 1:08d}"
     pair.run(run, config)
     assert_same(outcome_of(tmp_path / "run"), undisturbed)
+
+
+def test_preemptible_from_the_imports_on_and_however_often_it_is_asked(shards, tmp_path, undisturbed):
+    config = tiny_config(shards, tmp_path / "run", **WATCHED)
+    with Launch(config) as launch:
+        maps = Path(f"/proc/{launch.processes[1].pid}/maps")
+        _wait(lambda: "libtorch" in maps.read_text(), launch)
+        launch.send(1, signal.SIGUSR1)
+        _wait(lambda: "stopped before the first step" in launch.text(), launch)
+        while any(process.poll() is None for process in launch.processes):
+            launch.send(0, signal.SIGTERM)
+            launch.send(1, signal.SIGTERM)
+            time.sleep(0.02)
+        assert launch.exit_codes() == [75, 75], launch.text()
+    assert not checkpoint.saved_steps(tmp_path / "run" / "checkpoints"), "there was nothing to save"
+    finish(config)
+    assert_same(outcome_of(tmp_path / "run"), undisturbed)
+
+
+def _wait(condition: Callable[[], bool], launch: Launch, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, launch.text()
+        assert all(process.poll() is None for process in launch.processes), launch.text()
+        time.sleep(0.002)
 
 
 def _asked_in_a_validation(processes: Processes, config, at: int) -> tuple[int, int]:

@@ -55,6 +55,30 @@ def test_a_process_notes_the_first_signal_twice_in_a_row_and_dies_of_one_afterwa
         process.communicate()
 
 
+def test_the_exit_code_of_a_preempted_process_outlives_further_signals():
+    program = """
+import sys
+from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
+try:
+    with StopRequests():
+        raise Preempted("SIGUSR1", 1)
+except Preempted:
+    print("left", flush=True)
+    sys.stdin.readline()
+    sys.exit(PREEMPTED)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True)
+    try:
+        assert process.stdout.readline() == "left\n"
+        for number in StopRequests.SIGNALS:
+            process.send_signal(number)
+        process.communicate("\n", timeout=30)
+        assert process.returncode == PREEMPTED
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_earlier_handlers_come_back_also_after_an_error():
     heard = []
     before = {number: signal.signal(number, lambda n, f: heard.append(n)) for number in StopRequests.SIGNALS}

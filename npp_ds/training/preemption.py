@@ -22,8 +22,8 @@ class Preempted(Exception):
 class StopRequests:
     """Inside `with`, SIGTERM and SIGUSR1 end nothing: the first one is noted in `requested`, later ones change nothing.
 
-    Python delivers signals to the main thread only: entered in another thread it raises ValueError. A process that ends
-    with its answer never leaves the `with`, so that a late signal does not change its exit code.
+    When Preempted leaves the block they stay ignored: the process is about to end, and its exit code is to be seen.
+    Python delivers signals to the main thread only: entered in another thread it raises ValueError.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -41,6 +41,8 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
+            if isinstance(error, Preempted):
+                handler = signal.SIG_IGN
             # None: a handler that was not installed from Python, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

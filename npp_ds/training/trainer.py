@@ -38,11 +38,11 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient norm of a step is no finite number; the weights are those from before the step."""
 
 
-def train(config: RunConfig, from_step: int | None = None, stop: StopRequests | None = None) -> None:
+def train(config: RunConfig, from_step: int | None, stop: StopRequests) -> None:
     """Trains the run that `config` describes, from its newest complete checkpoint when there is one, to its last step.
 
-    `from_step` asks for the checkpoint of exactly that step; later ones are set aside. `stop` hears of signals. Called
-    by every process of the launch. Raises UserError for what a person can mend, NonFiniteError when the loss or the
+    `from_step` asks for the checkpoint of exactly that step; later ones are set aside. `stop` notes signals. Called by
+    every process of the launch. Raises UserError for what a person can mend, NonFiniteError when the loss or the
     gradients left the finite numbers, Preempted after a signal has been answered with a checkpoint.
     """
     processes = join_processes()
