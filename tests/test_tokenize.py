@@ -128,7 +128,7 @@ def test_stored_codes_and_labels_are_those_of_each_image_encoded_alone(codes, sh
 
 
 def test_two_processes_write_the_bytes_of_one(codes, image_shards, tokenizer_file, tmp_path, pair):
-    line = arguments(image_shards, tmp_path / "out", tokenizer_file)
+    line = arguments(image_shards, tmp_path / "out", tokenizer_file, workers=0)
     assert pair.run(run_script, line) == [0, 0]
     assert digests(tmp_path / "out") == digests(codes)
 
@@ -139,14 +139,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(world_size, codes, image_s
         pass
 
     first = encoding(image_shards, tmp_path, tokenizer_file)
-    encode, calls = first._encode, iter(range(5))
+    encode, calls = first.encoder.encode, iter(range(5))
 
-    def stopping(crops):
+    def stopping(squares):
         if next(calls, None) is None:
             raise Interrupted
-        return encode(crops)
+        return encode(squares)
 
-    first._encode = stopping
+    first.encoder.encode = stopping
     with pytest.raises(Interrupted):
         first.run()
     assert [path.name for path in tmp_path.glob("*.tar")] == ["train-000000.tar"]

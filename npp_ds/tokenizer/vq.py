@@ -26,6 +26,9 @@ class VQConfig:
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+AUTOCAST_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 VQ16 = VQConfig()
 VQ8 = VQConfig(channel_multipliers=(1, 2, 2, 4))
 
@@ -208,10 +211,20 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes int64 [B, T] in raster order of images float [B, 3, H, W] in [-1, 1]; `downsample` divides H and W."""
+    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        """Codes int64 [B, T] in raster order of images float [B, 3, H, W] in [-1, 1]; `downsample` divides H and W.
+
+        `precision` is that of the encoder, one of PRECISIONS; the nearest code is always found in fp32. A code is -1
+        where the encoder gave no finite numbers.
+        """
+        dtype = AUTOCAST_TYPES.get(precision, torch.float32)
+        autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
+        with full_precision(tf32=precision == "tf32"), autocast:
+            latents = self.latents(images)
         with full_precision():
-            return self.quantize.nearest(self.latents(images)).flatten(1)
+            latents = latents.float()
+            codes = self.quantize.nearest(latents)
+        return codes.masked_fill(~latents.isfinite().all(-1), -1).flatten(1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -224,14 +237,21 @@ class VQModel(nn.Module):
 
 
 class full_precision:
-    """Context in which float32 convolutions and products use no TF32: codes must not depend on a global flag."""
+    """Context in which float32 convolutions and products use TF32 only if told to: codes must not depend on a global
+    flag, nor on which of several algorithms cuDNN finds fastest today."""
+
+    def __init__(self, tf32: bool = False):
+        self.tf32 = tf32
 
     def __enter__(self) -> None:
-        self.saved = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        self.saved = (cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+        cuda.allow_tf32 = cudnn.allow_tf32 = self.tf32
+        cudnn.deterministic, cudnn.benchmark = True, False
 
     def __exit__(self, *_) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.saved
+        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = self.saved
 
 
 def to_input(images: Tensor) -> Tensor:
