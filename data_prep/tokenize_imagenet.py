@@ -149,7 +149,11 @@ def report(manifest, out: Path, encoded: int, seconds: float) -> None:
     print(
         f"{out}: {manifest.num_samples} images x {manifest.num_crops} crops x {manifest.num_tokens} codes in "
         f"{len(manifest.shards)} shards, {size}; {len(manifest.skipped)} images skipped; "
-        f"{encoded} encoded by this process in {seconds:.1f} s ({encoded / seconds:.0f} images/s)"
+        + (
+            f"this process encoded {encoded} in {seconds:.1f} s ({encoded / seconds:.0f} images/s)"
+            if encoded
+            else "nothing was left to do"
+        )
     )
 
 

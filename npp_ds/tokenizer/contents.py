@@ -67,7 +67,7 @@ def describe(contents: Contents) -> list[str]:
     crops = f"{m.crops.scheme}{' ' + ' '.join(f'{r:g}' for r in m.crops.ranges) if m.crops.ranges else ''}"
     lines = [
         f"split        {m.split}",
-        f"images       {m.num_samples:,} of {source.get('images', '?'):,} ({len(m.skipped)} skipped), "
+        f"images       {m.num_samples:,} of {m.num_samples + len(m.skipped):,} ({len(m.skipped)} skipped), "
         f"{m.num_classes} classes",
         f"source       {source.get('kind', '?')}, {source.get('name', '?')}",
         f"crops        {m.num_crops} ({crops}) of {m.image_size} x {m.image_size} pixels",

@@ -242,6 +242,8 @@ class Encoding:
             return FinishedShard(ShardInfo(**record["info"]), record["skipped"])
         except FileNotFoundError:
             earlier = self._earlier()
+        except (ValueError, TypeError, KeyError):  # damaged: the shard is made again
+            return None
         for info in earlier.shards if earlier else ():
             if info.file == name:
                 return FinishedShard(info, [entry for entry in earlier.skipped if entry["shard"] == name])
@@ -280,7 +282,7 @@ class Encoding:
     def _check_folder(self) -> None:
         settings_file = self.work / SETTINGS_FILE
         if settings_file.is_file():
-            found = json.loads(settings_file.read_text())
+            found = _read_settings(settings_file)
         elif earlier := self._earlier():
             found = {name: earlier.model_dump()[name] for name in self.identity}
             found["tokenizer"].pop("agreement", None)
@@ -288,6 +290,7 @@ class Encoding:
             raise UserError(f"{self.out}: holds {tars[0].name} but no manifest; choose another folder or empty it")
         else:
             return
+        found["crops"].pop("names", None)  # they follow from the rest
         if differences := list(_differences(found, self.identity)):
             raise UserError(
                 f"{self.out}: made with other settings ({'; '.join(differences)}); choose another folder or empty it"
@@ -349,6 +352,16 @@ def _shortened(values: list, others: list, shown: int = 3) -> str:
         return repr(values)
     first = next((i for i, pair in enumerate(zip(values, others, strict=False)) if pair[0] != pair[1]), len(others))
     return f"{len(values)} entries, number {first} on: {values[first : first + shown]!r}"
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text())
+        return {**settings, "crops": dict(settings["crops"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); remove {path.parent.parent} and run the same command again"
+        ) from None
 
 
 def _write_skipped(out: Path, skipped: list[dict]) -> None:

@@ -9,7 +9,7 @@ from npp_ds.data.shards import shard_bytes
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.decoding import DecodePool, tasks_of
 from npp_ds.tokenizer.encode import Encoding
-from npp_ds.tokenizer.progress import size_against
+from npp_ds.tokenizer.progress import readable_bytes, size_against
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Estimate:
 
     def __str__(self) -> str:
         text = (
-            f"{self.images:,} images ({self.image_bytes / 1e9:.3g} GB) x {self.crops} crops x {self.tokens} codes: "
+            f"{self.images:,} images x {self.crops} crops x {self.tokens} codes: "
             f"{self.shards} shards ({self.finished_shards} finished) of {self.bytes:,} bytes in all "
-            f"({size_against(self.bytes, self.image_bytes)}); {self.free / 1e6:,.1f} MB are free"
+            f"({size_against(self.bytes, self.image_bytes)}); {readable_bytes(self.free)} are free"
         )
         if self.bytes > self.free:
             text += ", TOO LITTLE"

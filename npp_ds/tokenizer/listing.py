@@ -198,11 +198,15 @@ def _list_shard(path: Path, file: BinaryIO) -> Iterator[ImageItem]:
 
 
 def _samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, tuple[tarfile.TarInfo, int]], bytes | None]]:
-    """(key, members by extension, content of cls) of neighbouring members with one key; a repeated one begins anew."""
+    """(key, members by extension, content of cls) of neighbouring members with one key.
+
+    A second image, or a second member of one name, begins another sample: no image is lost where keys repeat.
+    """
     key, fields, label = "", {}, None
     for member, offset in _members(file):
         stem, extension = _split(member)
-        if fields and (stem != key or extension in fields):
+        second_image = extension in IMAGE_EXTENSIONS and not fields.keys().isdisjoint(IMAGE_EXTENSIONS)
+        if fields and (stem != key or extension in fields or second_image):
             yield key, fields, label
             fields, label = {}, None
         key = stem

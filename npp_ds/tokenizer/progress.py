@@ -58,11 +58,16 @@ def duration(seconds: float) -> str:
 
 def size_against(stored: int, images: int | None) -> str:
     """Size of the shards, and beside it that of the `images` they were made of where it is known."""
-    text = f"{stored / 1e6:,.1f} MB"
     if not images or not stored:
-        return text
+        return readable_bytes(stored)
     times = f"{images / stored:.1f} times less" if images > stored else f"{stored / images:.1f} times more"
-    return f"{text}, {times} than the images' {images / 1e6:,.1f} MB"
+    return f"{readable_bytes(stored)}, {times} than the images' {readable_bytes(images)}"
+
+
+def readable_bytes(number: int) -> str:
+    """6.6 GB, 18.5 MB or 43.0 kB."""
+    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if number >= s or u == "kB")
+    return f"{number / size:,.1f} {unit}"
 
 
 def _bar(total: int, completed: int):
