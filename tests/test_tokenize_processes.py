@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +227,7 @@ def test_a_killed_decoding_process_is_one_clear_error(material):
 def test_decoding_processes_keep_the_order_and_raise_what_they_meet(material, tmp_path):
     items = open_source([material[0]["imagefolder"]], "train").items
     with DecodePool(32, (1.1,), workers=3, ahead=0) as pool:
-        results = list(pool.map(tasks_of(7, items)))
+        results = [replace(r, squares=[s.copy() for s in r.squares]) for r in pool.map(tasks_of(7, items))]
     seen = [item for result in results for item in result.readable + [item for item, _ in result.unreadable]]
     assert sorted(seen, key=items.index) == items and {result.shard for result in results} == {7}
     with DecodePool(32, (1.1,), workers=0, ahead=0) as alone:

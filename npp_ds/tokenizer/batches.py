@@ -36,11 +36,13 @@ class BatchEncoder:
         self.images = max(1, crops_per_batch // len(self.windows))
         shape = (self.images, len(self.windows), image_size, image_size, 3)
         self._crops = torch.empty(shape, device=self.device).permute(0, 1, 4, 2, 3)
+        sides = square_sides(image_size, ranges)
+        self._floats = [torch.empty((self.images, side, side, 3), device=self.device) for side in sides]
         pinned = self.device.type == "cuda"
         # Two sets, because one is filled while the other may still be on its way to the device.
         self._staging = cycle(
             [torch.empty((self.images, side, side, 3), dtype=torch.uint8, pin_memory=pinned).numpy() for side in sides]
-            for sides in [square_sides(image_size, ranges)] * 2
+            for _ in range(2)
         )
 
     def pack(self, results: Iterable[Decoded]) -> Iterator[tuple[list[ImageItem], Squares]]:
@@ -65,7 +67,8 @@ class BatchEncoder:
 
     def encode(self, squares: Squares) -> Tensor:
         """Codes int64 [images, crops, tokens] of a batch, on the device, which may not be done with it yet."""
-        plain = [to_input(torch.from_numpy(s).to(self.device, non_blocking=True)) for s in squares]
+        staged = [torch.from_numpy(s).to(self.device, non_blocking=True) for s in squares]
+        plain = [to_input(s, out) for s, out in zip(staged, self._floats, strict=True)]
         mirrored = [s.flip(-1) for s in plain] if any(w.mirrored for w in self.windows) else []
         size = self.image_size
         for number, w in enumerate(self.windows):

@@ -57,9 +57,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    # Pillow scales rows, then columns; columns that the crop leaves out need not be scaled, and no pixel changes.
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC).crop((left, 0, left + size, image.height))
+    return image.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
 
 
 def square_sides(image_size: int, ranges: Sequence[float] = ()) -> list[int]:
@@ -69,7 +70,7 @@ def square_sides(image_size: int, ranges: Sequence[float] = ()) -> list[int]:
 
 def squares(image: Image.Image, image_size: int, ranges: Sequence[float] = ()) -> list[np.ndarray]:
     """uint8 [side, side, 3] for each of `square_sides`, from an image of any mode."""
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     return [np.asarray(center_crop(image, side)) for side in square_sides(image_size, ranges)]
 
 

@@ -1,16 +1,21 @@
 """Images decoded and scaled by other processes, in order. Needs no torch, so that these processes stay small."""
 
 import itertools
-import multiprocessing
+import mmap
+import os
 import queue
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 
@@ -23,144 +28,216 @@ ITEMS_PER_TASK = 16
 
 @dataclass(frozen=True)
 class Task:
-    """Neighbouring images of one shard."""
+    """At most ITEMS_PER_TASK neighbouring images of one shard."""
 
     shard: int
     items: list[ImageItem]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What became of a task: the `readable` items with their `squares`, uint8 [readable, side, side, 3] for each crop
-    range, and (item, reason) of the `unreadable` ones."""
-
-    shard: int
-    readable: list[ImageItem]
-    unreadable: list[tuple[ImageItem, str]]
-    squares: list[np.ndarray] = field(repr=False)
-
-
-class Decoder:
-    """Reads, decodes and scales the images of tasks."""
-
-    def __init__(self, image_size: int, ranges: tuple[float, ...]):
-        self.image_size, self.ranges = image_size, ranges
-        self._reader = ImageReader()
-
-    def __call__(self, task: Task) -> Decoded:
-        readable, unreadable = [], []
-        result = [
-            np.empty((len(task.items), side, side, 3), np.uint8) for side in square_sides(self.image_size, self.ranges)
-        ]
-        for item in task.items:
-            try:
-                image = decode(self._reader.read(item))
-                for whole, square in zip(result, squares(image, self.image_size, self.ranges), strict=True):
-                    whole[len(readable)] = square
-                readable.append(item)
-            except UnreadableImage as error:
-                unreadable.append((item, str(error)))
-        return Decoded(task.shard, readable, unreadable, [whole[: len(readable)] for whole in result])
-
-
-class DecodePool:
-    """`map` over tasks with `workers` processes (0: in this one), in order. A context manager, used once.
-
-    Tasks go to the processes in turn, and at most `ahead` images are under way. The processes come from a clean server
-    process, so CUDA may be in use here; they end when this process ends, however it ends.
-    """
-
-    def __init__(self, image_size: int, ranges: tuple[float, ...], workers: int, ahead: int):
-        self._decoder = Decoder(image_size, ranges)
-        self._workers: list[_Worker] = []
-        self._count = workers
-        self._tasks_ahead = max(2 * workers, -(-ahead // ITEMS_PER_TASK))
-
-    def __enter__(self) -> "DecodePool":
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        for _ in range(self._count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(self._decoder, theirs), name="npp-decode", daemon=True)
-            process.start()
-            theirs.close()
-            self._workers.append(_Worker(process, ours))
-        return self
-
-    def __exit__(self, *_) -> None:
-        for worker in self._workers:
-            worker.connection.close()
-        for worker in self._workers:
-            worker.process.join(timeout=5)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-
-    def map(self, tasks: Iterable[Task]) -> Iterator[Decoded]:
-        """What became of each task. UserError when a process dies; what one raises is raised here."""
-        if not self._workers:
-            yield from map(self._decoder, tasks)
-            return
-        tasks, turns = iter(tasks), itertools.cycle(self._workers)
-        under_way: deque[_Worker] = deque()
-        while True:
-            for task in itertools.islice(tasks, self._tasks_ahead - len(under_way)):
-                under_way.append(next(turns))
-                with under_way[-1].loss_explained():
-                    under_way[-1].connection.send(task)
-            if not under_way:
-                return
-            worker = under_way.popleft()
-            with worker.loss_explained():
-                result = worker.connection.recv()
-            if isinstance(result, Exception):
-                raise result
-            yield result
-
-
-@dataclass(frozen=True)
-class _Worker:
-    process: BaseProcess
-    connection: Connection
-
-    @contextmanager
-    def loss_explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, OSError) as error:
-            self.process.join(timeout=5)
-            raise UserError(
-                f"a decoding process ended with exit code {self.process.exitcode} (-9: killed, often for want of "
-                "memory); run the same command again, perhaps with fewer --workers"
-            ) from error
-
-
-def _serve(decoder: Decoder, connection: Connection) -> None:
-    """A decoding process: results leave through a thread, so that taking the next task never waits for them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    results: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_send_all, args=(results, connection), daemon=True).start()
-    while True:
-        try:
-            task = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            results.put(decoder(task))
-        except Exception as error:
-            results.put(error)
-
-
-def _send_all(results: queue.SimpleQueue, connection: Connection) -> None:
-    try:
-        while True:
-            result = results.get()
-            connection.send(result)
-    except OSError:
-        return
 
 
 def tasks_of(shard: int, items: list[ImageItem]) -> Iterator[Task]:
     """The items of a shard in runs that are worth a message to another process."""
     for start in range(0, len(items), ITEMS_PER_TASK):
         yield Task(shard, items[start : start + ITEMS_PER_TASK])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The items of a task that could be read, and (item, reason) of the others."""
+
+    shard: int
+    readable: list[ImageItem]
+    unreadable: list[tuple[ImageItem, str]]
+
+
+@dataclass(frozen=True)
+class Decoded(Outcome):
+    """An outcome with the `squares` of the readable items, uint8 [readable, side, side, 3] for each crop range; their
+    memory is used again once the next result is asked for."""
+
+    squares: list[np.ndarray]
+
+
+class Room:
+    """Memory for the squares of `slots` tasks, in a file without a name that processes may share."""
+
+    def __init__(self, sides: list[int], slots: int, descriptor: int | None = None):
+        self._shapes = [(ITEMS_PER_TASK, side, side, 3) for side in sides]
+        self._size = sum(int(np.prod(shape)) for shape in self._shapes)
+        if descriptor is None:
+            descriptor = _nameless_file()
+            os.ftruncate(descriptor, slots * self._size)
+        self.descriptor = descriptor
+        self._memory = mmap.mmap(descriptor, slots * self._size)
+
+    def __getitem__(self, slot: int) -> list[np.ndarray]:
+        """uint8 [ITEMS_PER_TASK, side, side, 3] for each side."""
+        arrays, offset = [], slot * self._size
+        for shape in self._shapes:
+            count = int(np.prod(shape))
+            arrays.append(np.frombuffer(self._memory, np.uint8, count, offset).reshape(shape))
+            offset += count
+        return arrays
+
+
+def _nameless_file() -> int:
+    if hasattr(os, "memfd_create"):  # not /dev/shm, which containers make small
+        return os.memfd_create("npp-decode")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How images become squares."""
+
+    image_size: int
+    ranges: tuple[float, ...]
+
+    @property
+    def sides(self) -> list[int]:
+        return square_sides(self.image_size, self.ranges)
+
+    def run(self, task: Task, reader: ImageReader, room: list[np.ndarray]) -> Outcome:
+        """Reads, decodes and scales the images of a task into `room`."""
+        readable, unreadable = [], []
+        for item in task.items:
+            try:
+                image = decode(reader.read(item))
+                for whole, square in zip(room, squares(image, self.image_size, self.ranges), strict=True):
+                    whole[len(readable)] = square
+                readable.append(item)
+            except UnreadableImage as error:
+                unreadable.append((item, str(error)))
+        return Outcome(task.shard, readable, unreadable)
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[Decoded]:
+        """What becomes of each task, done here and now."""
+        room, reader = Room(self.sides, 1), ImageReader()
+        os.close(room.descriptor)
+        for task in tasks:
+            yield _with_squares(self.run(task, reader, room[0]), room[0])
+
+
+def _with_squares(outcome: Outcome, room: list[np.ndarray]) -> Decoded:
+    count = len(outcome.readable)
+    return Decoded(outcome.shard, outcome.readable, outcome.unreadable, [whole[:count] for whole in room])
+
+
+class DecodePool:
+    """`map` over tasks with `workers` processes (0: in this one), in order. A context manager, used once.
+
+    Tasks go to the processes in turn, and about `ahead` images are under way. The processes are started afresh, not
+    forked, so CUDA may be in use here; they end when this process ends, however it ends.
+    """
+
+    def __init__(self, image_size: int, ranges: tuple[float, ...], workers: int, ahead: int):
+        self._decoder = Decoder(image_size, ranges)
+        self._workers: list[_Worker] = []
+        self._count = workers
+        self._tasks_each = max(2, -(-ahead // (ITEMS_PER_TASK * max(workers, 1))))
+
+    def __enter__(self) -> "DecodePool":
+        for _ in range(self._count):
+            self._workers.append(_Worker(self._decoder, self._tasks_each))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.end()
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[Decoded]:
+        """What became of each task. UserError when a process dies; what one raises is raised here."""
+        if not self._workers:
+            yield from self._decoder.map(tasks)
+            return
+        tasks, turns = iter(tasks), itertools.cycle(self._workers)
+        under_way: deque[_Worker] = deque()
+        while True:
+            for task in itertools.islice(tasks, self._tasks_each * len(self._workers) - len(under_way)):
+                under_way.append(next(turns))
+                under_way[-1].send(task)
+            if not under_way:
+                return
+            yield under_way.popleft().receive()
+
+
+class _Worker:
+    """A decoding process, and room for the squares of as many tasks as may be under way there."""
+
+    def __init__(self, decoder: Decoder, slots: int):
+        self._room = Room(decoder.sides, slots)
+        self._slots_to_fill, self._slots_to_read = itertools.cycle(range(slots)), itertools.cycle(range(slots))
+        self.connection, theirs = Pipe()
+        program = f"from {__name__} import serve; serve({theirs.fileno()}, {self._room.descriptor}, {slots})"
+        paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno(), self._room.descriptor],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        )
+        theirs.close()
+        os.close(self._room.descriptor)
+        with self._loss_explained():
+            self.connection.send(decoder)
+
+    def send(self, task: Task) -> None:
+        with self._loss_explained():
+            self.connection.send((next(self._slots_to_fill), task))
+
+    def receive(self) -> Decoded:
+        with self._loss_explained():
+            outcome = self.connection.recv()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return _with_squares(outcome, self._room[next(self._slots_to_read)])
+
+    def end(self) -> None:
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    @contextmanager
+    def _loss_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            self.end()
+            raise UserError(
+                f"a decoding process ended with exit code {self.process.returncode} (-9: killed, often for want of "
+                "memory); run the same command again, perhaps with fewer --workers"
+            ) from error
+
+
+def serve(descriptor: int, room_descriptor: int, slots: int) -> None:
+    """A decoding process: tasks come, and outcomes leave, through a socket until its other end is closed.
+
+    Outcomes leave by a thread, so that taking the next task never waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection, reader = Connection(descriptor), ImageReader()
+    outcomes: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_send_all, args=(outcomes, connection), daemon=True).start()
+    try:
+        decoder = connection.recv()
+        room = Room(decoder.sides, slots, room_descriptor)
+        while True:
+            slot, task = connection.recv()
+            try:
+                outcomes.put(decoder.run(task, reader, room[slot]))
+            except Exception as error:
+                outcomes.put(error)
+    except (EOFError, OSError):
+        return
+
+
+def _send_all(outcomes: queue.SimpleQueue, connection: Connection) -> None:
+    try:
+        while True:
+            connection.send(outcomes.get())
+    except OSError:
+        return

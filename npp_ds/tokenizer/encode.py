@@ -219,7 +219,7 @@ class Encoding:
 
     def _measure_agreement(self) -> CodeAgreement:
         decoder = Decoder(self.settings.image_size, self.settings.crop_ranges)
-        batch = next(self.encoder.pack(map(decoder, tasks_of(0, self.source.items))), None)
+        batch = next(self.encoder.pack(decoder.map(tasks_of(0, self.source.items))), None)
         if batch is None:
             return CodeAgreement(images=0, codes=0, equal=0)
         codes = []

@@ -160,7 +160,8 @@ def decode(data: bytes) -> Image.Image:
             short, long = sorted(image.size)
             if long * 256 > LARGEST_SIDE * short:
                 raise UnreadableImage(f"{image.width} x {image.height} pixels: too long for a centre crop")
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:

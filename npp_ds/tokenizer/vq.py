@@ -254,9 +254,13 @@ class full_precision:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = self.saved
 
 
-def to_input(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1] for `VQModel.encode`; stays channels-last in memory."""
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+def to_input(images: Tensor, out: Tensor | None = None) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1] for `VQModel.encode`; stays channels-last in memory.
+
+    `out`, float32 [B, H, W, 3], is the memory to use.
+    """
+    floats = images.float() if out is None else out.copy_(images)
+    return floats.div_(127.5).sub_(1).permute(0, 3, 1, 2)
 
 
 def to_uint8(images: Tensor) -> Tensor:
