@@ -11,7 +11,7 @@ from PIL import Image
 
 from image_sets import UNREADABLE, WRITERS, add, encoded, image_files, write_image_shards, write_tree
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.sources import ImageReader, UnreadableImage, decode, load_images, open_source, read_images
+from npp_ds.tokenizer.sources import ImageReader, UnreadableImage, decode, load_images, open_source
 
 IDS = [f"n{label:08d}" for label in range(10)]
 
@@ -46,7 +46,8 @@ def test_images_are_read_in_any_order_as_they_were_stored(kind, sources, files):
     names = sorted(files)
     order = [i for i in np.random.default_rng(0).permutation(len(names)) if files[names[i]]]
     items = open_source([sources[kind]], "train").items
-    assert [data for _, data in read_images(items[i] for i in order)] == [files[names[i]] for i in order]
+    reader = ImageReader()
+    assert [reader.read(items[i]) for i in order] == [files[names[i]] for i in order]
 
 
 def test_a_folder_with_the_tar_of_tars_is_enough(sources):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image
 
 import image_sets
 from image_sets import encoded, save_tiny_tokenizer
@@ -24,7 +23,7 @@ from npp_ds.errors import UserError
 from npp_ds.tokenizer import VQConfig, VQModel, load_tokenizer, to_input
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
 from npp_ds.tokenizer.estimate import estimate
-from npp_ds.tokenizer.sources import open_source, read_images
+from npp_ds.tokenizer.sources import decoded_images, open_source
 from shard_sets import manifest_of
 
 ROOT = Path(__file__).parent.parent
@@ -403,8 +402,8 @@ def test_a_shard_of_nothing_but_unreadable_images_is_empty_and_sound(tokenizer_f
 def test_sources_read_any_range_of_items_without_reading_the_others(image_shards, shipped_images):
     items = open_source([image_shards], "train").items
     for chosen in (items[50:55], items[20:30], [items[40], items[3]]):
-        read = list(read_images(chosen))
+        read = list(decoded_images(chosen))
         assert [item for item, _ in read] == chosen
-        for item, data in read:
+        for item, image in read:
             row = int(item.key.split("image")[1])
-            assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), shipped_images[0][row])
+            assert np.array_equal(np.asarray(image), shipped_images[0][row])

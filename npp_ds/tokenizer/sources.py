@@ -171,12 +171,15 @@ def decode(data: bytes) -> Image.Image:
         raise UnreadableImage(text or type(error).__name__) from error
 
 
-def read_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, bytes]]:
-    """The items with their bytes, in order. Raises as `ImageReader.read` does."""
+def decoded_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, Image.Image]]:
+    """The items with their RGB images, in order; UserError for one that cannot be read."""
     reader = ImageReader()
     try:
         for item in items:
-            yield item, reader.read(item)
+            try:
+                yield item, decode(reader.read(item))
+            except UnreadableImage as error:
+                raise UserError(f"{item.where}: {error}") from error
     finally:
         reader.close()
 
@@ -184,11 +187,8 @@ def read_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, bytes]]
 def load_images(source: Source, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """All images as centre crops uint8 [N, image_size, image_size, 3] and labels int64 [N]; for small sets."""
     images = np.empty((len(source.items), image_size, image_size, 3), np.uint8)
-    for row, (item, data) in enumerate(read_images(source.items)):
-        try:
-            images[row] = crop(decode(data), image_size, "center")[0]
-        except UnreadableImage as error:
-            raise UserError(f"{item.where}: {error}") from error
+    for row, (_, image) in enumerate(decoded_images(source.items)):
+        images[row] = crop(image, image_size, "center")[0]
     return images, np.array([item.label for item in source.items])
 
 
