@@ -50,9 +50,25 @@ def test_images_are_read_in_any_order_as_they_were_stored(kind, sources, files):
     assert [reader.read(items[i]) for i in order] == [files[names[i]] for i in order]
 
 
-def test_a_folder_with_the_tar_of_tars_is_enough(sources):
+def test_a_folder_with_the_tar_of_tars_is_enough_whatever_else_lies_there(sources, files, tmp_path):
     tar = sources["imagenet-tar"]
-    assert open_source([tar.parent], "train").items == open_source([tar], "train").items
+    for name in ("devkit", "val/n00000000"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / tar.name).symlink_to(tar)
+    keys = [item.key for item in open_source([tar], "train").items]
+    assert [item.key for item in open_source([tmp_path], "train").items] == keys
+    write_tree(tmp_path, {"n00000000/x.png": files[min(files)]})
+    assert open_source([tmp_path], "train").kind == "imagefolder"
+
+
+def test_other_image_formats_in_class_folders_are_not_passed_over(tmp_path):
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    write_tree(
+        tmp_path, {f"a/x{n}.{e}": encoded(pixels, f) for n, (e, f) in enumerate((("BMP", "BMP"), ("tif", "TIFF")))}
+    )
+    write_tree(tmp_path, {"a/notes.txt": b"text"})
+    images, _ = load_images(open_source([tmp_path], "train"), 8)
+    assert np.array_equal(images, [pixels, pixels])
 
 
 def test_unreadable_images_give_reasons_that_are_the_same_each_time(sources):

@@ -308,12 +308,15 @@ def test_a_manifest_of_an_earlier_version_keeps_its_fingerprint_and_its_shards(
     assert manifest_of([]).fingerprint() == "ff91be83a7763262fab5c1e6c152d7ad14febbc1dddc6ffcd85a1cd2bebfa6b8"
 
 
-def test_another_precision_states_its_agreement_with_fp32(codes, image_shards, tokenizer_file, tmp_path, capsys):
-    job = encoding(image_shards, tmp_path, tokenizer_file, precision="bf16")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_another_precision_states_its_agreement_with_fp32(
+    precision, codes, image_shards, tokenizer_file, tmp_path, capsys
+):
+    job = encoding(image_shards, tmp_path, tokenizer_file, precision=precision)
     job.run()
     tokenizer = job.finish().tokenizer
     stored, exact = (next(iter(read_shard(folder / "train-000000.tar")))[1] for folder in (tmp_path, codes))
-    assert tokenizer.precision == "bf16" and verify(tmp_path) == []
+    assert tokenizer.precision == precision and verify(tmp_path) == []
     assert (tokenizer.agreement.images, tokenizer.agreement.codes) == (5, 5 * 2 * 64)
     assert 0.5 < tokenizer.agreement.equal / tokenizer.agreement.codes < 1
     first = [codes for path in (tmp_path, codes) for _, codes, _ in list(read_shard(path / "train-000000.tar"))[:5]]

@@ -1,6 +1,7 @@
 """Killed, crowded, out of space: whatever happens to the processes, the set ends with the bytes of one quiet run."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import random
@@ -26,6 +27,7 @@ from npp_ds.tokenizer.encode import EncodeSettings, Encoding
 from npp_ds.tokenizer.sources import open_source
 from shard_sets import files_limited_to
 from test_tokenize import digests
+from workers import free_port
 
 SCRIPT = Path(__file__).parent.parent / "data_prep" / "tokenize_imagenet.py"
 TOKEN = "NPP_TEST_TOKENIZE"
@@ -85,14 +87,15 @@ def test_every_source_gives_the_same_shards(kind, workers, material, expected, t
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+@pytest.mark.parametrize("launcher", ["accelerate", "srun"])
 def test_two_processes_of_a_launcher_write_the_bytes_of_one(launcher, material, expected, tmp_path):
     sources, tokenizer = material
     command = [str(SCRIPT), *arguments(sources["imagenet-tar"], tmp_path, tokenizer)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if launcher == "torchrun":
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        started = [subprocess.Popen([*program, *command], env=environment)]
+    if launcher == "accelerate":
+        program = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        port = ["--main_process_port", str(free_port())]
+        started = [subprocess.Popen([*program, *port, *command], env=environment)]
     else:  # what srun sets for its tasks
         places = ({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"} for rank in range(2))
         started = [subprocess.Popen([sys.executable, *command], env=environment | place) for place in places]
@@ -203,6 +206,18 @@ def test_a_process_waits_for_nobody_and_the_last_one_writes_the_manifest(materia
     assert late.finish().num_samples == 62
     assert digests(tmp_path) == expected
     assert early.finish().num_samples == 62
+
+
+def test_without_file_locks_the_shards_are_dealt_in_turn(material, expected, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    sources, tokenizer = material
+    pair = [encoding(sources["imagenet-tar"], tokenizer, tmp_path) for _ in range(2)]
+    assert [job.run(rank, 2) for rank, job in enumerate(pair)] == [33, 32]
+    assert all(job.finish().num_samples == 62 for job in pair)
+    assert digests(tmp_path) == expected
 
 
 def test_what_killed_writers_left_is_removed(material, expected, tmp_path):

@@ -13,6 +13,8 @@ from typing import BinaryIO
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.sources import IMAGE_EXTENSIONS, KINDS, SHARD_SUFFIXES, ImageItem
 
+# What else Pillow reads, in class folders: an image must not be passed over for its name.
+FOLDER_EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "gif", "pgm", "ppm", "tif", "tiff")
 SPLIT_NAMES = {"train", "val", "test", "validation"}
 
 
@@ -52,7 +54,7 @@ def _find_imagenet_tar(paths: Sequence[Path], split: str, shards: list[Path], ki
     if kind == "auto":
         if len(paths) > 1 or not named.is_file() or (shards and named not in shards):
             return None
-        if paths[0].is_dir() and _class_root(paths, split):
+        if paths[0].is_dir() and _class_root([paths[0] / split]):
             return None
         return named if named != paths[0] or _holds_tars(named) else None
     if len(paths) > 1 or not named.is_file():
@@ -68,11 +70,9 @@ def _holds_tars(path: Path) -> bool:
         return first.name.endswith(".tar")
 
 
-def _class_root(paths: Sequence[Path], split: str) -> Path | None:
-    """`<path>/<split>` or `<path>`, whichever has class folders; not a folder of other splits."""
-    if len(paths) > 1:
-        return None
-    for root in (paths[0] / split, paths[0]):
+def _class_root(candidates: Sequence[Path]) -> Path | None:
+    """The first that has class folders, and not folders of splits."""
+    for root in candidates:
         folders = _class_folders(root) if root.is_dir() else []
         if folders and SPLIT_NAMES.isdisjoint(folders):
             return root
@@ -84,7 +84,7 @@ def _class_folders(root: Path) -> list[str]:
 
 
 def _find_image_folder(paths: Sequence[Path], split: str) -> Path:
-    root = _class_root(paths, split)
+    root = _class_root([paths[0] / split, paths[0]]) if len(paths) == 1 else None
     if root is None:
         raise UserError(
             f"{paths[0]}: found neither shards ({split}-*.tar, {split}-*.tar.gz) nor ILSVRC2012_img_{split}.tar nor "
@@ -101,7 +101,7 @@ def list_image_folder(root: Path) -> tuple[list[ImageItem], list[str]]:
         for parts in sorted(_image_files(root, (name,))):
             items.append(_file_item(root, parts, label))
     if not items:
-        raise UserError(f"{root}: no images ({', '.join(IMAGE_EXTENSIONS)}) in its {len(classes)} class folders")
+        raise UserError(f"{root}: no images ({', '.join(FOLDER_EXTENSIONS)}) in its {len(classes)} class folders")
     return items, classes
 
 
@@ -110,7 +110,7 @@ def _image_files(root: Path, folder: tuple[str, ...]) -> Iterator[tuple[str, ...
     for entry in os.scandir(root.joinpath(*folder)):
         if entry.is_dir():
             yield from _image_files(root, (*folder, entry.name))
-        elif _extension(entry.name) in IMAGE_EXTENSIONS:
+        elif _extension(entry.name) in FOLDER_EXTENSIONS:
             yield (*folder, entry.name)
 
 
@@ -140,7 +140,7 @@ def list_imagenet_tar(path: Path) -> tuple[list[ImageItem], list[str]]:
                 if folder in found:
                     raise UserError(f"{path}: holds {member.name} twice; expected one tar per class")
                 found[folder] = list(_list_class(file, path, member, offset))
-            elif extension[1:].lower() in IMAGE_EXTENSIONS:
+            elif extension[1:].lower() in FOLDER_EXTENSIONS:
                 raise UserError(
                     f"{path}: holds the image {member.name} and not only one tar per class, so its class is not known; "
                     "sort the images into class folders and give their root"
@@ -159,7 +159,7 @@ def _list_class(file: BinaryIO, path: Path, archive: tarfile.TarInfo, offset: in
     """The images of one class, labelled later; the archive begins at `offset` of `file`."""
     file.seek(offset)
     for member, start in _members(file):
-        if _extension(member.name) in IMAGE_EXTENSIONS:
+        if _extension(member.name) in FOLDER_EXTENSIONS:
             if start + member.size > offset + archive.size:
                 raise tarfile.ReadError(f"{archive.name}/{member.name} reaches beyond its archive")
             name = member.name.removeprefix("./")

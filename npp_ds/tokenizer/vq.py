@@ -1,5 +1,6 @@
 """The VQ tokenizer of LlamaGen (arXiv 2406.06525): images <-> codes, with the published parameter names."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class VQConfig:
 
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
-AUTOCAST_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 VQ16 = VQConfig()
 VQ8 = VQConfig(channel_multipliers=(1, 2, 2, 4))
@@ -197,6 +198,7 @@ class VQModel(nn.Module):
         self.quantize = Codebook(config.codebook_size, config.codebook_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self._half_copies: dict[tuple[torch.dtype, torch.device], tuple[nn.Module, nn.Module]] = {}
 
     @property
     def downsample(self) -> int:
@@ -210,6 +212,15 @@ class VQModel(nn.Module):
         """Images float [B, 3, H, W] (about [-1, 1], not clamped) from unit vectors [B, h, w, codebook_dim]."""
         return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
 
+    def _half(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        """Encoder and quant_conv with weights of `dtype`, copied when they are first asked for: autocast would run
+        the normalisations, half of the memory traffic, in fp32."""
+        device = self.quant_conv.weight.device
+        if (dtype, device) not in self._half_copies:
+            modules = (deepcopy(module).to(dtype) for module in (self.encoder, self.quant_conv))
+            self._half_copies[dtype, device] = tuple(modules)
+        return self._half_copies[dtype, device]
+
     @torch.no_grad()
     def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
         """Codes int64 [B, T] in raster order of images float [B, 3, H, W] in [-1, 1]; `downsample` divides H and W.
@@ -217,12 +228,11 @@ class VQModel(nn.Module):
         `precision` is that of the encoder, one of PRECISIONS; the nearest code is always found in fp32. A code is -1
         where the encoder gave no finite numbers.
         """
-        dtype = AUTOCAST_TYPES.get(precision, torch.float32)
-        autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
-        with full_precision(tf32=precision == "tf32"), autocast:
-            latents = self.latents(images)
+        dtype = HALF_TYPES.get(precision, torch.float32)
+        encoder, quant_conv = self._half(dtype) if dtype != torch.float32 else (self.encoder, self.quant_conv)
+        with full_precision(tf32=precision == "tf32"):
+            latents = quant_conv(encoder(images.to(dtype))).permute(0, 2, 3, 1).float()
         with full_precision():
-            latents = latents.float()
             codes = self.quantize.nearest(latents)
         return codes.masked_fill(~latents.isfinite().all(-1), -1).flatten(1)
 
