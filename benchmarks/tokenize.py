@@ -296,7 +296,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     add("--gpu", action="store_true", help="VQ-16 on the first GPU, in every precision")
     add("--tokenizer", help="a VQ-16 checkpoint (default: random weights)")
-    add("--images", type=int, default=600, help="JPEGs (%(default)s)")
+    add("--images", type=int, default=1000, help="JPEGs (%(default)s)")
     add("--workers", type=int, default=min(cores, 16), help="decoding processes (%(default)s)")
     add("--turns", type=int, default=3, help="(%(default)s)")
     add("--vq16-images", type=int, default=8, help="crops through VQ-16 on the CPU, in fours (%(default)s)")

@@ -137,8 +137,6 @@ class DecodePool:
         self._tasks_each = max(2, -(-ahead // (ITEMS_PER_TASK * max(workers, 1))))
 
     def __enter__(self) -> "DecodePool":
-        for _ in range(self._count):
-            self._workers.append(_Worker(self._decoder, self._tasks_each))
         return self
 
     def __exit__(self, *_) -> None:
@@ -149,18 +147,24 @@ class DecodePool:
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Decoded]:
         """What became of each task. UserError when a process dies; what one raises is raised here."""
-        if not self._workers:
+        if not self._count:
             yield from self._decoder.map(tasks)
             return
-        tasks, turns = iter(tasks), itertools.cycle(self._workers)
+        tasks, turns = iter(tasks), itertools.cycle(range(self._count))
         under_way: deque[_Worker] = deque()
         while True:
-            for task in itertools.islice(tasks, self._tasks_each * len(self._workers) - len(under_way)):
-                under_way.append(next(turns))
+            for task in itertools.islice(tasks, self._tasks_each * self._count - len(under_way)):
+                under_way.append(self._worker(next(turns)))
                 under_way[-1].send(task)
             if not under_way:
                 return
             yield under_way.popleft().receive()
+
+    def _worker(self, number: int) -> "_Worker":
+        """Started when there is a first task for it: a set that is whole needs none."""
+        if number == len(self._workers):
+            self._workers.append(_Worker(self._decoder, self._tasks_each))
+        return self._workers[number]
 
 
 class _Worker:

@@ -103,6 +103,7 @@ class Encoding:
         """
         with locked(self.work / LOCK_FILE):
             self.work.mkdir(exist_ok=True)  # it is removed under this lock
+            self._check_folder()  # again, now that nobody else can begin
             if not (self.work / SETTINGS_FILE).is_file():
                 write_json_atomic(self.work / SETTINGS_FILE, self.identity)
         self._poll()
@@ -262,8 +263,12 @@ class Encoding:
 
     def _poll(self) -> None:
         """Takes note of the shards that are recorded as finished, whoever made them."""
+        names = {path.name.removesuffix(".json") for path in self.work.glob("*.tar.json")}
+        if earlier := self._earlier():
+            names |= {info.file for info in earlier.shards}
         for shard in range(self.shard_count):
-            if shard not in self._known and (record := self._recorded(shard)):
+            wanted = shard not in self._known and self._name(shard) in names
+            if wanted and (record := self._recorded(shard)):
                 self._known[shard] = record
 
     def _count(self) -> Count:
