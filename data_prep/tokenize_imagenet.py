@@ -20,11 +20,8 @@ from pathlib import Path
 from npp_ds.errors import UserError, exit_code_of
 
 MOST_WORKERS = 16
-# Of a process among its peers: rank, rank on its machine, number of processes; as launchers and SLURM's srun set them.
-ENVIRONMENTS = (
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"),
-)
+# A process among its peers: its rank, its rank on the machine, how many there are; as launchers or SLURM's srun say.
+LAUNCHER, SLURM = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -78,19 +75,24 @@ def tokenize(options: argparse.Namespace) -> None:
         raise UserError(f"{text}; the shards that are finished are kept, run the same command again") from error
 
 
-def place() -> tuple[int, int, int, int]:
-    """(rank, rank on this machine, processes, processes on this machine) from the environment, or (0, 0, 1, 1)."""
-    for rank, local_rank, world_size, local_size in ENVIRONMENTS:
-        if rank in os.environ and world_size in os.environ:
-            processes = int(os.environ[world_size])
-            local = os.environ.get(local_size, "")
-            return (
-                int(os.environ[rank]),
-                int(os.environ.get(local_rank, 0)),
-                processes,
-                int(local) if local.isdecimal() else processes,
-            )
-    return 0, 0, 1, 1
+def place() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of processes) from the environment; (0, 0, 1) when there is nothing there."""
+    for names in (LAUNCHER, SLURM):
+        values = [os.environ.get(name, "") for name in names]
+        if all(map(str.isdecimal, values)):
+            return tuple(map(int, values))
+    return 0, 0, 1
+
+
+def default_workers() -> int:
+    """Processor cores there are for this process: what SLURM gives a task, else its share of those it may use."""
+    task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if task.isdecimal() and "RANK" not in os.environ:
+        cores = int(task)
+    else:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(cores, 1), MOST_WORKERS)
 
 
 def choose_device(name: str, local_rank: int) -> str:
@@ -114,8 +116,7 @@ def encode_images(options: argparse.Namespace) -> None:
     from npp_ds.tokenizer.vq import load_tokenizer
 
     started = time.monotonic()
-    rank, local_rank, world_size, local_size = place()
-    cores = len(os.sched_getaffinity(0)) // local_size
+    rank, local_rank, world_size = place()
     settings = EncodeSettings(
         split=options.split,
         image_size=options.image_size,
@@ -126,7 +127,7 @@ def encode_images(options: argparse.Namespace) -> None:
         max_skipped=options.max_skipped,
         device=choose_device(options.device, local_rank),
         precision=options.precision,
-        workers=min(max(cores, 1), MOST_WORKERS) if options.workers is None else options.workers,
+        workers=default_workers() if options.workers is None else options.workers,
     )
     source = open_source(options.images, options.split, options.class_list, options.source)
     encoding = Encoding(source, load_tokenizer(options.tokenizer).to(settings.device), options.out, settings)

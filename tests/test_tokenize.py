@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import runpy
 import shutil
@@ -245,6 +246,26 @@ def test_too_many_unreadable_images_stop_the_run_and_say_where_they_are_listed(
     assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert command(*line, "--max-skipped", "0.4")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "environment, place, workers",
+    [
+        ({}, (0, 0, 1), 6),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, (3, 1, 4), 3),
+        ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_CPUS_PER_TASK": "4"}, (9, 1, 16), 4),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (0, 0, 1), 6),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_CPUS_PER_TASK": "64"}, (0, 0, 1), 16),
+    ],
+)
+def test_a_process_learns_its_place_from_launchers_and_slurm(environment, place, workers, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name.endswith(("RANK", "WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    script = runpy.run_path(str(SCRIPT))
+    assert script["place"]() == place and script["default_workers"]() == workers
 
 
 @pytest.mark.parametrize(
