@@ -74,7 +74,9 @@ def write_images(folder: Path, count: int, different: int = 150, classes: int = 
 def published_way(images: Path, out: Path, encode: Callable[[torch.Tensor], torch.Tensor], workers: int) -> None:
     """Float crops of one image from a DataLoader worker are a batch; two .npy files are an image."""
     out.mkdir()
-    loader = DataLoader(datasets.ImageFolder(str(images), published_transform()), batch_size=1, num_workers=workers)
+    dataset = datasets.ImageFolder(str(images), published_transform())
+    fork = "fork" if workers else None  # the transforms hold lambdas, which cannot be sent to a process
+    loader = DataLoader(dataset, batch_size=1, num_workers=workers, multiprocessing_context=fork)
     for number, (crops, label) in enumerate(loader):
         codes = encode(crops.flatten(0, 1)).reshape(1, CROPS, -1)
         np.save(out / f"{number}_codes.npy", codes.cpu().numpy())
