@@ -48,9 +48,8 @@ def estimate(encoding: Encoding, processes: int, seconds: float = 10.0) -> Estim
     """Writes nothing; measures for about `seconds`, longer when a single image takes longer."""
     settings, total = encoding.settings, len(encoding.source.items)
     crops, tokens = len(encoding.crop_names), encoding.identity["grid_size"] ** 2
-    *full, last = (
-        min(settings.samples_per_shard, total - start) for start in range(0, total, settings.samples_per_shard)
-    )
+    starts = range(0, total, settings.samples_per_shard)
+    samples = [min(settings.samples_per_shard, total - start) for start in starts]
     return Estimate(
         images=total,
         image_bytes=encoding.source.bytes,
@@ -58,7 +57,7 @@ def estimate(encoding: Encoding, processes: int, seconds: float = 10.0) -> Estim
         tokens=tokens,
         shards=encoding.shard_count,
         finished_shards=encoding.count_recorded(),
-        bytes=sum(shard_bytes(samples, crops, tokens) for samples in (*full, last)),
+        bytes=sum(shard_bytes(count, crops, tokens) for count in samples),
         free=shutil.disk_usage(_existing(encoding.out)).free,
         images_per_second=_measured_rate(encoding, seconds),
         processes=processes,
@@ -73,13 +72,14 @@ def _measured_rate(encoding: Encoding, seconds: float) -> float:
     """Images per second through decoding and encoding of the first images; 0 when none of them can be read."""
     s = encoding.settings
     single = BatchEncoder(encoding.tokenizer, s.image_size, s.crops, s.crop_ranges, 1, s.device, s.precision)
-    warm_up = _rate(encoding, single, seconds=0.0)
-    slow = warm_up and encoding.encoder.images / warm_up > seconds
+    second_image = _rate(encoding, single, seconds=0.0)
+    slow = second_image and encoding.encoder.images / second_image > seconds
     return _rate(encoding, single if slow else encoding.encoder, seconds)
 
 
 def _rate(encoding: Encoding, encoder: BatchEncoder, seconds: float) -> float:
-    """Of the batches after the first one, or of that one when there are no others, until `seconds` have passed."""
+    """Of the batches after the first one, which starts processes and devices, until `seconds` have passed; of that one
+    when there are no others."""
     s = encoding.settings
     done, rate = 0, 0.0
     with DecodePool(s.image_size, s.crop_ranges, s.workers, ahead=2 * encoder.images) as pool:
@@ -91,6 +91,6 @@ def _rate(encoding: Encoding, encoder: BatchEncoder, seconds: float) -> float:
             rate = done / elapsed
             if number == 0:
                 done, started = 0, time.monotonic()
-            if not seconds or (number and elapsed > seconds):
+            if number and elapsed > seconds:
                 break
     return rate
