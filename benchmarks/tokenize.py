@@ -14,6 +14,8 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__f
     # Run by its path, this folder comes first, and this file would hide the standard library's tokenize.
     sys.path[0] = os.path.dirname(sys.path[0])
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as data_prep/tokenize_imagenet.py does, for both ways
+
 import argparse
 import json
 import platform

@@ -110,6 +110,9 @@ def choose_device(name: str, local_rank: int) -> str:
 
 
 def encode_images(options: argparse.Namespace) -> None:
+    # Read when torch is loaded. Its threads otherwise spin while they wait for one another, on cores that the decoding
+    # processes need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from npp_ds.tokenizer.encode import EncodeSettings, Encoding
     from npp_ds.tokenizer.estimate import estimate
     from npp_ds.tokenizer.sources import open_source
