@@ -1,32 +1,44 @@
 """Images -> VQ codes in WebDataset shards with a manifest.
 
-The same command again goes on where it was stopped. Under `accelerate launch` each process takes its share of shards.
+The same command again goes on where it was stopped. Any number of processes, on any number of machines, may work on one
+output folder: under torchrun, `accelerate launch` or `srun` each takes the next shard that nobody holds.
 
     python data_prep/tokenize_imagenet.py --images /data/imagenet --split train --out codes/train \\
         --tokenizer vq_ds16_c2i.pt --crops ten --crop-range 1.1
+    python data_prep/tokenize_imagenet.py --images ILSVRC2012_img_train.tar --split train --out codes/train \\
+        --tokenizer vq_ds16_c2i.pt --dry-run
     python data_prep/tokenize_imagenet.py --images data_prep/fashion_mnist --split train --out codes/train \\
         --tokenizer fashion_mnist --image-size 32 --crops center
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 from npp_ds.errors import UserError, exit_code_of
 
+MOST_WORKERS = 16
+# A process among its peers: its rank, its rank on the machine, how many there are; as launchers or SLURM's srun say.
+LAUNCHER, SLURM = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", nargs="+", required=True, metavar="PATH", help="folder with <split>-*.tar[.gz] image shards, such "
-        "shards, or an ImageFolder tree (class folders, directly or under <split>/)")  # fmt: skip
+    add("--images", nargs="+", required=True, metavar="PATH", help="folder with <split>-*.tar[.gz] image shards, or "
+        "such shards; or an ImageFolder tree (class folders, directly or under <split>/); or ILSVRC2012_img_train.tar "
+        "(one tar per class in a tar), or its folder")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the code shards and their manifest")
     add("--split", default="train", help="prefix of the shards, read and written (%(default)s)")
-    add("--source", choices=["auto", "webdataset", "imagefolder"], default="auto", help="(%(default)s)")
-    add("--class-names", type=Path, metavar="FILE", help="class names in label order, one a line "
-        "(default: classes.txt beside the images, or the class folders)")  # fmt: skip
+    add("--source", choices=["auto", "webdataset", "imagefolder", "imagenet-tar"], default="auto", help="(%(default)s)")
+    add("--class-list", "--class-names", type=Path, metavar="FILE", help="one class a line in label order: name, id "
+        "or 'id name'; ids must be the class folders (default: classes.txt beside the images, or the class "
+        "folders)")  # fmt: skip
     add("--tokenizer", required=True, metavar="NAME_OR_PATH", help="fashion_mnist, or a checkpoint file")
+    add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], default="fp32", help="of the encoder; for others than "
+        "fp32 the agreement of the first codes with fp32 is measured, printed and recorded (%(default)s)")  # fmt: skip
     add("--image-size", type=int, default=256, metavar="PIXELS", help="side of a crop (%(default)s)")
     add("--crops", choices=["center", "center-flip", "ten"], default="ten", help="(%(default)s)")
     add("--crop-range", type=float, nargs="+", metavar="R", help="for ten crops: the crops are taken from the centre "
@@ -35,8 +47,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--batch-size", type=int, default=256, metavar="CROPS", help="crops through the tokenizer at once (%(default)s)"
     )
+    add("--workers", type=int, metavar="N", help="processes that decode images, for each process that encodes; 0: none "
+        f"(the processor cores there are for it, at most {MOST_WORKERS})")  # fmt: skip
     add("--max-skipped", type=float, default=0.001, metavar="FRACTION", help="of unreadable images (%(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
+    add("--dry-run", action="store_true", help="write nothing; tell images, shards, bytes and hours at a measured rate")
     options = parser.parse_args(arguments)
     if options.crop_range is None:
         options.crop_range = [1.1] if options.crops == "ten" else []
@@ -45,26 +60,66 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    return exit_code_of(lambda: tokenize(options))
+    try:
+        return exit_code_of(lambda: tokenize(options))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
 
 
 def tokenize(options: argparse.Namespace) -> None:
     try:
         encode_images(options)
     except OSError as error:
-        raise UserError(f"{error.filename or options.out}: {error.strerror}") from error
+        text = f"{error.filename or options.out}: {error.strerror or error}"
+        raise UserError(f"{text}; the shards that are finished are kept, run the same command again") from error
+
+
+def place() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of processes) from the environment; (0, 0, 1) when there is nothing there."""
+    for names in (LAUNCHER, SLURM):
+        values = [os.environ.get(name, "") for name in names]
+        if all(map(str.isdecimal, values)):
+            return tuple(map(int, values))
+    return 0, 0, 1
+
+
+def default_workers() -> int:
+    """Processor cores there are for this process: what SLURM gives a task, else its share of those it may use."""
+    task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if task.isdecimal() and "RANK" not in os.environ:
+        cores = int(task)
+    else:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(cores, 1), MOST_WORKERS)
+
+
+def choose_device(name: str, local_rank: int) -> str:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    if name == "cuda":
+        if not cuda:
+            raise UserError("device cuda: no GPU found; expected one, or give --device cpu")
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(name)
+    return name
 
 
 def encode_images(options: argparse.Namespace) -> None:
-    from accelerate import PartialState
-
+    # Read when torch is loaded. Its threads otherwise spin while they wait for one another, on cores that the decoding
+    # processes need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from npp_ds.tokenizer.encode import EncodeSettings, Encoding
+    from npp_ds.tokenizer.estimate import estimate
     from npp_ds.tokenizer.sources import open_source
     from npp_ds.tokenizer.vq import load_tokenizer
 
     started = time.monotonic()
-    processes = PartialState(cpu=options.device == "cpu")
-    device = str(processes.device) if options.device == "auto" else options.device
+    rank, local_rank, world_size = place()
     settings = EncodeSettings(
         split=options.split,
         image_size=options.image_size,
@@ -73,23 +128,36 @@ def encode_images(options: argparse.Namespace) -> None:
         samples_per_shard=options.samples_per_shard,
         crop_batch_size=options.batch_size,
         max_skipped=options.max_skipped,
-        device=device,
+        device=choose_device(options.device, local_rank),
+        precision=options.precision,
+        workers=default_workers() if options.workers is None else options.workers,
     )
-    source = open_source(options.images, options.split, options.class_names, options.source)
-    encoding = Encoding(source, load_tokenizer(options.tokenizer).to(device), options.out, settings)
-    processes.wait_for_everyone()
-    encoding.run(processes.process_index, processes.num_processes)
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        report(encoding.finish(), options.out, time.monotonic() - started)
+    source = open_source(options.images, options.split, options.class_list, options.source)
+    encoding = Encoding(source, load_tokenizer(options.tokenizer).to(settings.device), options.out, settings)
+    if options.dry_run:
+        if rank == 0:
+            print(f"{options.out}, not written: {estimate(encoding, world_size)}")
+        return
+    encoded = encoding.run(rank, world_size)
+    manifest = encoding.finish()
+    if manifest is not None:
+        report(manifest, options.out, encoded, time.monotonic() - started)
+    else:
+        print(f"process {rank} is done ({encoded} images); others are still at work", flush=True)
 
 
-def report(manifest, out: Path, seconds: float) -> None:
-    crops, stored = manifest.num_crops, sum(shard.bytes for shard in manifest.shards)
+def report(manifest, out: Path, encoded: int, seconds: float) -> None:
+    from npp_ds.tokenizer.progress import size_against
+
+    size = size_against(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
     print(
-        f"{out}: {manifest.num_samples} images x {crops} crops x {manifest.num_tokens} codes "
-        f"in {len(manifest.shards)} shards, {stored / 1e6:.1f} MB, {len(manifest.skipped)} images skipped, "
-        f"{seconds:.1f} s ({manifest.num_samples / seconds:.0f} images/s)"
+        f"{out}: {manifest.num_samples} images x {manifest.num_crops} crops x {manifest.num_tokens} codes in "
+        f"{len(manifest.shards)} shards, {size}; {len(manifest.skipped)} images skipped; "
+        + (
+            f"this process encoded {encoded} in {seconds:.1f} s ({encoded / seconds:.0f} images/s)"
+            if encoded
+            else "nothing was left to do"
+        )
     )
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import re
 import runpy
 import shutil
 import sys
@@ -13,34 +15,31 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image
 
+import image_sets
+from image_sets import encoded, save_tiny_tokenizer
 from npp_ds.data.shards import Manifest, read_shard, verify
+from npp_ds.data.store import stage
 from npp_ds.errors import UserError
-from npp_ds.tokenizer import VQConfig, VQModel, load_tokenizer, save_tokenizer, to_input
+from npp_ds.tokenizer import VQConfig, VQModel, load_tokenizer, to_input
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
-from npp_ds.tokenizer.sources import load_images, open_source, read_images
+from npp_ds.tokenizer.estimate import estimate
+from npp_ds.tokenizer.sources import decoded_images, open_source
+from shard_sets import manifest_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "data_prep" / "tokenize_imagenet.py"
 SHIPPED = ROOT / "data_prep" / "fashion_mnist"
-TINY = VQConfig(8, (1, 2, 2), num_res_blocks=1, z_channels=8, codebook_size=64, codebook_dim=4, norm_groups=4)
 
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
-    torch.manual_seed(0)
-    model = VQModel(TINY)
-    torch.nn.init.normal_(model.quantize.embedding.weight)
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.safetensors"
-    save_tokenizer(model, path, {})
-    return path
+    return save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="module")
 def shipped_images():
-    images, labels = load_images(open_source([SHIPPED], "val"), 32)
-    return images[:60], labels[:60]
+    return image_sets.shipped_images(60)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +71,6 @@ def command(monkeypatch, capsys):
 def run_script(_, arguments: list[str]) -> int:
     sys.argv = [str(SCRIPT), *arguments]
     return runpy.run_path(str(SCRIPT))["main"]()
-
-
-def encoded(pixels: np.ndarray, format: str = "PNG", mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, format)
-    return buffer.getvalue()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -127,8 +120,18 @@ def test_stored_codes_and_labels_are_those_of_each_image_encoded_alone(codes, sh
         assert stored.dtype == np.uint16 and np.array_equal(stored, model.encode(to_input(both)).numpy())
 
 
+def test_stock_webdataset_and_the_staged_store_give_the_same_codes_and_labels(codes, tmp_path):
+    store = stage(codes, tmp_path)
+    paths = [str(path) for path in sorted(codes.glob("*.tar"))]
+    stock = list(webdataset.WebDataset(paths, shardshuffle=False).decode())
+    assert len(stock) == len(store) == 60
+    for row, sample in enumerate(stock):
+        np.testing.assert_array_equal(sample["codes.npy"], store.codes[row])
+        assert sample["codes.npy"].dtype == np.uint16 and sample["cls"] == store.labels[row]
+
+
 def test_two_processes_write_the_bytes_of_one(codes, image_shards, tokenizer_file, tmp_path, pair):
-    line = arguments(image_shards, tmp_path / "out", tokenizer_file)
+    line = arguments(image_shards, tmp_path / "out", tokenizer_file, workers=0)
     assert pair.run(run_script, line) == [0, 0]
     assert digests(tmp_path / "out") == digests(codes)
 
@@ -139,14 +142,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(world_size, codes, image_s
         pass
 
     first = encoding(image_shards, tmp_path, tokenizer_file)
-    encode, calls = first._encode, iter(range(5))
+    encode, calls = first.encoder.encode, iter(range(5))
 
-    def stopping(crops):
+    def stopping(squares):
         if next(calls, None) is None:
             raise Interrupted
-        return encode(crops)
+        return encode(squares)
 
-    first._encode = stopping
+    first.encoder.encode = stopping
     with pytest.raises(Interrupted):
         first.run()
     assert [path.name for path in tmp_path.glob("*.tar")] == ["train-000000.tar"]
@@ -246,6 +249,26 @@ def test_too_many_unreadable_images_stop_the_run_and_say_where_they_are_listed(
 
 
 @pytest.mark.parametrize(
+    "environment, place, workers",
+    [
+        ({}, (0, 0, 1), 6),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, (3, 1, 4), 3),
+        ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_CPUS_PER_TASK": "4"}, (9, 1, 16), 4),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (0, 0, 1), 6),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_CPUS_PER_TASK": "64"}, (0, 0, 1), 16),
+    ],
+)
+def test_a_process_learns_its_place_from_launchers_and_slurm(environment, place, workers, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name.endswith(("RANK", "WORLD_SIZE"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    script = runpy.run_path(str(SCRIPT))
+    assert script["place"]() == place and script["default_workers"]() == workers
+
+
+@pytest.mark.parametrize(
     "change, expected",
     [
         ({"images": "/nowhere"}, "/nowhere"),
@@ -262,6 +285,113 @@ def test_wrong_arguments_give_one_line_and_exit_code_2(
     code, stderr = command(*arguments(image_shards, tmp_path / "out", tokenizer_file, **{"split": "train"} | change))
     assert code == 2 and expected in stderr and len(stderr.splitlines()) == 1
     assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"samples-per-shard": 20}, "source.samples_per_shard: it has 16, asked for 20"),
+        ({"batch-size": 20}, "source.crops_per_batch: it has 10, asked for 20"),
+        ({"precision": "bf16"}, "tokenizer.precision: it has 'fp32', asked for 'bf16'"),
+        ({"image-size": 36}, "grid_size: it has 8, asked for 9; image_size: it has 32, asked for 36"),
+        ({"tokenizer": None}, "tokenizer.sha256: it has '"),
+        ({"class-list": None}, "class_names: it has 10 entries, number 3 on: ['Dress', 'Coat', 'Sandal'], asked for"),
+    ],
+)
+def test_each_setting_that_changes_the_set_is_named_when_it_differs(
+    change, named, codes, image_shards, tokenizer_file, tmp_path, command
+):
+    shutil.copytree(codes, tmp_path / "out")
+    if "tokenizer" in change:
+        change = {"tokenizer": save_tiny_tokenizer(tmp_path / "tiny.safetensors", seed=1)}
+    if "class-list" in change:
+        names = Manifest.load(codes).class_names
+        change = {"class-list": tmp_path / "names.txt"}
+        (tmp_path / "names.txt").write_text("\n".join([*names[:3], "gown", *names[4:]]))
+    code, stderr = command(*arguments(image_shards, tmp_path / "out", tokenizer_file, **change))
+    assert code == 2 and named in stderr and len(stderr.splitlines()) == 1
+    assert digests(tmp_path / "out") == digests(codes)
+
+
+def test_a_manifest_of_an_earlier_version_keeps_its_fingerprint_and_its_shards(
+    codes, image_shards, tokenizer_file, tmp_path
+):
+    shutil.copytree(codes, tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["source"]["bytes"], manifest["source"]["crops_per_batch"]
+    assert "agreement" not in manifest["tokenizer"]
+    path.write_text(json.dumps(manifest))
+    job = encoding(image_shards, tmp_path / "out", tokenizer_file)
+    assert job.run() == 0 and job.finish().num_samples == 60
+    assert json.loads(path.read_text()) == manifest
+    # Computed before there was an `agreement`: checkpoints of runs hold such fingerprints.
+    assert manifest_of([]).fingerprint() == "ff91be83a7763262fab5c1e6c152d7ad14febbc1dddc6ffcd85a1cd2bebfa6b8"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_another_precision_states_its_agreement_with_fp32(
+    precision, codes, image_shards, tokenizer_file, tmp_path, capsys
+):
+    job = encoding(image_shards, tmp_path, tokenizer_file, precision=precision)
+    job.run()
+    tokenizer = job.finish().tokenizer
+    stored, exact = (next(iter(read_shard(folder / "train-000000.tar")))[1] for folder in (tmp_path, codes))
+    assert tokenizer.precision == precision and verify(tmp_path) == []
+    assert (tokenizer.agreement.images, tokenizer.agreement.codes) == (5, 5 * 2 * 64)
+    assert 0.5 < tokenizer.agreement.equal / tokenizer.agreement.codes < 1
+    first = [codes for path in (tmp_path, codes) for _, codes, _ in list(read_shard(path / "train-000000.tar"))[:5]]
+    assert tokenizer.agreement.equal == sum((a == b).sum() for a, b in zip(first[:5], first[5:], strict=True))
+    assert "% of 640 codes of the first 5 images are those of fp32" in capsys.readouterr().out
+    assert stored.shape == exact.shape
+
+
+def test_a_tokenizer_that_gives_no_finite_numbers_or_too_many_codes_is_refused(image_shards, tokenizer_file, tmp_path):
+    broken = load_tokenizer(tokenizer_file)
+    broken.encoder.conv_in.weight.fill_(float("nan"))
+    source = open_source([image_shards], "train")
+    settings = EncodeSettings("train", 32, samples_per_shard=16)
+    with pytest.raises(UserError, match=r"no finite numbers for .*image0"):
+        Encoding(source, broken, tmp_path, settings).run()
+    assert not list(tmp_path.glob("*.tar"))
+    large = VQModel(VQConfig(8, (1,), 1, 8, codebook_size=65537, codebook_dim=2, norm_groups=4))
+    with pytest.raises(UserError, match="65537 codes"):
+        Encoding(source, large, tmp_path / "other", settings)
+
+
+def test_a_dry_run_foretells_shards_and_bytes_and_writes_nothing(
+    codes, image_shards, tokenizer_file, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "deep" / "out"
+    foretold = estimate(encoding(image_shards, out, tokenizer_file), processes=2, seconds=0.1)
+    manifest = Manifest.load(codes)
+    assert (foretold.images, foretold.crops, foretold.tokens, foretold.shards) == (60, 2, 64, 4)
+    assert foretold.bytes == sum(shard.bytes for shard in manifest.shards)
+    assert foretold.images_per_second > 1 and foretold.finished_shards == 0
+    assert f"{60 / foretold.images_per_second / 2 / 3600:.3g} hours for all images in 2" in str(foretold)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(image_shards, out, tokenizer_file), "--dry-run"])
+    assert runpy.run_path(str(SCRIPT))["main"]() == 0
+    printed = capsys.readouterr().out
+    assert f"{foretold.bytes:,} bytes in all" in printed and "60 images x 2 crops" in printed
+    assert not (tmp_path / "deep").exists()
+    assert estimate(encoding(image_shards, codes, tokenizer_file), 1, 0.1).finished_shards == 4
+
+
+def test_progress_and_summary_tell_rates_shards_skipped_and_compression(
+    image_shards, tokenizer_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("npp_ds.tokenizer.progress.Progress.__init__.__defaults__", (True, 0.0))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(image_shards, tmp_path / "out", tokenizer_file)])
+    assert runpy.run_path(str(SCRIPT))["main"]() == 0
+    out, err = capsys.readouterr()
+    last = err.splitlines()[-1]
+    assert re.fullmatch(r"60/60 images, [\d.e+]+ images/s, [\d.e+]+ crops/s, 3/4 shards, 0 skipped, 0 s left", last), (
+        last
+    )
+    images = sum(item.size for item in open_source([image_shards], "train").items)
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert f"60 images x 2 crops x 64 codes in 4 shards, {stored / 1e3:,.1f} kB" in out
+    assert f"{max(images, stored) / min(images, stored):.1f} times" in out and "0 images skipped" in out
 
 
 def test_a_label_outside_the_class_names_is_refused_with_the_image_named(image_shards, tmp_path):
@@ -283,11 +413,21 @@ def test_an_image_without_a_label_and_a_damaged_shard_are_refused(shipped_images
         open_source([tmp_path / "train-0.tar"], "train")
 
 
+def test_a_shard_of_nothing_but_unreadable_images_is_empty_and_sound(tokenizer_file, tmp_path):
+    files = {f"a/{row:02d}.png": b"" for row in range(4)} | {"b/x.png": encoded(np.zeros((9, 9), bool))}
+    image_sets.write_tree(tmp_path, files)
+    job = encoding(tmp_path, tmp_path / "out", tokenizer_file, samples_per_shard=2, max_skipped=1)
+    job.run()
+    manifest = job.finish()
+    assert [shard.samples for shard in manifest.shards] == [0, 0, 1] and len(manifest.skipped) == 4
+    assert verify(tmp_path / "out") == []
+
+
 def test_sources_read_any_range_of_items_without_reading_the_others(image_shards, shipped_images):
     items = open_source([image_shards], "train").items
     for chosen in (items[50:55], items[20:30], [items[40], items[3]]):
-        read = list(read_images(chosen))
+        read = list(decoded_images(chosen))
         assert [item for item, _ in read] == chosen
-        for item, data in read:
+        for item, image in read:
             row = int(item.key.split("image")[1])
-            assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), shipped_images[0][row])
+            assert np.array_equal(np.asarray(image), shipped_images[0][row])

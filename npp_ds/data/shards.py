@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from npp_ds import __version__
 from npp_ds.errors import UserError
@@ -27,6 +35,7 @@ MANIFEST_NAME = "manifest.json"
 CODES_EXTENSION = "codes.npy"
 LABEL_EXTENSION = "cls"
 _NPY_PREFIX = b"\x93NUMPY\x01\x00"
+_NPY_HEADER = 128  # bytes before the values of a small array
 _HEX_DIGEST = r"^[0-9a-f]{64}$"
 
 
@@ -34,13 +43,32 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class CodeAgreement(_Record):
+    """How many codes were `equal` to those of fp32, of the `codes` of the first `images`."""
+
+    images: int = Field(ge=0)
+    codes: int = Field(ge=0)
+    equal: int = Field(ge=0)
+
+    def __str__(self) -> str:
+        share = self.equal / max(self.codes, 1)
+        return f"{share:.2%} of {self.codes:,} codes of the first {self.images} images are those of fp32"
+
+
 class TokenizerInfo(_Record):
-    """What made the codes: `sha256` of the weights, `downsample` in pixels per code, arithmetic `precision`."""
+    """What made the codes: `sha256` of the weights, `downsample` in pixels per code, arithmetic `precision`, and the
+    measured `agreement` with fp32 where the precision is another one."""
 
     name: str
     sha256: str
     downsample: int = Field(ge=1)
     precision: str
+    agreement: CodeAgreement | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out an absent agreement, so that manifests keep the fingerprint they had before there was one."""
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
 
 class CropInfo(_Record):
@@ -152,6 +180,13 @@ class Manifest(_Record):
 def shard_name(split: str, index: int) -> str:
     """`train-000000.tar`."""
     return f"{split}-{index:06d}.tar"
+
+
+def shard_bytes(samples: int, crops: int, tokens: int) -> int:
+    """Size of a shard file in bytes."""
+    codes = -(-(_NPY_HEADER + 2 * crops * tokens) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    content = samples * (codes + 3 * tarfile.BLOCKSIZE) + 2 * tarfile.BLOCKSIZE
+    return -(-content // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 class ShardWriter:
@@ -323,6 +358,12 @@ def check(
     for path in sorted(directory.glob("*.tar")):
         if path.name not in listed:
             yield f"{path}: not in {MANIFEST_NAME}; remove the file, or restore the manifest that lists it."
+    images = manifest.source.get("images")
+    if isinstance(images, int) and images != manifest.num_samples + len(manifest.skipped):
+        yield (
+            f"{directory / MANIFEST_NAME}: {images} images in the source, {manifest.num_samples} in the shards and "
+            f"{len(manifest.skipped)} skipped do not add up; tokenize again or restore the file."
+        )
     first_seen: dict[str, str] = {}
     done = 0
     for shard in manifest.shards:

@@ -1,13 +1,13 @@
 """Real images to compare samples with, read from WebDataset image shards (png or jpg, with cls)."""
 
 import glob
-import io
 from pathlib import Path
 
 import numpy as np
 
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.sources import IMAGE_EXTENSIONS
+from npp_ds.tokenizer.listing import list_shards
+from npp_ds.tokenizer.sources import decoded_images
 
 
 def shard_paths(source: str | Path) -> list[str]:
@@ -26,24 +26,13 @@ def shard_paths(source: str | Path) -> list[str]:
 def read_images(source: str | Path, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 [N, H, W, 3], labels int64 [N]) of all shards in order, at most the first `limit`.
 
-    Grey images get three equal channels. Raises UserError for a sample without image or label and for images of
-    different sizes.
+    Grey images get three equal channels. Raises UserError for a sample without image or label, for an image that
+    cannot be read and for images of different sizes.
     """
-    from PIL import Image
-    from webdataset import WebDataset
-
-    images, labels = [], []
-    for sample in WebDataset(shard_paths(source), shardshuffle=False):
-        where = f"{sample['__url__']}, key {sample['__key__']}"
-        data = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
-        if data is None or "cls" not in sample:
-            found = ", ".join(k for k in sample if not k.startswith("__"))
-            raise UserError(f"{where}: found {found}, expected an image ({', '.join(IMAGE_EXTENSIONS)}) and cls")
-        image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        if images and image.shape != images[0].shape:
-            raise UserError(f"{where}: {image.shape[1]}x{image.shape[0]} pixels, expected those of the first image")
-        images.append(image)
-        labels.append(int(sample["cls"]))
-        if len(images) == limit:
-            break
-    return np.stack(images), np.array(labels, dtype=np.int64)
+    items = list_shards([Path(path) for path in shard_paths(source)])[:limit]
+    images: list[np.ndarray] = []
+    for item, image in decoded_images(items):
+        images.append(np.asarray(image))
+        if images[-1].shape != images[0].shape:
+            raise UserError(f"{item.where}: {image.width}x{image.height} pixels, expected those of the first image")
+    return np.stack(images), np.array([item.label for item in items], dtype=np.int64)

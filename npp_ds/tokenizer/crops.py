@@ -1,6 +1,7 @@
 """Crops of an image, as the published extraction makes them: ADM centre crop, then one, two or ten crops of it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -56,21 +57,50 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    # Pillow scales rows, then columns; columns that the crop leaves out need not be scaled, and no pixel changes.
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC).crop((left, 0, left + size, image.height))
+    return image.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
+
+
+def square_sides(image_size: int, ranges: Sequence[float] = ()) -> list[int]:
+    """Sides of the centre squares that the crops are cut from, in pixels: one per range, or `image_size` alone."""
+    return [int(image_size * crop_range) for crop_range in ranges or (1.0,)]
+
+
+def squares(image: Image.Image, image_size: int, ranges: Sequence[float] = ()) -> list[np.ndarray]:
+    """uint8 [side, side, 3] for each of `square_sides`, from an image of any mode."""
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return [np.asarray(center_crop(image, side)) for side in square_sides(image_size, ranges)]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A crop of side S is `[top : top + S, left : left + S]` of square number `square`, mirrored first or not."""
+
+    square: int
+    mirrored: bool
+    top: int
+    left: int
+
+
+def windows(image_size: int, scheme: str, ranges: Sequence[float] = ()) -> list[Window]:
+    """One per crop, in the order of `crop_names`."""
+    check_scheme(scheme, ranges)
+    places, mirrors, _ = SCHEMES[scheme]
+    return [
+        Window(number, mirrored, round((side - image_size) * top), round((side - image_size) * left))
+        for number, side in enumerate(square_sides(image_size, ranges))
+        for mirrored in (False, True)[: 1 + mirrors]
+        for _, top, left in places
+    ]
 
 
 def crop(image: Image.Image, image_size: int, scheme: str, ranges: Sequence[float] = ()) -> np.ndarray:
     """uint8 [crops, image_size, image_size, 3] of an image of any mode; the crops are named by `crop_names`."""
-    check_scheme(scheme, ranges)
-    places, mirrors, _ = SCHEMES[scheme]
-    image = image.convert("RGB")
-    crops = []
-    for crop_range in ranges or (1.0,):
-        square = np.asarray(center_crop(image, int(image_size * crop_range)))
-        slack = len(square) - image_size
-        corners = [(round(slack * top), round(slack * left)) for _, top, left in places]
-        for view in (square, square[:, ::-1])[: 1 + mirrors]:
-            crops += [view[top : top + image_size, left : left + image_size] for top, left in corners]
-    return np.stack(crops)
+    wanted = windows(image_size, scheme, ranges)
+    sources = squares(image, image_size, ranges)
+    views = (sources[w.square][:, ::-1] if w.mirrored else sources[w.square] for w in wanted)
+    return np.stack(
+        [v[w.top : w.top + image_size, w.left : w.left + image_size] for v, w in zip(views, wanted, strict=True)]
+    )

@@ -1,37 +1,50 @@
 """Images -> shards of VQ codes, resumable: finished shards are kept, the manifest is written last.
 
 A shard owns a fixed range of the source and batches never cross shards, so its bytes depend neither on the number of
-processes nor on interruptions.
+processes nor on interruptions. Processes share nothing but the output folder.
 """
 
-import io
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from npp_ds.data.shards import MANIFEST_NAME, CropInfo, Manifest, ShardInfo, ShardWriter, TokenizerInfo, shard_name
+from npp_ds.data.shards import (
+    MANIFEST_NAME,
+    CodeAgreement,
+    CropInfo,
+    Manifest,
+    ShardInfo,
+    ShardWriter,
+    TokenizerInfo,
+    shard_name,
+)
 from npp_ds.errors import UserError
 from npp_ds.files import sha256, write_json_atomic, write_text_atomic
-from npp_ds.tokenizer.crops import crop, crop_names
-from npp_ds.tokenizer.progress import Progress
-from npp_ds.tokenizer.sources import ImageItem, Source, read_images
-from npp_ds.tokenizer.vq import VQModel, to_input
+from npp_ds.tokenizer.batches import BatchEncoder
+from npp_ds.tokenizer.claims import Claims, locked
+from npp_ds.tokenizer.crops import crop_names
+from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_of
+from npp_ds.tokenizer.progress import Count, Progress
+from npp_ds.tokenizer.sources import ImageItem, Source
+from npp_ds.tokenizer.vq import PRECISIONS, VQModel
 
 WORK_FOLDER = ".unfinished"
+SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
+AGREEMENT_FILE = "agreement.json"
 SKIPPED_FILE = "skipped.jsonl"
-IDENTITY = ("split", "image_size", "tokenizer", "crops", "source")
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What to make of the images; at most `crop_batch_size` crops (at least one image) pass the tokenizer at once."""
+    """What to make of the images; at most `crop_batch_size` crops (at least one image) pass the tokenizer at once.
+
+    `workers` processes decode images; 0: decode in this one.
+    """
 
     split: str
     image_size: int
@@ -41,174 +54,270 @@ class EncodeSettings:
     crop_batch_size: int = 256
     max_skipped: float = 0.001
     device: str = "cpu"
+    precision: str = "fp32"
+    workers: int = 0
 
 
 @dataclass(frozen=True)
 class FinishedShard:
     info: ShardInfo
-    skipped: list[dict]
+    skipped: list[dict] = field(default_factory=list)
 
 
 class Encoding:
-    """The encoding of one source into one folder: `run` on every process, then `finish` on one."""
+    """The encoding of one source into one folder: `run`, then `finish`, in every process that takes part."""
 
     def __init__(self, source: Source, tokenizer: VQModel, out: str | Path, settings: EncodeSettings):
         """UserError for impossible settings, or when `out` was made with other ones."""
         _check_settings(tokenizer, settings)
         self.source, self.tokenizer, self.out, self.settings = source, tokenizer, Path(out), settings
+        self.work = self.out / WORK_FOLDER
         self.crop_names = crop_names(settings.crops, settings.crop_ranges)
         self.shard_count = -(-len(source.items) // settings.samples_per_shard)
-        self.earlier = _earlier_manifest(self.out)
+        self._verified: dict[int, FinishedShard] = {}
+        self._known: dict[int, FinishedShard] = {}
         self._check_folder()
 
     @cached_property
     def identity(self) -> dict:
         """The part of the manifest that must agree before shards of an earlier call are kept."""
         settings, tokenizer = self.settings, self.tokenizer
-        info = TokenizerInfo(
-            name=tokenizer.name, sha256=tokenizer.sha256, downsample=tokenizer.downsample, precision="fp32"
-        )
         crops = CropInfo(scheme=settings.crops, ranges=list(settings.crop_ranges), names=self.crop_names)
+        batching = {"samples_per_shard": settings.samples_per_shard, "crops_per_batch": settings.crop_batch_size}
         return {
             "split": settings.split,
             "image_size": settings.image_size,
-            "tokenizer": info.model_dump(),
+            "grid_size": settings.image_size // tokenizer.downsample,
+            "vocab_size": tokenizer.config.codebook_size,
+            "num_classes": self.source.num_classes,
+            "class_names": self.source.class_names,
+            "tokenizer": self._tokenizer_info().model_dump(),
             "crops": crops.model_dump(),
-            "source": {**self.source.describe(), "samples_per_shard": settings.samples_per_shard},
+            "source": {**self.source.describe(), **batching},
         }
 
     def run(self, rank: int = 0, world_size: int = 1) -> int:
-        """Encodes what is missing of every `world_size`-th shard; returns the number of images encoded.
+        """Encodes the missing shards that no other process holds; returns the number of images encoded.
 
-        UserError when more than `max_skipped` of all images are unreadable.
+        UserError when more than `max_skipped` of all images are unreadable, and when a shard cannot be written.
         """
-        work = self.out / WORK_FOLDER
-        work.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            write_json_atomic(work / "settings.json", self.identity)
-        mine = range(rank, self.shard_count, world_size)
-        finished = {shard: record for shard in mine if (record := self.finished(shard))}
-        missing = [shard for shard in mine if shard not in finished]
-        skipped = [entry for record in finished.values() for entry in record.skipped]
-        total = sum(len(self._items(shard)) for shard in missing)
-        with Progress(total, len(self.crop_names), shown=rank == 0) as progress:
-            for shard in missing:
-                record = self._encode_shard(shard, progress)
-                skipped += record.skipped
-                self._check_skipped(skipped)
-        return total
+        with locked(self.work / LOCK_FILE):
+            self.work.mkdir(exist_ok=True)  # it is removed under this lock
+            self._check_folder()  # again, now that nobody else can begin
+            if not (self.work / SETTINGS_FILE).is_file():
+                write_json_atomic(self.work / SETTINGS_FILE, self.identity)
+        self._poll()
+        self._check_skipped()
+        if rank == 0 and len(self._known) < self.shard_count:
+            self._agreement()
+        settings, encoded = self.settings, 0
+        total = Count(len(self.source.items), self.shard_count, 0)
+        ahead = 2 * self.encoder.images
+        with (
+            Claims(self.work, rank, world_size) as claims,
+            DecodePool(settings.image_size, settings.crop_ranges, settings.workers, ahead) as pool,
+            Progress(total, self._count(), len(self.crop_names), shown=rank == 0) as progress,
+        ):
+            for shard, results in groupby(pool.map(self._tasks(claims)), key=lambda result: result.shard):
+                self._encode_shard(shard, results, progress)
+                claims.release(shard)
+                encoded += len(self._items(shard))
+                self._poll()
+                self._check_skipped()
+        return encoded
 
-    def finish(self) -> Manifest:
-        """Writes `skipped.jsonl` and the manifest; all shards must be there."""
-        records = [self.finished(shard) for shard in range(self.shard_count)]
-        if None in records:
-            raise UserError(f"{self.out}: shard {records.index(None)} is not finished; run the same command again")
-        skipped = [entry for record in records for entry in record.skipped]
-        self._check_skipped(skipped)
-        shards = [record.info for record in records]
-        manifest = Manifest(
-            **self.identity,
-            grid_size=self.settings.image_size // self.tokenizer.downsample,
-            vocab_size=self.tokenizer.config.codebook_size,
-            num_classes=self.source.num_classes,
-            class_names=self.source.class_names,
-            num_samples=sum(shard.samples for shard in shards),
-            shards=shards,
-            skipped=skipped,
-        )
-        _write_skipped(self.out, skipped)
-        manifest.save(self.out)
-        shutil.rmtree(self.out / WORK_FOLDER)
-        for leftover in self.out.glob(f".{self.settings.split}-*.tmp"):
-            leftover.unlink()
-        return manifest
+    def finish(self) -> Manifest | None:
+        """Writes `skipped.jsonl` and the manifest; None while other processes still hold shards, the last one will."""
+        if not all(map(self.finished, range(self.shard_count))):
+            return None
+        with locked(self.work / LOCK_FILE):
+            if any(self.work.glob("*.tar.json")) or self._earlier() is None:
+                self._write_manifest()
+            shutil.rmtree(self.work, ignore_errors=True)
+        return Manifest.load(self.out)
 
     def finished(self, shard: int) -> FinishedShard | None:
         """The record of a shard whose file is there with the recorded size and hash, else None."""
-        name = shard_name(self.settings.split, shard)
-        record = self._recorded(name)
-        path = self.out / name
-        if record is None or not path.is_file() or path.stat().st_size != record.info.bytes:
-            return None
-        return record if sha256(path) == record.info.sha256 else None
+        if shard not in self._verified:
+            record = self._recorded(shard)
+            if record is None or not self._is_sound(shard, record):
+                return None
+            self._verified[shard] = record
+        return self._verified[shard]
 
-    def _recorded(self, name: str) -> FinishedShard | None:
-        path = self.out / WORK_FOLDER / f"{name}.json"
+    def count_recorded(self) -> int:
+        """Shards that are recorded as finished; their files are not looked at."""
+        self._poll()
+        return len(self._known)
+
+    @cached_property
+    def encoder(self) -> BatchEncoder:
+        s = self.settings
+        return BatchEncoder(
+            self.tokenizer, s.image_size, s.crops, s.crop_ranges, s.crop_batch_size, s.device, s.precision
+        )
+
+    def _tasks(self, claims: Claims) -> Iterator[Task]:
+        for shard in claims.take(self.shard_count, lambda shard: self.finished(shard) is not None):
+            self._known.pop(shard, None)
+            yield from tasks_of(shard, self._items(shard))
+
+    def _encode_shard(self, shard: int, results: Iterable[Decoded], progress: Progress) -> None:
+        name, total, done = self._name(shard), self._count(), 0
+        for leftover in self.out.glob(f".{name}.*.tmp"):
+            leftover.unlink()
+        (self.work / f"{name}.json").unlink(missing_ok=True)
+        skipped: list[dict] = []
+        with ShardWriter(self.out / name) as writer:
+            batches = self.encoder.pack(_noting_skipped(results, name, skipped))
+            for items, codes in self.encoder.encode_all(batches):
+                for item, row in zip(items, codes, strict=True):
+                    writer.write(item.key, row, item.label)
+                done += len(items)
+                progress.show(Count(total.images + done, total.shards, total.skipped + len(skipped)))
+        record = FinishedShard(writer.info, skipped)
+        write_json_atomic(self.work / f"{name}.json", asdict(record) | {"info": record.info.model_dump()})
+        self._verified[shard] = self._known[shard] = record
+
+    def _write_manifest(self) -> None:
+        for leftover in self.out.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        records = [self._verified[shard] for shard in range(self.shard_count)]
+        self._known = dict(enumerate(records))
+        self._check_skipped()
+        skipped = self._skipped()
+        shards = [record.info for record in records]
+        fields = {**self.identity, "tokenizer": self._tokenizer_info(self._agreement())}
+        manifest = Manifest(
+            **fields, num_samples=sum(shard.samples for shard in shards), shards=shards, skipped=skipped
+        )
+        _write_skipped(self.out, skipped)
+        manifest.save(self.out)
+
+    def _tokenizer_info(self, agreement: CodeAgreement | None = None) -> TokenizerInfo:
+        tokenizer = self.tokenizer
+        return TokenizerInfo(
+            name=tokenizer.name,
+            sha256=tokenizer.sha256,
+            downsample=tokenizer.downsample,
+            precision=self.settings.precision,
+            agreement=agreement,
+        )
+
+    def _agreement(self) -> CodeAgreement | None:
+        """How many codes of the first batch are those of fp32; measured once for a set, and printed."""
+        if self.settings.precision == "fp32":
+            return None
+        path = self.work / AGREEMENT_FILE
         if path.is_file():
-            record = json.loads(path.read_text())
+            return CodeAgreement.model_validate_json(path.read_text())
+        if (earlier := self._earlier()) and earlier.tokenizer.agreement:
+            return earlier.tokenizer.agreement
+        agreement = self._measure_agreement()
+        print(f"precision {self.settings.precision}: {agreement}", flush=True)
+        write_json_atomic(path, agreement.model_dump())
+        return agreement
+
+    def _measure_agreement(self) -> CodeAgreement:
+        decoder = Decoder(self.settings.image_size, self.settings.crop_ranges)
+        batch = next(self.encoder.pack(decoder.map(tasks_of(0, self.source.items))), None)
+        if batch is None:
+            return CodeAgreement(images=0, codes=0, equal=0)
+        codes = []
+        for precision in ("fp32", self.settings.precision):
+            self.encoder.precision = precision
+            codes += [values for _, values in self.encoder.encode_all([batch])]
+        return CodeAgreement(images=len(batch[0]), codes=codes[0].size, equal=int((codes[0] == codes[1]).sum()))
+
+    def _is_sound(self, shard: int, record: FinishedShard) -> bool:
+        path, info = self.out / self._name(shard), record.info
+        if info.samples + len(record.skipped) != len(self._items(shard)):
+            return False
+        return path.is_file() and path.stat().st_size == info.bytes and sha256(path) == info.sha256
+
+    def _recorded(self, shard: int) -> FinishedShard | None:
+        """What is written of a finished shard: beside the shards until the manifest is there, then in the manifest."""
+        name = self._name(shard)
+        try:
+            record = json.loads((self.work / f"{name}.json").read_text())
             return FinishedShard(ShardInfo(**record["info"]), record["skipped"])
-        for info in self.earlier.shards if self.earlier else ():
+        except FileNotFoundError:
+            earlier = self._earlier()
+        except (ValueError, TypeError, KeyError):  # damaged: the shard is made again
+            return None
+        for info in earlier.shards if earlier else ():
             if info.file == name:
-                return FinishedShard(info, [entry for entry in self.earlier.skipped if entry["shard"] == name])
+                return FinishedShard(info, [entry for entry in earlier.skipped if entry["shard"] == name])
         return None
+
+    def _earlier(self) -> Manifest | None:
+        """The manifest in the folder, read again when it has changed."""
+        try:
+            status = os.stat(self.out / MANIFEST_NAME)
+        except FileNotFoundError:
+            return None
+        version = (status.st_mtime_ns, status.st_ino)
+        if getattr(self, "_earlier_version", None) != version:
+            self._earlier_manifest, self._earlier_version = Manifest.load(self.out), version
+        return self._earlier_manifest
+
+    def _poll(self) -> None:
+        """Takes note of the shards that are recorded as finished, whoever made them."""
+        names = {path.name.removesuffix(".json") for path in self.work.glob("*.tar.json")}
+        if earlier := self._earlier():
+            names |= {info.file for info in earlier.shards}
+        for shard in range(self.shard_count):
+            wanted = shard not in self._known and self._name(shard) in names
+            if wanted and (record := self._recorded(shard)):
+                self._known[shard] = record
+
+    def _count(self) -> Count:
+        return Count(sum(len(self._items(shard)) for shard in self._known), len(self._known), len(self._skipped()))
+
+    def _skipped(self) -> list[dict]:
+        return [entry for shard in sorted(self._known) for entry in self._known[shard].skipped]
+
+    def _name(self, shard: int) -> str:
+        return shard_name(self.settings.split, shard)
 
     def _items(self, shard: int) -> list[ImageItem]:
         start = shard * self.settings.samples_per_shard
         return self.source.items[start : start + self.settings.samples_per_shard]
 
-    def _encode_shard(self, shard: int, progress: Progress) -> FinishedShard:
-        name = shard_name(self.settings.split, shard)
-        skipped: list[dict] = []
-        with ShardWriter(self.out / name) as writer:
-            for items, crops in self._batches(self._items(shard), name, skipped):
-                for item, codes in zip(items, self._encode(crops), strict=False):
-                    writer.write(item.key, codes, item.label)
-                progress.advance(len(items))
-        record = FinishedShard(writer.info, skipped)
-        content = {"info": record.info.model_dump(), "skipped": record.skipped}
-        write_json_atomic(self.out / WORK_FOLDER / f"{name}.json", content)
-        return record
-
-    def _batches(
-        self, items: list[ImageItem], shard: str, skipped: list[dict]
-    ) -> Iterator[tuple[list[ImageItem], np.ndarray]]:
-        """Readable images and crops uint8 [images, crops, S, S, 3] in batches of one shape, the last one padded."""
-        settings, count = self.settings, len(self.crop_names)
-        shape = (max(1, settings.crop_batch_size // count), count, settings.image_size, settings.image_size, 3)
-        kept, crops = [], np.zeros(shape, np.uint8)
-        for item, data in read_images(items):
-            try:
-                image = _decode(data)
-            except UserError as error:
-                skipped.append({"key": item.key, "path": str(item.path), "reason": str(error), "shard": shard})
-                continue
-            crops[len(kept)] = crop(image, settings.image_size, settings.crops, settings.crop_ranges)
-            kept.append(item)
-            if len(kept) == len(crops):
-                yield kept, crops
-                kept, crops = [], np.zeros(shape, np.uint8)
-        if kept:
-            yield kept, crops
-
-    def _encode(self, crops: np.ndarray) -> np.ndarray:
-        """Codes uint16 [images, crops, tokens] of crops uint8 [images, crops, S, S, 3]."""
-        images = torch.from_numpy(crops).flatten(0, 1).to(self.settings.device)
-        codes = self.tokenizer.encode(to_input(images))
-        return codes.to("cpu", torch.int32).numpy().astype(np.uint16).reshape(*crops.shape[:2], -1)
-
     def _check_folder(self) -> None:
-        settings_file = self.out / WORK_FOLDER / "settings.json"
+        settings_file = self.work / SETTINGS_FILE
         if settings_file.is_file():
-            found = json.loads(settings_file.read_text())
-        elif self.earlier:
-            found = {name: self.earlier.model_dump()[name] for name in IDENTITY}
+            found = _read_settings(settings_file)
+        elif earlier := self._earlier():
+            found = {name: earlier.model_dump()[name] for name in self.identity}
+            found["tokenizer"].pop("agreement", None)
         elif self.out.is_dir() and (tars := sorted(self.out.glob("*.tar"))):
             raise UserError(f"{self.out}: holds {tars[0].name} but no manifest; choose another folder or empty it")
         else:
             return
+        found["crops"].pop("names", None)  # they follow from the rest
         if differences := list(_differences(found, self.identity)):
             raise UserError(
                 f"{self.out}: made with other settings ({'; '.join(differences)}); choose another folder or empty it"
             )
 
-    def _check_skipped(self, skipped: list[dict]) -> None:
-        allowed, total = self.settings.max_skipped, len(self.source.items)
-        if len(skipped) > allowed * total:
+    def _check_skipped(self) -> None:
+        allowed, total, skipped = self.settings.max_skipped, len(self.source.items), self._skipped()
+        if len(skipped) > round(allowed * total, 6):
             _write_skipped(self.out, skipped)
             raise UserError(
                 f"{len(skipped)} of {total} images are unreadable so far, allowed are {allowed:.3%} (--max-skipped); "
                 f"see {self.out / SKIPPED_FILE}, mend or remove them, or allow more and run the same command again"
             )
+
+
+def _noting_skipped(results: Iterable[Decoded], shard: str, skipped: list[dict]) -> Iterator[Decoded]:
+    for result in results:
+        skipped += [
+            {"key": item.key, "path": item.where, "reason": reason, "shard": shard}
+            for item, reason in result.unreadable
+        ]
+        yield result
 
 
 def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
@@ -217,29 +326,47 @@ def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
             f"image size {settings.image_size}: expected a multiple of {tokenizer.downsample}, "
             f"the pixels per code of tokenizer {tokenizer.name}"
         )
+    if tokenizer.config.codebook_size > 65536:
+        raise UserError(
+            f"tokenizer {tokenizer.name}: {tokenizer.config.codebook_size} codes; the shards hold 16 bits a code, "
+            "expected at most 65536"
+        )
+    if settings.precision not in PRECISIONS:
+        raise UserError(f"precision {settings.precision!r}: expected one of {', '.join(PRECISIONS)}")
     if settings.samples_per_shard < 1 or settings.crop_batch_size < 1 or not 0 <= settings.max_skipped <= 1:
         raise UserError("expected samples per shard >= 1, batch size >= 1 and max skipped from 0 to 1")
-
-
-def _earlier_manifest(out: Path) -> Manifest | None:
-    return Manifest.load(out) if (out / MANIFEST_NAME).is_file() else None
-
-
-def _decode(data: bytes) -> Image.Image:
-    """RGB image of an encoded one; EXIF rotation is left alone, as the published pipeline does."""
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged data
-        raise UserError(str(error).replace("\n", " ") or type(error).__name__) from error
+    if settings.workers < 0:
+        raise UserError(f"workers {settings.workers}: expected 0 or more")
 
 
 def _differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
-    for name in sorted(found.keys() | wanted.keys()):
-        left, right = found.get(name), wanted.get(name)
+    """What differs; names that an earlier version did not write down count as equal."""
+    for name in sorted(found):
+        left, right = found[name], wanted.get(name)
         if isinstance(left, dict) and isinstance(right, dict):
             yield from _differences(left, right, f"{prefix}{name}.")
+        elif left != right and isinstance(left, list) and isinstance(right, list):
+            yield f"{prefix}{name}: it has {_shortened(left, right)}, asked for {_shortened(right, left)}"
         elif left != right:
             yield f"{prefix}{name}: it has {left!r}, asked for {right!r}"
+
+
+def _shortened(values: list, others: list, shown: int = 3) -> str:
+    """The count of a long list and its values from the first one that differs."""
+    if len(values) <= shown and len(others) <= shown:
+        return repr(values)
+    first = next((i for i, pair in enumerate(zip(values, others, strict=False)) if pair[0] != pair[1]), len(others))
+    return f"{len(values)} entries, number {first} on: {values[first : first + shown]!r}"
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text())
+        return {**settings, "crops": dict(settings["crops"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); remove {path.parent.parent} and run the same command again"
+        ) from None
 
 
 def _write_skipped(out: Path, skipped: list[dict]) -> None:

@@ -1,39 +1,56 @@
 """Where images come from: an ordered list of `ImageItem`s, each a range of bytes in some file.
 
-A new kind of source is a function that lists items, and a line in `open_source`.
+A new kind of source is a function in `listing.py` and a line in `open_source`. Needs no torch.
 """
 
 import gzip
 import hashlib
 import io
-import tarfile
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from npp_ds.errors import UserError
+from npp_ds.tokenizer.class_list import read_class_list
 from npp_ds.tokenizer.crops import crop
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 SHARD_SUFFIXES = (".tar", ".tar.gz")
+KINDS = ("webdataset", "imagefolder", "imagenet-tar")
 CLASSES_FILE = "classes.txt"
 KEY_LENGTH = 72
+LARGEST_SIDE = 20_000  # of an image scaled to a short side of 256; beyond it lies damage, and much memory
+
+
+class UnreadableImage(Exception):
+    """An image that has no pixels to give; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """One encoded image: `size` bytes at `offset` of the (decompressed) file at `path`; size -1 is the whole file."""
+    """One encoded image: `size` bytes at `offset` of the (decompressed) file at `path`, where it is called `name`.
+
+    `problem` says why it cannot be read, when that is known already.
+    """
 
     key: str
     label: int
-    path: Path
+    path: str
+    size: int
     offset: int = 0
-    size: int = -1
+    name: str = ""
+    problem: str = ""
+
+    @property
+    def where(self) -> str:
+        """The path for people: that of a member goes on behind that of its archive."""
+        return f"{self.path}/{self.name}" if self.name else self.path
 
 
 @dataclass(frozen=True)
@@ -46,155 +63,133 @@ class Source:
     class_names: list[str]
     num_classes: int
 
+    @property
+    def bytes(self) -> int:
+        """Size of all encoded images."""
+        return sum(item.size for item in self.items)
+
     def describe(self) -> dict:
         """What the manifest says of the source; its fingerprint covers keys, labels and sizes, not where it lies."""
         digest = hashlib.sha256()
         for item in self.items:
-            size = item.size if item.size >= 0 else item.path.stat().st_size
-            digest.update(f"{item.key}\t{item.label}\t{size}\n".encode())
+            digest.update(f"{item.key}\t{item.label}\t{item.size}\n".encode())
         return {
             "kind": self.kind,
             "name": self.name,
             "images": len(self.items),
+            "bytes": self.bytes,
             "fingerprint": digest.hexdigest(),
         }
 
 
 def open_source(
-    images: Sequence[str | Path], split: str, class_names: str | Path | None = None, kind: str = "auto"
+    images: Sequence[str | Path], split: str, class_list: str | Path | None = None, kind: str = "auto"
 ) -> Source:
-    """Image shards (a folder with `<split>-*.tar` or .tar.gz, or such files) or an ImageFolder tree (with or without
-    a `<split>` folder). UserError when nothing fits, or when labels and class names disagree."""
+    """Image shards (a folder with `<split>-*.tar` or .tar.gz, or such files), an ImageFolder tree (with or without a
+    `<split>` folder) or ImageNet's tar of one tar per class (the file, or a folder with ILSVRC2012_img_<split>.tar).
+
+    `kind` is one of KINDS, or auto. UserError when nothing fits, or when labels and class list disagree.
+    """
+    from npp_ds.tokenizer import listing
+
     paths = [Path(path) for path in images]
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path}: not there; expected a folder of images or of image shards, or shard files")
-    shards = _find_shards(paths, split)
-    if kind == "auto":
-        kind = "webdataset" if shards else "imagefolder"
+            raise UserError(f"{path}: not there; expected a folder of images or of image shards, or tar files")
+    kind, found = listing.find(paths, split, kind)
+    folders: list[str] = []
     if kind == "webdataset":
-        if not shards:
-            raise UserError(f"{paths[0]}: no {split}-*.tar or {split}-*.tar.gz in it")
-        items, folder_names = _list_shards(shards), []
-        name, beside = shards[0].parent.name, shards[0].parent / CLASSES_FILE
+        items = listing.list_shards(found)
+        name, beside = found[0].parent.name, found[0].parent / CLASSES_FILE
+    elif kind == "imagefolder":
+        items, folders = listing.list_image_folder(found[0])
+        name, beside = found[0].name, found[0] / CLASSES_FILE
     else:
-        root = _find_image_folder(paths, split)
-        items, folder_names = _list_image_folder(root)
-        name, beside = root.name, root / CLASSES_FILE
-    names = read_class_names(class_names or beside) if class_names or beside.is_file() else folder_names
-    if folder_names and len(names) != len(folder_names):
-        raise UserError(f"{class_names or beside}: {len(names)} class names for {len(folder_names)} class folders")
+        items, folders = listing.list_imagenet_tar(found[0])
+        name, beside = found[0].name, found[0].parent / CLASSES_FILE
+    names = read_class_list(class_list or beside, folders) if class_list or beside.is_file() else folders
     highest = max(items, key=lambda item: item.label)
     if names and highest.label >= len(names):
-        raise UserError(f"{highest.path}, {highest.key}: label {highest.label}, but only {len(names)} class names")
+        raise UserError(f"{highest.where}, {highest.key}: label {highest.label}, but only {len(names)} class names")
     return Source(kind, name, _with_unique_keys(items), names, len(names) or highest.label + 1)
 
 
-def read_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, bytes]]:
-    """The items with their bytes, in order; each file is opened once per run of items in it."""
-    for path, group in groupby(items, key=lambda item: item.path):
-        with ExitStack() as stack:
-            file = stack.enter_context(path.open("rb"))
-            if path.name.endswith(".gz"):
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            for item in group:
-                file.seek(item.offset)
-                yield item, file.read(item.size)
+class ImageReader:
+    """Reads items; the file of the last one stays open, because neighbours mostly share it."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._stack = ExitStack()
+
+    def read(self, item: ImageItem) -> bytes:
+        """The encoded image. UnreadableImage when it has none; UserError when the source is no longer as listed."""
+        if item.problem or not item.size:
+            raise UnreadableImage(item.problem or "empty: 0 bytes")
+        try:
+            if item.path != self._path:
+                self._open(item.path)
+            self._file.seek(item.offset)
+            data = self._file.read(item.size if item.name else -1)
+        except PermissionError as error:
+            raise UnreadableImage(error.strerror) from error
+        except (OSError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{item.where}: could not be read ({reason}); run the same command again") from error
+        if len(data) != item.size:
+            raise UserError(f"{item.where}: {len(data)} bytes now, {item.size} when the images were listed; run again")
+        return data
+
+    def _open(self, path: str) -> None:
+        self.close()
+        self._file = self._stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed by close()
+        if path.endswith(".gz"):
+            self._file = self._stack.enter_context(gzip.GzipFile(fileobj=self._file))
+        self._path = path
+
+    def close(self) -> None:
+        self._path = ""
+        self._stack.close()
+
+
+def decode(data: bytes) -> Image.Image:
+    """RGB image of an encoded one; EXIF rotation is left alone, as the published pipeline does. UnreadableImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            short, long = sorted(image.size)
+            if long * 256 > LARGEST_SIDE * short:
+                raise UnreadableImage(f"{image.width} x {image.height} pixels: too long for a centre crop")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"not an image: begins with {data[:8]!r}") from error
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged data
+        text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the data", str(error)).replace("\n", " ")
+        raise UnreadableImage(text or type(error).__name__) from error
+
+
+def decoded_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, Image.Image]]:
+    """The items with their RGB images, in order; UserError for one that cannot be read."""
+    reader = ImageReader()
+    try:
+        for item in items:
+            try:
+                yield item, decode(reader.read(item))
+            except UnreadableImage as error:
+                raise UserError(f"{item.where}: {error}") from error
+    finally:
+        reader.close()
 
 
 def load_images(source: Source, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """All images as centre crops uint8 [N, image_size, image_size, 3] and labels int64 [N]; for small sets."""
     images = np.empty((len(source.items), image_size, image_size, 3), np.uint8)
-    for row, (_, data) in enumerate(read_images(source.items)):
-        images[row] = crop(Image.open(io.BytesIO(data)), image_size, "center")[0]
+    for row, (_, image) in enumerate(decoded_images(source.items)):
+        images[row] = crop(image, image_size, "center")[0]
     return images, np.array([item.label for item in source.items])
-
-
-def read_class_names(path: str | Path) -> list[str]:
-    """One class name a line, in the order of the labels."""
-    try:
-        names = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no list of class names ({error})") from error
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise UserError(f"{path}: empty; expected one class name a line, in the order of the labels")
-    return names
-
-
-def _find_shards(paths: Sequence[Path], split: str) -> list[Path]:
-    shards = []
-    for path in paths:
-        if path.is_dir():
-            shards += sorted(p for p in path.iterdir() if p.name.startswith(f"{split}-") and _is_shard(p))
-        elif _is_shard(path):
-            shards.append(path)
-        else:
-            raise UserError(f"{path}: expected a folder, or image shards ending in {' or '.join(SHARD_SUFFIXES)}")
-    return shards
-
-
-def _is_shard(path: Path) -> bool:
-    return path.name.endswith(SHARD_SUFFIXES) and path.is_file()
-
-
-def _list_shards(shards: Sequence[Path]) -> list[ImageItem]:
-    items = []
-    for path in shards:
-        try:
-            with tarfile.open(path) as tar:
-                items += _list_shard(path, tar)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"{path}: damaged, or no tar file ({error}); fetch or make it again") from error
-    if not items:
-        raise UserError(f"{shards[0]}: no images; expected <key>.{{{','.join(IMAGE_EXTENSIONS)}}} beside <key>.cls")
-    return items
-
-
-def _list_shard(path: Path, tar: tarfile.TarFile) -> Iterator[ImageItem]:
-    for key, members in groupby((member for member in tar if member.isfile()), key=lambda member: _split(member)[0]):
-        image = label = None
-        for member in members:
-            extension = _split(member)[1]
-            if extension == "cls":
-                label = tar.extractfile(member).read().strip()
-            elif extension in IMAGE_EXTENSIONS:
-                image = member
-        if image is None:
-            continue
-        if label is None or not label.isdigit():
-            raise UserError(f"{path}, {key}: cls is {label!r}, expected a label of at least 0 as text beside the image")
-        yield ImageItem(key, int(label), path, image.offset_data, image.size)
-
-
-def _split(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Key and extension of a member by WebDataset's rule: split at the first dot of the base name."""
-    folder, _, base = member.name.removeprefix("./").rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
-
-
-def _find_image_folder(paths: Sequence[Path], split: str) -> Path:
-    for root in (paths[0] / split, paths[0]):
-        if len(paths) == 1 and root.is_dir() and any(path.is_dir() for path in root.iterdir()):
-            return root
-    raise UserError(
-        f"{paths[0]}: found neither shards ({split}-*.tar, {split}-*.tar.gz) nor class folders, "
-        f"directly or under {split}/"
-    )
-
-
-def _list_image_folder(root: Path) -> tuple[list[ImageItem], list[str]]:
-    """Items of `root/<class>/**/<image>` in sorted order, and the sorted class folder names."""
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
-    items = []
-    for label, name in enumerate(classes):
-        for path in sorted((root / name).rglob("*")):
-            if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file():
-                items.append(ImageItem(path.relative_to(root).with_suffix("").as_posix(), label, path))
-    if not items:
-        raise UserError(f"{root}: no images ({', '.join(IMAGE_EXTENSIONS)}) in its {len(classes)} class folders")
-    return items, classes
 
 
 def _with_unique_keys(items: Iterable[ImageItem]) -> list[ImageItem]:

@@ -1,5 +1,6 @@
 """The VQ tokenizer of LlamaGen (arXiv 2406.06525): images <-> codes, with the published parameter names."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class VQConfig:
         """Pixels per code along a side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
+
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+HALF_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 VQ16 = VQConfig()
 VQ8 = VQConfig(channel_multipliers=(1, 2, 2, 4))
@@ -194,6 +198,7 @@ class VQModel(nn.Module):
         self.quantize = Codebook(config.codebook_size, config.codebook_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self._half_copies: dict[tuple[torch.dtype, torch.device], tuple[nn.Module, nn.Module]] = {}
 
     @property
     def downsample(self) -> int:
@@ -207,11 +212,29 @@ class VQModel(nn.Module):
         """Images float [B, 3, H, W] (about [-1, 1], not clamped) from unit vectors [B, h, w, codebook_dim]."""
         return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
 
+    def _half(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        """Encoder and quant_conv with weights of `dtype`, copied when they are first asked for: autocast would run
+        the normalisations, half of the memory traffic, in fp32."""
+        device = self.quant_conv.weight.device
+        if (dtype, device) not in self._half_copies:
+            modules = (deepcopy(module).to(dtype) for module in (self.encoder, self.quant_conv))
+            self._half_copies[dtype, device] = tuple(modules)
+        return self._half_copies[dtype, device]
+
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes int64 [B, T] in raster order of images float [B, 3, H, W] in [-1, 1]; `downsample` divides H and W."""
+    def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
+        """Codes int64 [B, T] in raster order of images float [B, 3, H, W] in [-1, 1]; `downsample` divides H and W.
+
+        `precision` is that of the encoder, one of PRECISIONS; the nearest code is always found in fp32. A code is -1
+        where the encoder gave no finite numbers.
+        """
+        dtype = HALF_TYPES.get(precision, torch.float32)
+        encoder, quant_conv = self._half(dtype) if dtype != torch.float32 else (self.encoder, self.quant_conv)
+        with full_precision(tf32=precision == "tf32"):
+            latents = quant_conv(encoder(images.to(dtype))).permute(0, 2, 3, 1).float()
         with full_precision():
-            return self.quantize.nearest(self.latents(images)).flatten(1)
+            codes = self.quantize.nearest(latents)
+        return codes.masked_fill(~latents.isfinite().all(-1), -1).flatten(1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -224,19 +247,30 @@ class VQModel(nn.Module):
 
 
 class full_precision:
-    """Context in which float32 convolutions and products use no TF32: codes must not depend on a global flag."""
+    """Context in which float32 convolutions and products use TF32 only if told to: codes must not depend on a global
+    flag, nor on which of several algorithms cuDNN finds fastest today."""
+
+    def __init__(self, tf32: bool = False):
+        self.tf32 = tf32
 
     def __enter__(self) -> None:
-        self.saved = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        self.saved = (cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+        cuda.allow_tf32 = cudnn.allow_tf32 = self.tf32
+        cudnn.deterministic, cudnn.benchmark = True, False
 
     def __exit__(self, *_) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.saved
+        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = self.saved
 
 
-def to_input(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1] for `VQModel.encode`; stays channels-last in memory."""
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+def to_input(images: Tensor, out: Tensor | None = None) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1] for `VQModel.encode`; stays channels-last in memory.
+
+    `out`, float32 [B, H, W, 3], is the memory to use.
+    """
+    floats = images.float() if out is None else out.copy_(images)
+    return floats.div_(127.5).sub_(1).permute(0, 3, 1, 2)
 
 
 def to_uint8(images: Tensor) -> Tensor:
