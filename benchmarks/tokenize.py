@@ -18,13 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as data_prep/tokenize_ima
 
 import argparse
 import io
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -34,8 +31,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+from benchmarks.common import machine, publish
 from npp_ds.data.shards import ShardWriter
-from npp_ds.files import write_json_atomic, write_text_atomic
 from npp_ds.tokenizer import VQ16, VQModel, load_tokenizer
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.crops import squares
@@ -210,14 +207,6 @@ def measure_gpu(source: Source, tokenizer: VQModel, folder: Path, options: argpa
     return rows
 
 
-def describe_machine(gpu: bool) -> dict[str, str | int]:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
-    versions = {name: version(name) for name in ("numpy", "pillow", "torch")}
-    device = {"gpu": torch.cuda.get_device_name()} if gpu else {}
-    cores = len(os.sched_getaffinity(0))
-    return {"processor": names[0] if names else platform.machine(), "cores": cores, **device, **versions}
-
-
 def medians(turns: list[dict[str, float]]) -> dict[str, float]:
     return {name: median(turn[name] for turn in turns) for name in turns[0]}
 
@@ -340,17 +329,16 @@ def main() -> None:
     add("--out", type=Path, help="folder for tokenize.json and tokenize.md, or tokenize_gpu.*")
     options = parser.parse_args()
     result = run_gpu(options) if options.gpu else run_cpu(options)
-    result["machine"] = describe_machine(options.gpu)
+    device = {"gpu": torch.cuda.get_device_name()} if options.gpu else {}
+    result = {
+        "benchmark": "tokenize_gpu" if options.gpu else "tokenize",
+        **result,
+        "machine": {**machine("numpy", "pillow", "torch"), **device},
+    }
     lines = gpu_table(result) if options.gpu else cpu_table(result)
-    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    lines += ["", f"{machine}. Made by `python -m benchmarks.tokenize{' --gpu' if options.gpu else ''}`."]
-    print("\n".join(lines))
-    print(json.dumps(result))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        name = "tokenize_gpu" if options.gpu else "tokenize"
-        write_json_atomic(options.out / f"{name}.json", result)
-        write_text_atomic(options.out / f"{name}.md", "\n".join(lines) + "\n")
+    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    lines += ["", f"{where}. Made by `python -m benchmarks.tokenize{' --gpu' if options.gpu else ''}`."]
+    publish(result, "\n".join(lines) + "\n", options.out)
 
 
 if __name__ == "__main__":

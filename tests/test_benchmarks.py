@@ -43,4 +43,4 @@ def test_saving_benchmark_measures_every_way(tmp_path):
     committed = json.loads((ROOT / "benchmarks/results/saving.json").read_text())
     assert list(result["seconds_stood_still"]) == list(committed["seconds_stood_still"])
     assert all(seconds > 0 for seconds in result["seconds_stood_still"].values())
-    assert len(set(result["megabytes"].values())) == 1, "the same state in every way"
+    assert result["megabytes"]["npp_ds, at once"] == result["megabytes"]["npp_ds, asynchronous"] > 0

@@ -84,12 +84,12 @@ def _assert_holds(ranks: list[tuple[dict, int, list[float]]], state: dict[str, t
     "path",
     [
         ((2, 2), (1, 2), (2, 2)),
-        ((2, 2), (4, 2), (2, 2)),
+        pytest.param(((2, 2), (4, 2), (2, 2)), marks=pytest.mark.slow),
         ((2, 1), (4, 1), (1, 1)),
         ((2, 3), (1, 3), (4, 3)),
         ((4, 2), (2, 3), (1, 2)),
-        ((2, 3), (2, 2), (2, 1)),
-        ((1, 1), (4, 3), (2, 2)),
+        pytest.param(((2, 3), (2, 2), (2, 1)), marks=pytest.mark.slow),
+        pytest.param(((1, 1), (4, 3), (2, 2)), marks=pytest.mark.slow),
     ],
     ids=lambda path: "-".join(f"{world}xZeRO{zero}" for world, zero in path),
 )
@@ -147,10 +147,10 @@ def test_elastic_does_not_mean_that_a_batch_is_changed_silently(pools, shards, t
     "zero_stage, settings",
     [
         (2, {"round_robin_gradients": True}),
-        (1, {"round_robin_gradients": True}),
-        (2, {"offload_optimizer": {"device": "cpu"}}),
+        pytest.param(1, {"round_robin_gradients": True}, marks=pytest.mark.slow),
+        pytest.param(2, {"offload_optimizer": {"device": "cpu"}}, marks=pytest.mark.slow),
         (3, {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 5000}),
-        (3, {"stage3_param_persistence_threshold": 0}),
+        pytest.param(3, {"stage3_param_persistence_threshold": 0}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -25,7 +25,15 @@ KEYS = {
 
 @pytest.mark.parametrize(
     "zero_stage, precision",
-    [(1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16"), (1, "autocast_bf16"), (3, "autocast_bf16")],
+    [
+        (1, "fp32"),
+        (2, "fp32"),
+        (3, "fp32"),
+        (2, "bf16"),
+        pytest.param(3, "bf16", marks=pytest.mark.slow),
+        pytest.param(1, "autocast_bf16", marks=pytest.mark.slow),
+        (3, "autocast_bf16"),
+    ],
 )
 def test_ema_follows_the_recurrence_over_the_weights_of_every_step(pair, shards, tmp_path, zero_stage, precision):
     keys = {**KEYS, "deepspeed": {"config": f"zero{zero_stage}"}, "precision": precision, "validation": {"every": 0}}

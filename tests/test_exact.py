@@ -1,5 +1,6 @@
 """An interrupted run equals an undisturbed one, step for step and bit for bit."""
 
+import functools
 import json
 
 import pytest
@@ -25,7 +26,10 @@ pytestmark = pytest.mark.processes
 STAGE_ENDS, EPOCH_END = (10, 20), 30
 
 
-@pytest.mark.parametrize("steps", [1, 9, 10, 11, 19, 20, 21, 29, 30, 31])
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("steps", [_slow(1), 9, 10, 11, _slow(19), 20, _slow(21), _slow(29), 30, 31])
 def test_exact_samples_rates_losses_averages_and_validation_after_an_interruption(
     pair, shards, tmp_path, undisturbed, steps
 ):

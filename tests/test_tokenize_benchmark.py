@@ -1,23 +1,12 @@
 """What is compared does the same work."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarks import tokenize as benchmark
 
 
 def test_both_ways_of_tokenizing_give_the_encoder_the_same_crops_in_the_same_order(tmp_path):
-    benchmark = load("tokenize")
     source = benchmark.write_images(tmp_path / "images", 5)
     seen: list[torch.Tensor] = []
 

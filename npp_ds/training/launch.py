@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from npp_ds.errors import UserError
 
-PROCESS_GROUP_TIMEOUT = timedelta(hours=2)  # longer than one node may take to fetch the data that others have
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
