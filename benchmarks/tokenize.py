@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.common import machine, publish
-from npp_ds.data.shards import ShardWriter
+from npp_ds.data.shards import Manifest, ShardWriter
 from npp_ds.tokenizer import VQ16, VQModel, load_tokenizer
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.crops import squares
@@ -195,7 +195,7 @@ def measure_gpu(source: Source, tokenizer: VQModel, folder: Path, options: argpa
         settings = {"device": "cuda", "precision": precision, "crop_batch_size": options.batch_size}
         out = folder / precision
         whole = seconds(lambda out=out, s=settings: this_way(source, tokenizer, out, workers=options.workers, **s))
-        agreement = json.loads((out / "manifest.json").read_text())["tokenizer"].get("agreement")
+        agreement = Manifest.load(out).tokenizer.agreement
         rows.append(
             {
                 "precision": precision,

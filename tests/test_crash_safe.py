@@ -84,11 +84,11 @@ def _die_in_the_second_save(trainer: Trainer, where: str, rank: int) -> None:
     "where, rank, expected",
     [
         ("in the middle of a file", 1, 3),
-        ("in the middle of a file", 0, 3),
-        ("before the record", 0, 3),
+        pytest.param("in the middle of a file", 0, 3, marks=pytest.mark.slow),
+        pytest.param("before the record", 0, 3, marks=pytest.mark.slow),
         ("before the rename", 0, 3),
         ("before latest", 0, 6),
-        ("while an old one is deleted", 0, 6),
+        pytest.param("while an old one is deleted", 0, 6, marks=pytest.mark.slow),
     ],
 )
 def test_crash_safe_when_killed_in_a_save(pair, fresh_pair, shards, tmp_path, undisturbed, where, rank, expected):
@@ -101,7 +101,14 @@ def test_crash_safe_when_killed_in_a_save(pair, fresh_pair, shards, tmp_path, un
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("victims", [[1], [0], [0, 1]], ids=["one", "the first", "all"])
+@pytest.mark.parametrize(
+    "victims",
+    [
+        pytest.param([1], id="one", marks=pytest.mark.slow),
+        pytest.param([0], id="the first"),
+        pytest.param([0, 1], id="all", marks=pytest.mark.slow),
+    ],
+)
 def test_crash_safe_when_real_processes_are_killed(shards, tmp_path, undisturbed, victims):
     config = tiny_config(shards, tmp_path / "run", checkpoint={"every": 2}, **WATCHED)
     with Launch(config) as launch:

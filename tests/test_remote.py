@@ -13,7 +13,7 @@ from npp_ds.data import remote
 from npp_ds.data.shards import Manifest, ShardInfo, verify
 from npp_ds.data.store import load_manifest, manifest_at_hand, stage
 from npp_ds.errors import UserError
-from runs import metrics_of, run, tiny_config
+from runs import WATCHED, assert_same, outcome_of, run, tiny_config
 from shard_sets import manifest_of, write_set
 from staging import PATIENCE, SPAWN, assert_holds, entries, finish, kill, stage_and_report, start
 
@@ -172,11 +172,11 @@ def test_run_on_shards_behind_a_url_is_the_run_on_the_folder(pair, shards, undis
     servers = {key: Server(shards / key) for key in ("train", "val")}
     try:
         data = {"cache_dir": str(tmp_path / "cache"), **{key: server.url for key, server in servers.items()}}
-        pair.run(run, tiny_config(shards, tmp_path / "run", data=data))
+        pair.run(run, tiny_config(shards, tmp_path / "run", data=data, **WATCHED))
     finally:
         for server in servers.values():
             server.close()
-    assert metrics_of(tmp_path / "run") == undisturbed[0]
+    assert_same(outcome_of(tmp_path / "run"), undisturbed)
     assert [servers["train"].requests[name] for name in SHARDS] == [1, 1, 0]
     assert servers["val"].requests[SHARDS[0]] == 1
 

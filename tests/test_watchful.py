@@ -124,8 +124,17 @@ def _without(outcome: Outcome, *events: str) -> Outcome:
     return outcome._replace(metrics=[line for line in outcome.metrics if line["event"] not in events])
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-@pytest.mark.parametrize("breaking", [_break_loss, _break_gradient])
+@pytest.mark.parametrize(
+    "zero_stage, breaking",
+    [
+        (2, _break_loss),
+        (3, _break_loss),
+        (1, _break_gradient),
+        pytest.param(1, _break_loss, marks=pytest.mark.slow),
+        pytest.param(2, _break_gradient, marks=pytest.mark.slow),
+        pytest.param(3, _break_gradient, marks=pytest.mark.slow),
+    ],
+)
 def test_watchful_skip_leaves_the_step_out_as_if_it_had_not_been(
     pair, shards, tmp_path, without_13, zero_stage, breaking
 ):
