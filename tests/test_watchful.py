@@ -232,7 +232,7 @@ def test_watchful_a_stalled_rank_ends_the_run_with_stacks_in_a_file(shards, tmp_
 
 
 def test_watchful_a_slow_but_living_run_is_left_alone(pair, shards, tmp_path):
-    config = tiny_config(shards, tmp_path / "run", watch={"stall_seconds": 2}, validation={"every": 0})
+    config = tiny_config(shards, tmp_path / "run", watch={"stall_seconds": 4}, validation={"every": 0})
     pair.run(told, config, _slow_down)
     assert not (tmp_path / "run" / "stalled.txt").exists()
 
@@ -241,7 +241,7 @@ def _slow_down(trainer: Trainer) -> None:
     step = trainer.engine.step
 
     def slow(*arguments):
-        time.sleep(0.1)
+        time.sleep(0.2)
         return step(*arguments)
 
     trainer.engine.step = slow
