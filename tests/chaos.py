@@ -382,7 +382,11 @@ def main() -> int:
     parser.add_argument("--constant-world", action="store_true", help="two processes at every start")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this new folder and leave it there")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through all `with`, so nothing is left
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # through all `with`, so nothing is left; also where SIGINT is ignored
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     folder = options.keep or Path(tempfile.mkdtemp(prefix="npp-chaos-"))
     folder.mkdir(parents=True, exist_ok=options.keep is None)
     chaos = Chaos(folder, options.minutes, options.seed, options.zero, options.constant_world)
