@@ -374,6 +374,17 @@ def check(
         progress(done, manifest.num_samples)
 
 
+def read_sound(
+    directory: str | Path,
+    manifest: Manifest,
+    accept: Callable[[np.ndarray, int], None],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Reads the whole set as `check` does; UserError at its first problem."""
+    for problem in check(directory, manifest, accept, progress):
+        raise UserError(f"{problem} (`npp shards verify {directory}` lists every problem)")
+
+
 def verify(directory: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """Every problem of the set in `directory`, each naming file and key; empty when it is sound. Reads everything."""
     try:

@@ -47,10 +47,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class TrainingEngine:
-    """The model, its optimizer and DeepSpeed's engine around them.
-
-    `model` is what validation calls: model(codes, labels) goes through DeepSpeed's hooks and precision.
-    """
+    """The model, its optimizer and DeepSpeed's engine around them."""
 
     def __init__(self, config: RunConfig, first_stage: Stage, processes: Processes):
         deepspeed = import_deepspeed()
@@ -74,10 +71,6 @@ class TrainingEngine:
         self.partitions = Partitions(self.engine)
         decay = config.optimizer.ema_decay
         self.ema = ShardedEMA(self.partitions, decay) if decay else None
-
-    @property
-    def model(self) -> nn.Module:
-        return self.engine
 
     def set_batch_sizes(self, stage: Stage) -> None:
         """Takes on the batch size and micro-batch size of a stage; between two steps only."""
@@ -126,7 +119,10 @@ class TrainingEngine:
 
     @contextmanager
     def weights(self, kind: str) -> Iterator[nn.Module]:
-        """The model to call with its own weights ("raw") or their moving average ("ema")."""
+        """What validation calls, with its own weights ("raw") or their moving average ("ema").
+
+        model(codes, labels) goes through DeepSpeed's hooks and precision.
+        """
         if kind == EMA:
             with self.ema.in_place_of_weights():
                 yield self.engine

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from npp_ds.errors import UserError
-from npp_ds.training.partitions import Fragment
+from npp_ds.training.partitions import MASTER, Fragment
 
 BLOCK = 1 << 24  # bytes written and hashed at a time
 
@@ -88,7 +88,7 @@ class SavedState:
             handle = self._stack.enter_context(safe_open(path, framework="pt"))
             starts = json.loads(handle.metadata()["starts"])
             for name, start in starts.items():
-                numel = handle.get_slice(f"master/{name}").get_shape()[0]
+                numel = handle.get_slice(f"{MASTER}/{name}").get_shape()[0]
                 self._parts[name].append((start, start + numel, handle))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(
