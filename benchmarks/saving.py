@@ -18,10 +18,10 @@ import torch
 from benchmarks.common import machine, publish
 from npp_ds.config import RunConfig
 from npp_ds.schedule import Stage
-from npp_ds.training.checkpoint import CheckpointRecord
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.launch import Processes, join_processes, leave_processes
 from npp_ds.training.saving import CheckpointSaver, Saved
+from npp_ds.weights.checkpoint import CheckpointRecord
 
 OURS, IN_THREAD, DEEPSPEED = "npp_ds, at once", "npp_ds, asynchronous", "DeepSpeed's save_checkpoint"
 GRID, BATCH = 8, 4

@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 
 from npp_ds.errors import UserError, exit_code_of
+from npp_ds.place import place_of_environment
 
 MOST_WORKERS = 16
-# A process among its peers: its rank, its rank on the machine, how many there are; as launchers or SLURM's srun say.
-LAUNCHER, SLURM = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -75,15 +74,6 @@ def tokenize(options: argparse.Namespace) -> None:
         raise UserError(f"{text}; the shards that are finished are kept, run the same command again") from error
 
 
-def place() -> tuple[int, int, int]:
-    """(rank, rank on this machine, number of processes) from the environment; (0, 0, 1) when there is nothing there."""
-    for names in (LAUNCHER, SLURM):
-        values = [os.environ.get(name, "") for name in names]
-        if all(map(str.isdecimal, values)):
-            return tuple(map(int, values))
-    return 0, 0, 1
-
-
 def default_workers() -> int:
     """Processor cores there are for this process: what SLURM gives a task, else its share of those it may use."""
     task = os.environ.get("SLURM_CPUS_PER_TASK", "")
@@ -119,7 +109,7 @@ def encode_images(options: argparse.Namespace) -> None:
     from npp_ds.tokenizer.vq import load_tokenizer
 
     started = time.monotonic()
-    rank, local_rank, world_size = place()
+    place = place_of_environment()
     settings = EncodeSettings(
         split=options.split,
         image_size=options.image_size,
@@ -128,22 +118,22 @@ def encode_images(options: argparse.Namespace) -> None:
         samples_per_shard=options.samples_per_shard,
         crop_batch_size=options.batch_size,
         max_skipped=options.max_skipped,
-        device=choose_device(options.device, local_rank),
+        device=choose_device(options.device, place.local_rank),
         precision=options.precision,
         workers=default_workers() if options.workers is None else options.workers,
     )
     source = open_source(options.images, options.split, options.class_list, options.source)
     encoding = Encoding(source, load_tokenizer(options.tokenizer).to(settings.device), options.out, settings)
     if options.dry_run:
-        if rank == 0:
-            print(f"{options.out}, not written: {estimate(encoding, world_size)}")
+        if place.rank == 0:
+            print(f"{options.out}, not written: {estimate(encoding, place.world_size)}")
         return
-    encoded = encoding.run(rank, world_size)
+    encoded = encoding.run(place.rank, place.world_size)
     manifest = encoding.finish()
     if manifest is not None:
         report(manifest, options.out, encoded, time.monotonic() - started)
     else:
-        print(f"process {rank} is done ({encoded} images); others are still at work", flush=True)
+        print(f"process {place.rank} is done ({encoded} images); others are still at work", flush=True)
 
 
 def report(manifest, out: Path, encoded: int, seconds: float) -> None:

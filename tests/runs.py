@@ -14,12 +14,12 @@ from npp_ds.data.store import stage as stage_shards
 from npp_ds.errors import UserError
 from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training import checkpoint
 from npp_ds.training.engine import parameter_groups
 from npp_ds.training.launch import Processes
 from npp_ds.training.run_log import RunLog
-from npp_ds.training.state_files import SavedState
 from npp_ds.training.trainer import Trainer
+from npp_ds.weights import checkpoint
+from npp_ds.weights.state_files import SavedState
 from shard_sets import write_set
 
 NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}

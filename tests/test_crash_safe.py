@@ -17,12 +17,14 @@ from launches import Launch, finish
 from npp_ds.errors import UserError
 from npp_ds.events import read_events
 from npp_ds.files import sha256
-from npp_ds.training import checkpoint, saving, state_files
-from npp_ds.training.checkpoint import CheckpointRecord
+from npp_ds.training import saving
 from npp_ds.training.launch import Processes
-from npp_ds.training.partitions import Fragment
 from npp_ds.training.saving import CheckpointSaver
 from npp_ds.training.trainer import Trainer
+from npp_ds.weights import checkpoint, state_files
+from npp_ds.weights.checkpoint import CheckpointRecord
+from npp_ds.weights.source import open_weights
+from npp_ds.weights.state_files import Fragment
 from runs import (
     WATCHED,
     assert_same,
@@ -174,7 +176,7 @@ def test_crash_safe_never_means_a_silent_fresh_start(pair, shards, tmp_path):
     (checkpoints / "step-00000003" / "COMPLETE.json").unlink()
     assert "none of its checkpoints (3) is complete" in pair.run(error_of, config)[0]
     with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpoint.load_weights(tmp_path / "run")
+        open_weights(tmp_path / "run")
     shutil.rmtree(checkpoints / "step-00000003")
     assert "none of its checkpoints (3) is complete" in pair.run(error_of, config)[0]
     shutil.rmtree(checkpoints)
@@ -281,7 +283,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(pair, shards, tmp_path):
     record.files[victim.name] = {"bytes": victim.stat().st_size, "sha256": sha256(victim)}
     checkpoint.write_record(folder, record)
     with pytest.raises(UserError, match="not a file of a checkpoint of this model"):
-        checkpoint.load_weights(tmp_path / "run")
+        open_weights(tmp_path / "run")
     assert "not a file of a checkpoint of this model" in pair.run(error_of, config)[0]
     assert not marker.exists()
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from npp_ds.training import checkpoint
+from npp_ds.weights.source import open_weights
 from runs import (
     NO_DROPOUT,
     WATCHED,
@@ -88,7 +88,8 @@ def test_exact_in_every_zero_stage_precision_and_accumulation(
 def test_weights_read_from_a_checkpoint_are_those_of_plain_pytorch(pair, shards, tmp_path, zero_stage):
     config = tiny_config(shards, tmp_path / "run", model=NO_DROPOUT, deepspeed={"config": f"zero{zero_stage}"})
     pair.run(run_and_stop_after, config, 13)
-    weights, step = checkpoint.load_weights(tmp_path / "run")
+    source = open_weights(tmp_path / "run")
+    weights, step = source.read(), source.step
     _, _, expected = plain_losses(config, 13)
     assert step == 13
     assert weights.keys() == expected.keys()

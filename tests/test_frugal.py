@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from npp_ds.events import of_kind, read_events
-from npp_ds.training import checkpoint
-from npp_ds.training.checkpoint import CheckpointRecord
 from npp_ds.training.launch import Processes
-from npp_ds.training.partitions import Fragment
-from npp_ds.training.state_files import SavedState, write_state
 from npp_ds.training.trainer import Trainer
+from npp_ds.weights import checkpoint
+from npp_ds.weights.checkpoint import CheckpointRecord
+from npp_ds.weights.state_files import Fragment, SavedState, write_state
 from runs import WATCHED, run, tiny_config
 
 pytestmark = pytest.mark.processes

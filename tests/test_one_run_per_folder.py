@@ -10,10 +10,11 @@ import pytest
 
 from launches import Launch, finish
 from npp_ds.errors import UserError
-from npp_ds.training import checkpoint, run_folder
+from npp_ds.training import run_folder
 from npp_ds.training.launch import Processes
 from npp_ds.training.lease import Lease
 from npp_ds.training.trainer import Trainer
+from npp_ds.weights import checkpoint
 from runs import WATCHED, assert_same, error_of, outcome_of, run, tiny_config
 
 pytestmark = pytest.mark.processes

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from launches import Launch, finish
-from npp_ds.training import checkpoint
 from npp_ds.training.launch import Processes
 from npp_ds.training.preemption import Preempted
 from npp_ds.training.trainer import Trainer
+from npp_ds.weights import checkpoint
 from runs import WATCHED, assert_same, metrics_of, outcome_of, run, tiny_config
 
 pytestmark = pytest.mark.processes

@@ -21,6 +21,7 @@ from image_sets import encoded, save_tiny_tokenizer
 from npp_ds.data.shards import Manifest, read_shard, verify
 from npp_ds.data.store import stage
 from npp_ds.errors import UserError
+from npp_ds.place import Place, place_of_environment
 from npp_ds.tokenizer import VQConfig, VQModel, load_tokenizer, to_input
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
 from npp_ds.tokenizer.estimate import estimate
@@ -264,8 +265,8 @@ def test_a_process_learns_its_place_from_launchers_and_slurm(environment, place,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
-    script = runpy.run_path(str(SCRIPT))
-    assert script["place"]() == place and script["default_workers"]() == workers
+    assert place_of_environment() == Place(*place)
+    assert runpy.run_path(str(SCRIPT))["default_workers"]() == workers
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from image_sets import WRITERS, image_files, save_tiny_tokenizer, write_tree
+from npp_ds.claims import Claims
 from npp_ds.data.shards import Manifest, verify
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import load_tokenizer
-from npp_ds.tokenizer.claims import Claims
 from npp_ds.tokenizer.decoding import DecodePool, Task, tasks_of
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
 from npp_ds.tokenizer.sources import open_source

@@ -13,11 +13,12 @@ from npp_ds.data.order import batch_ids
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sizes import SIZES
-from npp_ds.training import checkpoint
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.launch import Processes
-from npp_ds.training.state_files import write_state
 from npp_ds.training.trainer import Trainer
+from npp_ds.weights import checkpoint
+from npp_ds.weights.source import open_weights
+from npp_ds.weights.state_files import write_state
 from runs import NO_DROPOUT, error_of, metrics_of, plain_losses, run, tiny_config
 
 pytestmark = pytest.mark.processes
@@ -80,7 +81,7 @@ def test_validation_is_the_mean_over_all_held_out_images_at_both_sides(pair, sha
     config = tiny_config(shards, tmp_path / "run", **keys)
     pair.run(run, config)
     model = Transformer(ModelConfig(**config.model.arguments())).eval()
-    model.load_state_dict(checkpoint.load_weights(tmp_path / "run")[0])
+    model.load_state_dict(open_weights(tmp_path / "run").read())
     store = stage_shards(config.data.val, config.data.cache_dir)
     found = {line["patch_side"]: line["nll"] for line in metrics_of(tmp_path / "run") if line["event"] == "validation"}
     assert set(found) == {1, 4}

@@ -20,13 +20,13 @@ from npp_ds.sampling.decode import generate
 from npp_ds.sampling.folder import repeated_images, write_samples
 from npp_ds.tokenizer import vq
 from npp_ds.tokenizer.loading import SHIPPED
+from npp_ds.weights.source import open_weights
 
 if TYPE_CHECKING:
     from npp_ds.config import RunConfig
 
 _LABEL_STREAM = int.from_bytes(b"labels", "big")
 LABEL_CHOICES = ("balanced", "random")
-WEIGHT_KINDS = {"raw": "master", "ema": "ema"}  # what a checkpoint calls them
 
 
 @dataclass(frozen=True)
@@ -176,31 +176,26 @@ def sample_run(
     image_size: int | None = None,
     device: str | None = None,
     state_dict: dict[str, Tensor] | None = None,
-    load_weights: Callable[..., tuple[dict[str, Tensor], int]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Samples:
     """Samples `per_class` x classes images of a run's checkpoint and writes them to `out`.
 
     Weights are those of `step` (None: the newest complete checkpoint), `weights` "raw" or "ema" (their moving average),
-    read by `load_weights(run_dir, step=..., kind=...)`, or `state_dict` when given. `out` defaults to a folder under
-    <run_dir>/samples named after step and settings.
+    or `state_dict` when given. `out` defaults to a folder under <run_dir>/samples named after step and settings.
     With `labels` "random" the number of images stays and the labels are drawn.
     """
     run_dir, options = Path(run_dir), options or Options()
     for name, value in (("per_class", per_class), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name}: found {value}, expected a whole number of at least 1")
-    if weights not in WEIGHT_KINDS:
-        raise UserError(f"weights: found {weights!r}, expected one of {', '.join(WEIGHT_KINDS)}")
     config = _read_config(run_dir)
     manifest = _manifest(config)
     class_names = list(manifest.class_names) if manifest else []
     chosen = parse_classes(classes, config.model.num_classes, class_names)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if state_dict is None:
-        if load_weights is None:
-            from npp_ds.training.checkpoint import load_weights
-        state_dict, step = load_weights(run_dir, step=step, kind=WEIGHT_KINDS[weights])
+        source = open_weights(run_dir, step=step, kind=weights)
+        state_dict, step = source.read(), source.step
     model = build_model(config, state_dict, device)
     tokenizer = _tokenizer(config, manifest, device)
     indices = np.arange(per_class * len(chosen))

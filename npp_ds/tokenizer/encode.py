@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
+from npp_ds.claims import Claims, locked
 from npp_ds.data.shards import (
     MANIFEST_NAME,
     CodeAgreement,
@@ -26,7 +27,6 @@ from npp_ds.data.shards import (
 from npp_ds.errors import UserError
 from npp_ds.files import sha256, write_json_atomic, write_text_atomic
 from npp_ds.tokenizer.batches import BatchEncoder
-from npp_ds.tokenizer.claims import Claims, locked
 from npp_ds.tokenizer.crops import crop_names
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_of
 from npp_ds.tokenizer.progress import Count, Progress

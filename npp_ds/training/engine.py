@@ -18,8 +18,8 @@ from npp_ds.training.deepspeed_config import engine_settings
 from npp_ds.training.deepspeed_import import import_deepspeed
 from npp_ds.training.ema import EMA, ShardedEMA
 from npp_ds.training.launch import Processes
-from npp_ds.training.partitions import MASTER, MOMENTS, Partitions
-from npp_ds.training.state_files import SavedState
+from npp_ds.training.partitions import MOMENTS, Partitions
+from npp_ds.weights.state_files import MASTER, SavedState
 
 
 @dataclass(frozen=True)

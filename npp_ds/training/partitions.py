@@ -5,29 +5,15 @@ Either way a rank's share is a list of fragments, each a contiguous stretch of o
 that saving, resharding and averaging need. The attributes of DeepSpeed read here are those of 0.19.8.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+from npp_ds.weights.state_files import Fragment
 
-
-@dataclass(frozen=True)
-class Fragment:
-    """Elements `start .. start + numel` of flattened parameter `name`, at `offset` in this rank's flat partition."""
-
-    name: str
-    start: int
-    numel: int
-    partition: int
-    offset: int
-
-    def of(self, partitions: list[Tensor]) -> Tensor:
-        """View [numel] of this fragment in any list of tensors shaped like the flat partitions."""
-        return partitions[self.partition].narrow(0, self.offset, self.numel)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Partitions:

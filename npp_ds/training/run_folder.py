@@ -16,9 +16,9 @@ from npp_ds.config_checks import load_config
 from npp_ds.errors import UserError
 from npp_ds.events import of_kind, read_events
 from npp_ds.files import write_json_atomic, write_text_atomic
-from npp_ds.training import checkpoint
-from npp_ds.training.checkpoint import CheckpointRecord
 from npp_ds.training.launch import Processes
+from npp_ds.weights import checkpoint
+from npp_ds.weights.checkpoint import CheckpointRecord
 
 
 def check_settings(config: RunConfig) -> None:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from npp_ds.errors import UserError
 from npp_ds.files import fsync_directory, write_text_atomic
-from npp_ds.training.checkpoint import CheckpointRecord, folder_of, what_is_wrong, write_record
 from npp_ds.training.launch import Processes
-from npp_ds.training.partitions import Fragment
-from npp_ds.training.state_files import file_of, write_state
+from npp_ds.weights.checkpoint import CheckpointRecord, folder_of, what_is_wrong, write_record
+from npp_ds.weights.state_files import Fragment, file_of, write_state
 
 
 class SaveFailed(Exception):

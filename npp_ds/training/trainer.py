@@ -15,8 +15,7 @@ from npp_ds.data.store import CodeStore
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.errors import UserError
 from npp_ds.schedule import Schedule, Stage
-from npp_ds.training import checkpoint, run_folder
-from npp_ds.training.checkpoint import CheckpointRecord
+from npp_ds.training import run_folder
 from npp_ds.training.deepspeed_config import read_settings
 from npp_ds.training.engine import StepResult, TrainingEngine
 from npp_ds.training.launch import Processes, join_processes, leave_processes
@@ -29,6 +28,8 @@ from npp_ds.training.spikes import Spike, SpikeRule
 from npp_ds.training.stages import StageManager
 from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
+from npp_ds.weights import checkpoint
+from npp_ds.weights.checkpoint import CheckpointRecord
 
 MAX_ROLLBACKS = 3
 MAX_SKIPS = 10  # in a row

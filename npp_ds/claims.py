@@ -1,4 +1,4 @@
-"""Which process makes which shard: each takes the next one that nobody holds, so none waits for another.
+"""Which process makes which part of a work: each takes the next one that nobody holds, so none waits for another.
 
 A claim is a lock on a file in the folder that all processes write to. The system lets go of it when its holder dies,
 however it dies, so a claim is never lost and never stale.
@@ -17,7 +17,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 class Claims:
     """The claims of one process; a context manager that lets go of them all.
 
-    On a file system without locks the shards are dealt to the `world_size` processes in turn instead.
+    On a file system without locks the parts are dealt to the `world_size` processes in turn instead.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int):
@@ -28,34 +28,34 @@ class Claims:
         return self
 
     def __exit__(self, *_) -> None:
-        for shard in list(self._held):
-            self.release(shard)
+        for part in list(self._held):
+            self.release(part)
 
     def take(self, count: int, finished: Callable[[int], bool]) -> Iterator[int]:
-        """Claims the shards below `count` one by one until each is finished or in the hands of another process."""
-        open_shards = list(range(count))
-        while open_shards:
+        """Claims the parts below `count` one by one until each is finished or in the hands of another process."""
+        open_parts = list(range(count))
+        while open_parts:
             taken = 0
             held_by_others = []
-            for shard in open_shards:
-                if finished(shard):
+            for part in open_parts:
+                if finished(part):
                     continue
-                if not self._claim(shard):
-                    held_by_others.append(shard)
-                elif finished(shard):  # while it was being claimed
-                    self.release(shard)
+                if not self._claim(part):
+                    held_by_others.append(part)
+                elif finished(part):  # while it was being claimed
+                    self.release(part)
                 else:
                     taken += 1
-                    yield shard
+                    yield part
             if not taken:
                 return
-            open_shards = held_by_others
+            open_parts = held_by_others
 
-    def release(self, shard: int) -> None:
-        self._held.pop(shard).close()
+    def release(self, part: int) -> None:
+        self._held.pop(part).close()
 
-    def _claim(self, shard: int) -> bool:
-        file = open_lock(self.folder / f"{shard:06d}.claim")
+    def _claim(self, part: int) -> bool:
+        file = open_lock(self.folder / f"{part:06d}.claim")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = True
@@ -64,9 +64,9 @@ class Claims:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            mine = shard % self.world_size == self.rank
+            mine = part % self.world_size == self.rank
         if mine:
-            self._held[shard] = file
+            self._held[part] = file
         else:
             file.close()
         return mine

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from npp_ds.errors import UserError
-from npp_ds.training.partitions import MASTER, Fragment
 
+MASTER = "master"  # the kind of the weights themselves
 BLOCK = 1 << 24  # bytes written and hashed at a time
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start .. start + numel` of flattened parameter `name`, at `offset` in a rank's flat `partition`."""
+
+    name: str
+    start: int
+    numel: int
+    partition: int
+    offset: int
+
+    def of(self, partitions: list[Tensor]) -> Tensor:
+        """View [numel] of this fragment in any list of tensors shaped like the flat partitions."""
+        return partitions[self.partition].narrow(0, self.offset, self.numel)
 
 
 def file_of(rank: int, world_size: int) -> str:

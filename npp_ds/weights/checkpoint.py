@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from npp_ds.errors import UserError
 from npp_ds.files import sha256, write_json_atomic
+from npp_ds.weights.state_files import MASTER, SavedState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,14 +151,11 @@ def asked_for(checkpoints: Path, step: int) -> Path:
     return folder
 
 
-def load_weights(run_dir: str | Path, step: int | None = None, kind: str = "master") -> tuple[dict[str, "Tensor"], int]:
-    """The float32 weights of a run as {name: tensor} on the CPU, and the step they are from.
+def checkpoint_of(run_dir: str | Path, step: int | None = None, kind: str = MASTER) -> tuple[Path, CheckpointRecord]:
+    """The newest complete checkpoint of a run, or that of `step`, and its record.
 
-    From the newest complete checkpoint or that of `step`, saved by any number of processes in any ZeRO stage; `kind`
-    "ema" reads the averaged weights. Raises UserError when there is none.
+    Raises UserError when there is none, or none that holds weights of this `kind` ("ema": averaged ones).
     """
-    from npp_ds.training.state_files import SavedState
-
     checkpoints = Path(run_dir) / "checkpoints"
     folder = newest_complete(checkpoints) if step is None else asked_for(checkpoints, step)
     if folder is None:
@@ -167,8 +165,13 @@ def load_weights(run_dir: str | Path, step: int | None = None, kind: str = "mast
         raise UserError(
             f"{folder}: holds no {kind} weights; set optimizer.ema_decay when training, or use the plain weights"
         )
+    return folder, record
+
+
+def read_weights(folder: Path, record: CheckpointRecord, kind: str = MASTER) -> dict[str, "Tensor"]:
+    """{name: float32 tensor on the CPU}, saved by any number of processes in any ZeRO stage."""
     with SavedState(folder, record.files, record.shapes) as saved:
-        return {name: saved.whole(kind, name) for name in record.shapes}, record.step
+        return {name: saved.whole(kind, name) for name in record.shapes}
 
 
 def remove(folder: Path) -> None:
