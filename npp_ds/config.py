@@ -69,7 +69,10 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    train: str = _free(..., "code shards to train on: a folder (manifest.json inside), its URL, or a pipe: command")
+    train: str = _free(
+        ...,
+        "code shards to train on: a folder (its $VARIABLES are each node's), its URL, or a pipe: command",
+    )
     val: str | None = _free(None, "held-out code shards, likewise; null: no validation")
     tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
     cache_dir: str | None = _free(

@@ -124,6 +124,20 @@ def test_manifest_at_hand_is_that_of_the_folder_else_of_the_copy_staged_last(tmp
     assert manifest_at_hand(tmp_path / "others", tmp_path / "cache") is None
 
 
+def test_variables_in_paths_are_those_of_the_machine_that_reads_them(tmp_path, monkeypatch):
+    codes, labels = write_set(tmp_path / "node-7" / "shards", 20, num_shards=1)
+    monkeypatch.setenv("NODE", "node-7")
+    place, cache = f"{tmp_path}/$NODE/shards", f"{tmp_path}/${{NODE}}/cache"
+    assert_holds(stage(place, cache), codes, labels)
+    assert stage(tmp_path / "node-7" / "shards", tmp_path / "node-7" / "cache").folder.is_relative_to(
+        tmp_path / "node-7"
+    )
+    assert manifest_at_hand(place) == Manifest.load(tmp_path / "node-7" / "shards")
+    monkeypatch.setenv("NODE", "node-8")
+    with pytest.raises(UserError, match="node-8/shards"):
+        stage(place, cache)
+
+
 def test_staged_set_is_opened_without_reading_the_shards(tmp_path):
     codes, labels = write_set(tmp_path / "shards", 40)
     stage(tmp_path / "shards", tmp_path / "cache")

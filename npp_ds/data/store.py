@@ -45,11 +45,13 @@ def stage(
 ) -> CodeStore:
     """The set in `shard_dir`, a folder or what `remote` takes, as arrays mapped from `cache_dir`, unpacked if need be.
 
+    Environment variables in either path are filled in here, on the machine that reads it (`/local/$USER/train`).
     Any number of processes may call this at once: one fetches and unpacks (calling `progress(images done, images in
     all)`, and `say` when it fetches or when the shards have changed since they were staged), the others wait. Without
     `cache_dir` it is /dev/shm/npp_ds-<uid> when the set takes at most half of what is free there, else
     ~/.cache/npp_ds. UserError for a missing or bad set, an empty one, and a full disk.
     """
+    shard_dir = _here(shard_dir)
     manifest = load_manifest(shard_dir)
     name, source = manifest.fingerprint(), _source(shard_dir)
     needed = _bytes_needed(manifest, source)
@@ -85,6 +87,7 @@ def load_manifest(shard_dir: str | Path) -> Manifest:
 
     UserError when there is no good one, or it is that of an empty set.
     """
+    shard_dir = _here(shard_dir)
     manifest = remote.load_manifest(shard_dir) if remote.is_remote(shard_dir) else Manifest.load(shard_dir)
     if manifest.num_samples == 0:
         raise UserError(f"{shard_dir}: holds no samples; expected at least one. Tokenize some images into it.")
@@ -93,10 +96,16 @@ def load_manifest(shard_dir: str | Path) -> Manifest:
 
 def manifest_at_hand(shard_dir: str | Path, cache_dir: str | Path | None = None) -> Manifest | None:
     """What `load_manifest` finds, yet without the network: in the folder, else in the copy staged last; or None."""
+    shard_dir = _here(shard_dir)
     if not remote.is_remote(shard_dir) and (Path(shard_dir) / MANIFEST_NAME).is_file():
         return Manifest.load(shard_dir)
     staged = _staged_from(_source(shard_dir), _roots(cache_dir))
     return Manifest.load(staged[-1]) if staged else None
+
+
+def _here(place: str | Path) -> str | Path:
+    """`place` with the environment variables of this machine filled in; the shell of a pipe fills in its own."""
+    return place if remote.is_remote(place) else os.path.expandvars(place)
 
 
 def _source(shard_dir: str | Path) -> str:
@@ -149,7 +158,7 @@ def _bytes_needed(manifest: Manifest, source: str) -> int:
 
 
 def _roots(cache_dir: str | Path | None) -> list[Path]:
-    return [Path(cache_dir)] if cache_dir is not None else _default_roots()
+    return [Path(_here(cache_dir))] if cache_dir is not None else _default_roots()
 
 
 def _default_roots() -> list[Path]:
