@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from npp_ds.errors import UserError, exit_code_of
-from npp_ds.place import place_of_environment
+from npp_ds.place import choose_device, place_of_environment
 
 MOST_WORKERS = 16
 
@@ -83,20 +83,6 @@ def default_workers() -> int:
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         cores = usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(max(cores, 1), MOST_WORKERS)
-
-
-def choose_device(name: str, local_rank: int) -> str:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "cpu"
-    if name == "cuda":
-        if not cuda:
-            raise UserError("device cuda: no GPU found; expected one, or give --device cpu")
-        name = f"cuda:{local_rank % torch.cuda.device_count()}"
-        torch.cuda.set_device(name)
-    return name
 
 
 def encode_images(options: argparse.Namespace) -> None:

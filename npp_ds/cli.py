@@ -193,12 +193,13 @@ def show(
     from npp_ds.files import write_atomic
     from npp_ds.sampling.grid import sample_grid
     from npp_ds.tokenizer import contents
+    from npp_ds.tokenizer.loading import tokenizer_of
 
     with _progress("reading") as progress:
         found = contents.read_contents(directory, progress)
     print("\n".join(contents.describe(found)), flush=True)
     codes, labels = contents.random_codes(directory, found, classes, per_class, seed)
-    images = contents.decode(contents.tokenizer_of(found.manifest, tokenizer), codes)
+    images = contents.decode(tokenizer_of(found.manifest.tokenizer, tokenizer), codes)
     picture = sample_grid(images, labels, found.manifest.class_names, per_row=per_class, max_rows=classes)
     path = out or directory / "contact_sheet.png"
     write_atomic(path, lambda file: picture.save(file, "PNG"))

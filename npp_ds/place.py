@@ -1,11 +1,13 @@
 """Where a process stands among its peers: what torchrun, accelerate, deepspeed or SLURM's srun say in the environment.
 
-Needs no torch, so that it can be asked before the seconds of an import.
+Needs no torch to tell that, so that it can be asked before the seconds of an import.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from npp_ds.errors import UserError
 
 LAUNCHER, SLURM = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 
@@ -26,3 +28,21 @@ def place_of_environment(environment: Mapping[str, str] = os.environ) -> Place:
         if all(map(str.isdecimal, values)):
             return Place(*map(int, values))
     return Place()
+
+
+def choose_device(name: str, local_rank: int) -> str:
+    """The device of a process that computes on its own, from "auto", "cpu" or "cuda": a GPU by its local rank.
+
+    Raises UserError for "cuda" without one.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    if name == "cuda":
+        if not cuda:
+            raise UserError("device cuda: no GPU found; expected one, or give --device cpu")
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(name)
+    return name

@@ -13,8 +13,9 @@ from image_sets import encoded, save_tiny_tokenizer, shipped_images, write_image
 from npp_ds.data.shards import Manifest, ShardWriter, verify
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import load_tokenizer, to_uint8
-from npp_ds.tokenizer.contents import decode, describe, random_codes, read_contents, tokenizer_of
+from npp_ds.tokenizer.contents import decode, describe, random_codes, read_contents
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
+from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.sources import open_source
 from shard_sets import CROP_NAMES, manifest_of, write_set
 
@@ -101,12 +102,12 @@ def test_the_command_prints_the_manifest_and_draws_the_codes_as_images(tokenized
 def test_images_are_those_the_tokenizer_gives_and_another_tokenizer_is_refused(tokenized, tmp_path):
     codes, file = tokenized
     manifest = Manifest.load(codes)
-    model = tokenizer_of(manifest, file)
+    model = tokenizer_of(manifest.tokenizer, file)
     drawn, _ = random_codes(codes, read_contents(codes), 10, 2, seed=0)
     expected = to_uint8(model.decode(torch.from_numpy(drawn))).numpy()
     assert np.abs(decode(model, drawn, batch_size=3).astype(int) - expected).max() <= 1
     with pytest.raises(UserError, match=r"the codes were made by tiny\.safetensors"):
-        tokenizer_of(manifest, save_tiny_tokenizer(tmp_path / "tiny.safetensors", seed=1))
+        tokenizer_of(manifest.tokenizer, save_tiny_tokenizer(tmp_path / "tiny.safetensors", seed=1))
 
 
 def test_counts_that_do_not_add_up_and_damage_are_found(tokenized, small):

@@ -8,7 +8,6 @@ import numpy as np
 
 from npp_ds.data.shards import Manifest, read_shard, read_sound
 from npp_ds.errors import UserError
-from npp_ds.files import sha256
 from npp_ds.tokenizer.progress import size_against
 
 LISTED_CLASSES = 40
@@ -134,32 +133,6 @@ def _read_rows(directory: Path, manifest: Manifest, rows: list[int]):
                 if number in wanted:
                     yield wanted[number], codes
         first += shard.samples
-
-
-def tokenizer_of(manifest: Manifest, name_or_path: str | Path | None):
-    """The tokenizer that made the set: the one named, else a shipped one or a file of that name here.
-
-    UserError when it is another one or cannot be found.
-    """
-    from npp_ds.tokenizer.loading import SHIPPED
-    from npp_ds.tokenizer.vq import load_tokenizer
-
-    made_by = manifest.tokenizer
-    if name_or_path is None:
-        candidates = [*SHIPPED.items(), (made_by.name, Path(made_by.name))]
-        name_or_path = next((n for n, p in candidates if p.is_file() and sha256(p) == made_by.sha256), None)
-        if name_or_path is None:
-            raise UserError(
-                f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not at hand; give "
-                "its file with --tokenizer to see images"
-            )
-    tokenizer = load_tokenizer(name_or_path)
-    if tokenizer.sha256 != made_by.sha256:
-        raise UserError(
-            f"{name_or_path}: SHA-256 {tokenizer.sha256[:12]}.., the codes were made by {made_by.name} "
-            f"({made_by.sha256[:12]}..); give that one"
-        )
-    return tokenizer
 
 
 def decode(tokenizer, codes: np.ndarray, batch_size: int = 16) -> np.ndarray:

@@ -24,6 +24,7 @@ from npp_ds.data.shards import (
     TokenizerInfo,
     shard_name,
 )
+from npp_ds.differences import differences
 from npp_ds.errors import UserError
 from npp_ds.files import sha256, write_json_atomic, write_text_atomic
 from npp_ds.tokenizer.batches import BatchEncoder
@@ -296,9 +297,9 @@ class Encoding:
         else:
             return
         found["crops"].pop("names", None)  # they follow from the rest
-        if differences := list(_differences(found, self.identity)):
+        if different := list(differences(found, self.identity)):
             raise UserError(
-                f"{self.out}: made with other settings ({'; '.join(differences)}); choose another folder or empty it"
+                f"{self.out}: made with other settings ({'; '.join(different)}); choose another folder or empty it"
             )
 
     def _check_skipped(self) -> None:
@@ -337,26 +338,6 @@ def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
         raise UserError("expected samples per shard >= 1, batch size >= 1 and max skipped from 0 to 1")
     if settings.workers < 0:
         raise UserError(f"workers {settings.workers}: expected 0 or more")
-
-
-def _differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
-    """What differs; names that an earlier version did not write down count as equal."""
-    for name in sorted(found):
-        left, right = found[name], wanted.get(name)
-        if isinstance(left, dict) and isinstance(right, dict):
-            yield from _differences(left, right, f"{prefix}{name}.")
-        elif left != right and isinstance(left, list) and isinstance(right, list):
-            yield f"{prefix}{name}: it has {_shortened(left, right)}, asked for {_shortened(right, left)}"
-        elif left != right:
-            yield f"{prefix}{name}: it has {left!r}, asked for {right!r}"
-
-
-def _shortened(values: list, others: list, shown: int = 3) -> str:
-    """The count of a long list and its values from the first one that differs."""
-    if len(values) <= shown and len(others) <= shown:
-        return repr(values)
-    first = next((i for i, pair in enumerate(zip(values, others, strict=False)) if pair[0] != pair[1]), len(others))
-    return f"{len(values)} entries, number {first} on: {values[first : first + shown]!r}"
 
 
 def _read_settings(path: Path) -> dict:

@@ -5,6 +5,7 @@ import json
 import pickle
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from npp_ds.errors import UserError
 from npp_ds.files import sha256, write_atomic
 from npp_ds.tokenizer.vq import VQConfig, VQModel
+
+if TYPE_CHECKING:
+    from npp_ds.data.shards import TokenizerInfo
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"fashion_mnist": ASSETS / "fashion_mnist_vq.safetensors"}
@@ -39,6 +43,31 @@ def load(name_or_path: str | Path) -> VQModel:
     model.requires_grad_(False).eval()
     model.name, model.sha256 = str(name_or_path) if str(name_or_path) in SHIPPED else path.name, sha256(path)
     return model
+
+
+def tokenizer_of(made_by: "TokenizerInfo | None", name_or_path: str | Path | None = None) -> VQModel:
+    """The tokenizer that decodes codes: the one named, else a shipped one or a file of that name here that made them.
+
+    `made_by` is what the manifest of the codes says, None where there is none at hand. UserError when the tokenizer is
+    another one or cannot be found.
+    """
+    if name_or_path is None and made_by is None:
+        raise UserError("tokenizer: not known which one made the codes; give its name or file with --tokenizer")
+    if name_or_path is None:
+        candidates = [*SHIPPED.items(), (made_by.name, Path(made_by.name))]
+        name_or_path = next((n for n, p in candidates if p.is_file() and sha256(p) == made_by.sha256), None)
+        if name_or_path is None:
+            raise UserError(
+                f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not at hand; give "
+                "its file with --tokenizer to see images"
+            )
+    tokenizer = load(name_or_path)
+    if made_by and tokenizer.sha256 != made_by.sha256:
+        raise UserError(
+            f"tokenizer {name_or_path}: SHA-256 {tokenizer.sha256[:12]}.., the codes were made by {made_by.name} "
+            f"({made_by.sha256[:12]}..); give that one with --tokenizer"
+        )
+    return tokenizer
 
 
 def save(model: VQModel, path: str | Path, training: dict) -> None:
