@@ -6,15 +6,20 @@ Exit codes: 0 done; 2 something to mend (the text says what); 3 the loss or the 
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from npp_ds.errors import UserError
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
+
+if TYPE_CHECKING:
+    from npp_ds.place import Place
+    from npp_ds.sampling.job import Sampling
 
 app = typer.Typer(
     name="npp",
@@ -90,10 +95,11 @@ def _train(
 
 @app.command()
 def sample(
-    run_dir: RunDirectory,
+    source: Annotated[Path, typer.Argument(help="a run folder, an exported file or a published checkpoint")],
     classes: Annotated[str | None, typer.Option(help="numbers or names with commas between; all when left out")] = None,
     labels: Annotated[str, typer.Option(help="balanced, or random: drawn as the published script does")] = "balanced",
-    per_class: Annotated[int, typer.Option(help="images per class")] = 10,
+    per_class: Annotated[int | None, typer.Option(help="images per class; 10 when --count is left out too")] = None,
+    count: Annotated[int | None, typer.Option(help="images in all, instead of --per-class")] = None,
     cfg_scale: Annotated[float, typer.Option(help="scale of classifier-free guidance; 1: none")] = 1.0,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest code")] = 1.0,
     top_k: Annotated[int, typer.Option(help="draw from this many likeliest codes; 0: from all")] = 0,
@@ -103,30 +109,73 @@ def sample(
     weights: Annotated[str, typer.Option(help="raw, or ema: their moving average")] = "raw",
     patch_side: Annotated[int, typer.Option(help="sample a coarse model, one code shown per patch")] = 1,
     image_size: Annotated[int | None, typer.Option(help="resize to this many pixels (bicubic)")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="its name or file; that of the run when left out")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     batch_size: Annotated[int, typer.Option(help="images decoded at a time")] = 64,
-    out: Annotated[Path | None, typer.Option(help="folder; one under RUN_DIR/samples when left out")] = None,
+    part_size: Annotated[int, typer.Option(help="images that a process draws before it writes them")] = 256,
+    png: Annotated[bool, typer.Option("--png", help="write images/000000.png .. and labels.csv as well")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder; one under SOURCE/samples when left out")] = None,
 ) -> None:
-    """Draw images from a run: grid.png, samples.npz for metrics, samples.json."""
-    from npp_ds.sampling.sampler import Options, sample_run
+    """Draw images: grid.png, samples.npz for metrics, samples.json. Killed, the same command goes on.
 
-    options = Options(seed, cfg_scale, temperature, top_k, top_p, patch_side)
-    with _progress("sampling") as progress:
-        made = sample_run(
-            run_dir,
-            step=step,
-            weights=weights,
-            out=out,
-            classes=[name.strip() for name in classes.split(",")] if classes else None,
-            labels=labels,
-            per_class=per_class,
-            options=options,
-            batch_size=batch_size,
-            image_size=image_size,
-            progress=progress,
-        )
-    record = made.record
-    rate = f"{record['images_per_second']:.1f} images/s"
-    print(f"{record['count']} images of step {record['checkpoint_step']} at {rate} in {made.directory}")
+    Several processes share the work: accelerate launch -m npp_ds sample ..., torchrun or srun.
+    """
+    from npp_ds.place import choose_device, place_of_environment
+    from npp_ds.sampling.job import Sampling
+    from npp_ds.sampling.request import Request, companions, default_folder, image_count, parse_classes, stage_warning
+    from npp_ds.sampling.sampler import Options
+    from npp_ds.weights.source import open_weights
+
+    place = place_of_environment()
+    device = choose_device(device, place.local_rank)
+    found = open_weights(source, step=step, kind=weights)
+    decoder, class_names = companions(found, tokenizer)
+    wanted = [name.strip() for name in classes.split(",")] if classes else None
+    chosen = parse_classes(wanted, found.model.num_classes, class_names)
+    request = Request(
+        classes=chosen,
+        count=image_count(len(chosen), per_class, count),
+        labels=labels,
+        options=Options(seed, cfg_scale, temperature, top_k, top_p, patch_side),
+        image_size=image_size,
+        dtype=("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype,
+        part_size=part_size,
+    )
+    if place.rank == 0 and (warning := stage_warning(found, request.options)):
+        print(warning, file=sys.stderr, flush=True)
+    job = Sampling(
+        found,
+        decoder,
+        request,
+        out or default_folder(found, request),
+        class_names=class_names,
+        device=device,
+        batch_size=batch_size,
+        png=png,
+    )
+    _draw(job, place)
+
+
+def _draw(job: "Sampling", place: "Place") -> None:
+    """Runs the sampling of this process and says what came of it."""
+    try:
+        with _progress("sampling", shown=place.rank == 0) as progress:
+            drawn = job.run(place.rank, place.world_size, progress)
+        record = job.finish()
+    except OSError as error:
+        text = f"{error.filename or job.out}: {error.strerror or error}"
+        raise UserError(f"{text}; the parts that are finished are kept, run the same command again") from error
+    if record is None:
+        print(f"process {place.rank} is done ({drawn} images); others are still at work", flush=True)
+        return
+    step = "" if record["checkpoint_step"] is None else f" of step {record['checkpoint_step']}"
+    rate = f"this process drew {drawn} at {job.images_per_second:.3g} images/s" if drawn else "nothing was left to do"
+    repeated = record["repeated_images"]
+    print(
+        f"{record['count']} images{step} in {job.out}: {rate}; "
+        + (f"{repeated} are pixel for pixel equal to another one" if repeated else "no two are equal")
+    )
 
 
 @app.command()
@@ -207,14 +256,28 @@ def show(
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total) that draws a bar on a terminal and nothing elsewhere."""
-    if not sys.stderr.isatty():
+def _progress(what: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that draws a bar on a terminal and prints a line now and then elsewhere."""
+    if not shown:
         yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
+    elif not sys.stderr.isatty():
+        yield _lines(what)
+    else:
+        from rich.console import Console
+        from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines(what: str, seconds_between: float = 30.0) -> Callable[[int, int], None]:
+    printed = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed > seconds_between:
+            printed = time.monotonic()
+            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return show

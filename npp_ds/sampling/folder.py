@@ -1,22 +1,30 @@
 """A folder of samples: the images for metrics, a picture for eyes, and a record of how they were made."""
 
+import csv
+import hashlib
+import io
 import json
-from collections.abc import Sequence
+import struct
+import zipfile
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from npp_ds.errors import UserError
-from npp_ds.files import write_atomic, write_json_atomic
+from npp_ds.files import write_atomic, write_json_atomic, write_text_atomic
 from npp_ds.sampling.grid import sample_grid
 
 SAMPLES_FILE, RECORD_FILE, GRID_FILE = "samples.npz", "samples.json", "grid.png"
+PNG_FOLDER, LABELS_FILE = "images", "labels.csv"
 
 
 def write_samples(
     directory: str | Path,
-    images: np.ndarray,
+    images: Iterable[np.ndarray],
     labels: np.ndarray,
     record: dict[str, Any],
     class_names: Sequence[str] = (),
@@ -24,24 +32,72 @@ def write_samples(
     """Writes samples.npz (`arr_0` uint8 [N, H, W, 3], what ADM's evaluator reads, then `labels`), grid.png,
     samples.json.
 
-    Each file appears whole or not at all; samples.json comes last and says that the rest is there.
+    `images` is uint8 [N, H, W, 3], or the parts of such an array in order: never more than one is held in memory. Each
+    file appears whole or not at all; samples.json comes last and says that the rest is there.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECORD_FILE).unlink(missing_ok=True)
-    write_atomic(directory / SAMPLES_FILE, lambda file: np.savez(file, arr_0=images, labels=labels))
-    write_atomic(directory / GRID_FILE, lambda file: sample_grid(images, labels, class_names).save(file, "PNG"))
-    write_json_atomic(directory / RECORD_FILE, record)
+    write_atomic(directory / SAMPLES_FILE, lambda file: _write_npz(file, images, labels))
+    written = map_array(directory / SAMPLES_FILE, "arr_0")
+    write_atomic(directory / GRID_FILE, lambda file: sample_grid(written, labels, class_names).save(file, "PNG"))
+    write_json_atomic(directory / RECORD_FILE, {**record, "repeated_images": repeated_images(written)})
+
+
+def _write_npz(file: BinaryIO, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """What np.savez writes of whole arrays, yet without the time of day: equal images make equal files."""
+    parts = iter(images)
+    first = next(parts)
+    shape, written = (len(labels), *first.shape[-3:]), 0
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
+            _write_header(entry, shape)
+            for part in chain([first], parts):
+                written += entry.write(np.ascontiguousarray(part, dtype=np.uint8).data)
+        assert written == np.prod(shape), f"{written} bytes of images for the shape {shape}"
+        with archive.open(zipfile.ZipInfo("labels.npy"), "w", force_zip64=True) as entry:
+            np.lib.format.write_array(entry, np.asarray(labels), allow_pickle=False)
+
+
+def write_npy(file: BinaryIO, images: np.ndarray) -> None:
+    """What np.save writes of images uint8; np.save itself overlooks a full disk (numpy 2.4, small arrays)."""
+    _write_header(file, images.shape)
+    file.write(images.data)
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def map_array(path: str | Path, name: str = "arr_0") -> np.ndarray:
+    """An array of an .npz, mapped where it is stored as it is (np.savez, `npp sample`), so that any slice is cheap.
+
+    Writing to it changes nothing on disk. A compressed one is read whole. KeyError, ValueError, OSError or BadZipFile
+    when there is none of that name.
+    """
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        entry = archive.getinfo(f"{name}.npy")
+        file.seek(entry.header_offset + 26)  # of the local header, which has 30 bytes, then a name and an extra field
+        file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)
+        if entry.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(file) == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            if not fortran_order and not dtype.hasobject:
+                return np.memmap(path, dtype, "c", file.tell(), shape)
+    with np.load(path) as arrays:
+        return arrays[name]
 
 
 def load_samples(directory: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """(images, labels, record) as `write_samples` wrote them; UserError when the folder holds no finished samples."""
+    """(images, labels, record) as `write_samples` wrote them; UserError when the folder holds no finished samples.
+
+    The images are mapped, not read: take them in slices where there are many.
+    """
     directory = Path(directory)
     try:
         record = json.loads((directory / RECORD_FILE).read_text())
-        with np.load(directory / SAMPLES_FILE) as file:
-            return file["arr_0"], file["labels"], record
-    except (OSError, ValueError, KeyError) as error:
+        images, labels = (map_array(directory / SAMPLES_FILE, name) for name in ("arr_0", "labels"))
+        return images, np.array(labels), record
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{directory}: no finished samples ({error}); expected {SAMPLES_FILE} and {RECORD_FILE}, run `npp sample`"
         ) from None
@@ -56,6 +112,37 @@ def newest_samples(run_dir: str | Path) -> Path:
     return newest.parent
 
 
-def repeated_images(images: np.ndarray) -> int:
-    """How many images are pixel for pixel equal to an earlier one."""
-    return len(images) - len({image.tobytes() for image in images})
+def write_pngs(directory: str | Path, images: Iterable[np.ndarray], numbers: Iterable[int]) -> None:
+    """Writes images uint8 [H, W, 3] as images/000000.png .. by their `numbers`, each whole or not at all."""
+    folder = Path(directory) / PNG_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for image, number in zip(images, numbers, strict=True):
+        picture = Image.fromarray(image)
+        write_atomic(folder / png_name(number), lambda file, picture=picture: picture.save(file, "PNG"))
+
+
+def complete_pngs(directory: str | Path, class_names: Sequence[str] = ()) -> None:
+    """Writes the PNGs that are still missing beside finished samples, then labels.csv: file, class, its name."""
+    directory = Path(directory)
+    images, labels, _ = load_samples(directory)
+    there = {path.name for path in (directory / PNG_FOLDER).glob("*.png")}
+    missing = [i for i in range(len(images)) if png_name(i) not in there]
+    write_pngs(directory, (images[i] for i in missing), missing)
+    for leftover in (directory / PNG_FOLDER).glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    if missing or not (directory / LABELS_FILE).is_file():
+        table = io.StringIO()
+        rows = csv.writer(table, lineterminator="\n")
+        rows.writerow(["file", "class", "name"])
+        rows.writerows([png_name(i), c, class_names[c] if class_names else ""] for i, c in enumerate(labels.tolist()))
+        write_text_atomic(directory / LABELS_FILE, table.getvalue())
+
+
+def png_name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def repeated_images(images: Iterable[np.ndarray]) -> int:
+    """How many images are pixel for pixel equal to an earlier one; told from 128-bit hashes, one image at a time."""
+    digests = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in images]
+    return len(digests) - len(set(digests))

@@ -22,7 +22,7 @@ def sample_grid(
     Images smaller than `min_cell` are enlarged by a whole factor without smoothing, so that every pixel stays visible.
     """
     classes = np.unique(labels)[:max_rows]
-    rows = [images[labels == c][:per_row] for c in classes]
+    rows = [images[np.flatnonzero(labels == c)[:per_row]] for c in classes]
     names = [class_names[c] if c < len(class_names) else f"class {c}" for c in classes]
     height, width = images.shape[1:3]
     factor = max(1, -(-min_cell // min(height, width)))

@@ -1,32 +1,23 @@
-"""Samples of a run: which labels, which weights, codes, pixels, and the folder they are written to."""
+"""From a model to images: which label image i has, its codes, its pixels."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npp_ds import __version__
 from npp_ds.errors import UserError
-from npp_ds.files import sha256
 from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sampling.decode import generate
-from npp_ds.sampling.folder import repeated_images, write_samples
 from npp_ds.tokenizer import vq
-from npp_ds.tokenizer.loading import SHIPPED
-from npp_ds.weights.source import open_weights
-
-if TYPE_CHECKING:
-    from npp_ds.config import RunConfig
+from npp_ds.weights.source import Weights
 
 _LABEL_STREAM = int.from_bytes(b"labels", "big")
 LABEL_CHOICES = ("balanced", "random")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -41,16 +32,6 @@ class Options:
     patch_side: int = 1
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What `sample_run` made: images uint8 [N, H, W, 3], labels int64 [N], the record beside them and their folder."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    record: dict[str, Any]
-    directory: Path
-
-
 def labels_of(indices: np.ndarray, classes: Sequence[int], mode: str, seed: int) -> np.ndarray:
     """int64 labels of the images numbered `indices`: their label depends on (classes, mode, seed, index) only.
 
@@ -62,19 +43,6 @@ def labels_of(indices: np.ndarray, classes: Sequence[int], mode: str, seed: int)
     indices = np.asarray(indices, dtype=np.int64)
     turns = indices if mode == "balanced" else mix64(_LABEL_STREAM, seed, indices)
     return np.asarray(classes, dtype=np.int64)[(turns % np.uint64(len(classes))).astype(np.int64)]
-
-
-def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_names: Sequence[str]) -> list[int]:
-    """Class numbers from numbers or names, None meaning all. Raises UserError naming every one that does not exist."""
-    if wanted is None:
-        return list(range(num_classes))
-    numbers = {name: i for i, name in enumerate(class_names)}
-    found = [numbers.get(str(w), int(w) if str(w).isdigit() else -1) for w in wanted]
-    unknown = [str(w) for w, c in zip(wanted, found, strict=True) if not 0 <= c < num_classes]
-    if unknown or not found:
-        names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
-        raise UserError(f"classes: found {', '.join(unknown) or 'none'}, expected numbers 0..{num_classes - 1}{names}")
-    return found
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
@@ -116,133 +84,18 @@ def sample_images(
     return images
 
 
-def build_model(config: "RunConfig", state_dict: dict[str, Tensor], device: str | torch.device) -> Transformer:
-    """The run's model with these weights, float32, in eval mode. Raises UserError when names or shapes do not fit."""
+def build_model(
+    weights: Weights, state_dict: dict[str, Tensor], device: str | torch.device, dtype: str = "fp32"
+) -> Transformer:
+    """The model of `weights` with these tensors, in `dtype` (a key of DTYPES), in eval mode. Raises UserError when
+    names or shapes do not fit.
+    """
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**config.model.arguments()))
-    weights = {name: tensor.to(device, torch.float32) for name, tensor in state_dict.items()}
+        model = Transformer(ModelConfig(**weights.model.arguments()))
+    tensors = {name: tensor.to(device, DTYPES[dtype]) for name, tensor in state_dict.items()}
     try:
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         found = " ".join(str(error).split())
-        raise UserError(f"weights: they do not fit the model of config.yaml: {found}") from None
+        raise UserError(f"{weights.path}: the weights do not fit the model of its config: {found}") from None
     return model.eval()
-
-
-def _read_config(run_dir: Path) -> "RunConfig":
-    from npp_ds.config_checks import load_config
-
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected the folder of a run, as `npp train` makes it")
-    return load_config(file=path)
-
-
-def _manifest(config: "RunConfig"):
-    """The training data's manifest (class names, the tokenizer's hash), or None where it is not at hand."""
-    from npp_ds.data.store import manifest_at_hand
-
-    return manifest_at_hand(config.data.train, config.data.cache_dir)
-
-
-def _tokenizer(config: "RunConfig", manifest, device: str | torch.device):
-    """The tokenizer that decodes the run's codes: the one the config names, else a shipped one that made the shards."""
-    made_by = manifest.tokenizer if manifest else None
-    shipped = (name for name, path in SHIPPED.items() if made_by and sha256(path) == made_by.sha256)
-    name = config.data.tokenizer or next(shipped, None)
-    if name is None:
-        known = f"the codes were made by {made_by.name}" if made_by else f"{config.data.train} holds no manifest"
-        raise UserError(f"data.tokenizer: not set, and {known}; set it to the tokenizer's file")
-    tokenizer = vq.load_tokenizer(name)
-    if made_by and tokenizer.sha256 != made_by.sha256:
-        raise UserError(
-            f"data.tokenizer: {name} has SHA-256 {tokenizer.sha256[:12]}.., the codes in {config.data.train} were made "
-            f"by {made_by.name} ({made_by.sha256[:12]}..); decode with that one"
-        )
-    return tokenizer.to(device)
-
-
-def sample_run(
-    run_dir: str | Path,
-    *,
-    step: int | None = None,
-    weights: str = "raw",
-    out: str | Path | None = None,
-    classes: Sequence[int | str] | None = None,
-    labels: str = "balanced",
-    per_class: int = 10,
-    options: Options | None = None,
-    batch_size: int = 64,
-    image_size: int | None = None,
-    device: str | None = None,
-    state_dict: dict[str, Tensor] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Samples:
-    """Samples `per_class` x classes images of a run's checkpoint and writes them to `out`.
-
-    Weights are those of `step` (None: the newest complete checkpoint), `weights` "raw" or "ema" (their moving average),
-    or `state_dict` when given. `out` defaults to a folder under <run_dir>/samples named after step and settings.
-    With `labels` "random" the number of images stays and the labels are drawn.
-    """
-    run_dir, options = Path(run_dir), options or Options()
-    for name, value in (("per_class", per_class), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name}: found {value}, expected a whole number of at least 1")
-    config = _read_config(run_dir)
-    manifest = _manifest(config)
-    class_names = list(manifest.class_names) if manifest else []
-    chosen = parse_classes(classes, config.model.num_classes, class_names)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if state_dict is None:
-        source = open_weights(run_dir, step=step, kind=weights)
-        state_dict, step = source.read(), source.step
-    model = build_model(config, state_dict, device)
-    tokenizer = _tokenizer(config, manifest, device)
-    indices = np.arange(per_class * len(chosen))
-    image_labels = labels_of(indices, chosen, labels, options.seed)
-    started = time.perf_counter()
-    images = sample_images(
-        model,
-        tokenizer.decode,
-        image_labels,
-        indices,
-        options,
-        batch_size=batch_size,
-        image_size=image_size,
-        progress=progress,
-    )
-    seconds = time.perf_counter() - started
-    record = {
-        "run": config.name,
-        "checkpoint_step": step,
-        "weights": weights,
-        **asdict(options),
-        "labels": labels,
-        "classes": chosen,
-        "per_class": per_class,
-        **_described(images, seconds),
-        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
-    }
-    directory = Path(out) if out else run_dir / "samples" / _folder_name(step, weights, labels, options)
-    write_samples(directory, images, image_labels, record, class_names)
-    return Samples(images, image_labels, record, directory)
-
-
-def _described(images: np.ndarray, seconds: float) -> dict[str, Any]:
-    return {
-        "count": len(images),
-        "image_size": list(images.shape[1:3]),
-        "repeated_images": repeated_images(images),
-        "seconds": round(seconds, 3),
-        "images_per_second": round(len(images) / seconds, 3),
-        "created_by": f"npp_ds {__version__}",
-    }
-
-
-def _folder_name(step: int | None, weights: str, labels: str, options: Options) -> str:
-    """Step, guidance and seed, then whatever else differs from the defaults, so that no two settings share a folder."""
-    usual = asdict(Options())
-    others = [f"{name}-{value:g}" for name, value in asdict(options).items() if value != usual[name]]
-    others = [text.replace("_", "-") for text in others if not text.startswith(("cfg_scale", "seed"))]
-    parts = [f"step-{step or 0:08d}", f"cfg-{options.cfg_scale:g}", f"seed-{options.seed}", *others]
-    return "-".join([*parts, *(word for word in (weights, labels) if word not in ("raw", "balanced"))])

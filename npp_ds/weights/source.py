@@ -22,7 +22,7 @@ class Weights:
 
     `name` and `step` are for people (None: not known); `kind` is "raw", or "ema" for the moving average; `sha256`
     tells these weights from all others; `read()` gives {name: float32 tensor} on the CPU; `config` is that of the run,
-    for weights in a run folder.
+    for weights in a run folder; `patch_side` that of the stage in which they were last trained (None: not known).
     """
 
     path: Path
@@ -33,6 +33,7 @@ class Weights:
     sha256: str
     read: Callable[[], dict[str, Tensor]]
     config: RunConfig | None = None
+    patch_side: int | None = None
 
 
 def open_weights(path: str | Path, *, step: int | None = None, kind: str = "raw") -> Weights:
@@ -52,4 +53,5 @@ def open_weights(path: str | Path, *, step: int | None = None, kind: str = "raw"
     def read() -> dict[str, Tensor]:
         return read_weights(folder, record, KINDS[kind])
 
-    return Weights(path, config.name, record.step, kind, config.model, sha256(folder / RECORD), read, config)
+    side = config.stage_table()[record.stage].patch_side
+    return Weights(path, config.name, record.step, kind, config.model, sha256(folder / RECORD), read, config, side)

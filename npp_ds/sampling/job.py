@@ -1,0 +1,240 @@
+"""Samples in numbers: drawn in parts by any number of processes, resumable, put together by whoever is last.
+
+A part owns a fixed range of the images and batches never cross parts, so the images depend neither on the number of
+processes nor on interruptions. Processes share nothing but the output folder.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npp_ds import __version__
+from npp_ds.claims import Claims, locked
+from npp_ds.differences import differences
+from npp_ds.errors import UserError
+from npp_ds.files import write_atomic, write_json_atomic
+from npp_ds.model import Transformer
+from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, write_npy, write_pngs, write_samples
+from npp_ds.sampling.request import Request
+from npp_ds.sampling.sampler import build_model, labels_of, sample_images
+from npp_ds.tokenizer.vq import VQModel
+from npp_ds.weights.source import Weights
+
+WORK_FOLDER = ".unfinished"
+SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
+
+
+class Sampling:
+    """The drawing of one request into one folder: `run`, then `finish`, in every process that takes part."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        tokenizer: VQModel,
+        request: Request,
+        out: str | Path,
+        *,
+        class_names: Sequence[str] = (),
+        device: str = "cpu",
+        batch_size: int = 64,
+        png: bool = False,
+    ):
+        """`png` writes the images as files as well. UserError for an impossible request, or when `out` holds samples
+        of another one."""
+        request.check(weights, tokenizer)
+        if batch_size < 1:
+            raise UserError(f"batch_size: found {batch_size}, expected a whole number of at least 1")
+        self.weights, self.tokenizer, self.request, self.out = weights, tokenizer, request, Path(out)
+        self.class_names, self.device, self.batch_size, self.png = class_names, device, batch_size, png
+        self.work = self.out / WORK_FOLDER
+        self.part_count = -(-request.count // request.part_size)
+        self._sound: set[int] = set()
+        self._drawn, self._seconds, self._processes = 0, 0.0, 1
+        self._check_folder()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the images depend on: this must agree before those of an earlier call are kept."""
+        request, tokenizer = self.request, self.tokenizer
+        return {
+            "weights_sha256": self.weights.sha256,
+            "checkpoint_step": self.weights.step,
+            "weights": self.weights.kind,
+            **asdict(request.options),
+            "labels": request.labels,
+            "classes": list(request.classes),
+            "count": request.count,
+            "image_size": [self.image_size, self.image_size],
+            "dtype": request.dtype,
+            "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256},
+        }
+
+    @property
+    def image_size(self) -> int:
+        return self.request.image_size or self.weights.model.grid_size * self.tokenizer.downsample
+
+    @property
+    def finished(self) -> bool:
+        """Whether the samples are all there, with their record; PNGs may be missing."""
+        return (self.out / RECORD_FILE).is_file()
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of this process, without loading and writing; None as long as it has drawn nothing."""
+        return self._drawn / self._seconds if self._drawn else None
+
+    def run(
+        self, rank: int = 0, world_size: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> int:
+        """Draws the missing parts that no other process holds; returns the number of images drawn.
+
+        `progress(done, total)` counts the images of all processes.
+        """
+        self._processes = world_size
+        if self.finished:
+            return 0
+        with locked(self.work / LOCK_FILE):
+            self.work.mkdir(exist_ok=True)  # it is removed under this lock
+            self._check_folder()  # again, now that nobody else can begin
+            if not (self.work / SETTINGS_FILE).is_file():
+                write_json_atomic(self.work / SETTINGS_FILE, self._settings())
+        with Claims(self.work, rank, world_size) as claims:
+            for part in claims.take(self.part_count, lambda part: self._is_sound(part) or self.finished):
+                self._draw(part, progress)
+                claims.release(part)
+        return self._drawn
+
+    def finish(self) -> dict[str, Any] | None:
+        """Puts the parts together and returns the record; None while other processes still hold some: the last one
+        will do it."""
+        if not all(map(self._is_sound, range(self.part_count))) and not self.finished:
+            return None
+        if self.work.exists() or self.png or not self.finished:
+            with locked(self.work / LOCK_FILE):
+                if not self.finished:
+                    self._assemble()
+                if self.png:
+                    complete_pngs(self.out, self.class_names)
+                for leftover in self.out.glob(".*.tmp"):
+                    leftover.unlink(missing_ok=True)
+                shutil.rmtree(self.work, ignore_errors=True)
+        return json.loads((self.out / RECORD_FILE).read_text())
+
+    @cached_property
+    def model(self) -> Transformer:
+        self.tokenizer.to(self.device)
+        return build_model(self.weights, self.weights.read(), self.device, self.request.dtype)
+
+    def _draw(self, part: int, progress: Callable[[int, int], None]) -> None:
+        request, numbers = self.request, self._numbers(part)
+        before = sum(len(self._numbers(int(file.stem))) for file in self.work.glob("[0-9]*.npy"))
+        model, started = self.model, time.perf_counter()
+        images = sample_images(
+            model,
+            self.tokenizer.decode,
+            self._labels(numbers),
+            numbers,
+            request.options,
+            batch_size=self.batch_size,
+            image_size=request.image_size,
+            progress=lambda done, total: progress(min(before + done, request.count), request.count),
+        )
+        self._seconds += time.perf_counter() - started
+        if self.png:
+            write_pngs(self.out, images, numbers.tolist())
+        write_atomic(self._file(part), lambda file: write_npy(file, images))
+        self._drawn += len(images)
+
+    def _assemble(self) -> None:
+        labels = self._labels(np.arange(self.request.count))
+        per_class = self.request.count // len(self.request.classes)
+        record = {
+            "run": self.weights.name,
+            "source": str(self.weights.path),
+            **self.identity,
+            "per_class": per_class if self.request.labels == "balanced" else None,
+            "batch_size": self.batch_size,
+            "processes": self._processes,
+            "seconds": round(self._seconds, 3),
+            "images_per_second": self.images_per_second and round(self.images_per_second, 3),
+            "created_by": f"npp_ds {__version__}",
+            "git_commit": _git_commit(),
+        }
+        try:
+            write_samples(self.out, self._parts(), labels, record, self.class_names)
+        except FileNotFoundError:  # without file locks another process may have done the same, and be done
+            if not self.finished:
+                raise
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        for part in range(self.part_count):
+            yield np.load(self._file(part), mmap_mode="r")
+
+    def _numbers(self, part: int) -> np.ndarray:
+        first = part * self.request.part_size
+        return np.arange(first, min(first + self.request.part_size, self.request.count))
+
+    def _labels(self, numbers: np.ndarray) -> np.ndarray:
+        request = self.request
+        return labels_of(numbers, request.classes, request.labels, request.options.seed)
+
+    def _file(self, part: int) -> Path:
+        return self.work / f"{part:06d}.npy"
+
+    def _is_sound(self, part: int) -> bool:
+        """Whether the part is there, whoever drew it; files appear whole, and one of a wrong size is drawn again."""
+        if part in self._sound and self._file(part).is_file():
+            return True
+        try:
+            images = np.load(self._file(part), mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        if images.shape == (len(self._numbers(part)), self.image_size, self.image_size, 3):
+            self._sound.add(part)
+        return part in self._sound
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self.identity, "part_size": self.request.part_size}
+
+    def _check_folder(self) -> None:
+        """UserError when the folder's samples, or the parts of unfinished ones, were made with other settings."""
+        for file in (self.work / SETTINGS_FILE, self.out / RECORD_FILE):
+            try:
+                found = json.loads(file.read_text())
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                raise UserError(
+                    f"{file}: damaged ({error}); remove {self.out} and run the same command again"
+                ) from None
+            wanted = self._settings() if file.parent == self.work else self.identity
+            if different := list(differences({name: found[name] for name in wanted if name in found}, wanted)):
+                raise UserError(
+                    f"{self.out}: holds samples of other settings ({'; '.join(different)}); choose another folder with "
+                    "--out, or remove that one"
+                )
+            return
+        if (self.out / SAMPLES_FILE).exists():
+            raise UserError(f"{self.out}: holds {SAMPLES_FILE} but no record; choose another folder or remove that one")
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree this runs from, with "+" when it was changed; None outside of one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
