@@ -166,7 +166,7 @@ class Sampling:
             "seconds": round(self._seconds, 3),
             "images_per_second": self.images_per_second and round(self.images_per_second, 3),
             "created_by": f"npp_ds {__version__}",
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
         }
         try:
             write_samples(self.out, self._parts(), labels, record, self.class_names)
@@ -226,7 +226,7 @@ class Sampling:
             raise UserError(f"{self.out}: holds {SAMPLES_FILE} but no record; choose another folder or remove that one")
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the source tree this runs from, with "+" when it was changed; None outside of one."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
