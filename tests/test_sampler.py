@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from image_sets import save_tiny_tokenizer
 from npp_ds.data.shards import TokenizerInfo
 from npp_ds.errors import UserError
 from npp_ds.files import sha256
@@ -23,7 +25,8 @@ from npp_ds.sampling.job import Sampling
 from npp_ds.sampling.request import Request, companions, default_folder, image_count, parse_classes, stage_warning
 from npp_ds.sampling.sampler import Options, labels_of, resize, sample_images
 from npp_ds.tokenizer import loading, vq
-from npp_ds.weights.source import Weights, open_weights
+from npp_ds.weights.exported import export_weights
+from npp_ds.weights.source import open_weights
 from sample_sets import tiny_model, tiny_run
 from shard_sets import files_limited_to, manifest_of
 
@@ -167,16 +170,9 @@ def test_adms_evaluator_can_read_the_file_and_numpy_too(weights, tokenizer, tmp_
 def test_the_file_is_written_in_parts_and_mapped_for_reading(tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (7, 4, 6, 3), dtype=np.uint8), np.arange(7) % 2
-    held = []
-
-    def parts():
-        for start in (0, 3, 6):
-            held.append(start)
-            yield images[start : start + 3]
-
-    write_samples(tmp_path / "parts", parts(), labels, {"seed": 1})
+    parts = (images[start : start + 3] for start in (0, 3, 6))
+    write_samples(tmp_path / "parts", parts, labels, {"seed": 1})
     write_samples(tmp_path / "whole", images, labels, {"seed": 1})
-    assert held == [0, 3, 6]
     assert (tmp_path / "parts/samples.npz").read_bytes() == (tmp_path / "whole/samples.npz").read_bytes()
     read, read_labels, record = load_samples(tmp_path / "parts")
     assert isinstance(read, np.memmap) and record == {"seed": 1, "repeated_images": 0}
@@ -193,15 +189,28 @@ def test_the_file_is_written_in_parts_and_mapped_for_reading(tmp_path):
         load_samples(tmp_path / "parts")
 
 
+def test_no_more_than_a_part_is_held_in_memory(tmp_path):
+    size, count = 50 * 64 * 64 * 3, 60
+    parts = (np.full((50, 64, 64, 3), number, np.uint8) for number in range(count))
+    tracemalloc.start()
+    write_samples(tmp_path, parts, np.arange(50 * count) % 4, {})
+    images, _, record = load_samples(tmp_path)
+    total = sum(int(image[0, 0, 0]) for image in images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == 50 * sum(range(count)) and record["repeated_images"] == 49 * count
+    assert peak < 5 * size
+
+
 def test_given_classes_a_coarse_side_and_given_weights_are_used(weights, tokenizer, tmp_path, monkeypatch):
     decoded = []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda codes: decoded.append(codes) or decode(codes))
     request = Request(classes=[2], count=6, options=Options(patch_side=2, seed=9))
-    other = replace(weights, read=tiny_model(seed=1).state_dict, sha256="b" * 64)
+    other = open_weights(tiny_run(tmp_path / "other", seed=1))
     record = draw(other, tokenizer, request, tmp_path / "looked")
     assert load_samples(tmp_path / "looked")[1].tolist() == [2] * 6
-    assert record["weights_sha256"] == "b" * 64
+    assert record["weights_sha256"] == other.sha256 != weights.sha256
     (codes,) = decoded
     patches = group(codes, 2)
     assert (patches == patches[..., :1]).all()
@@ -237,7 +246,7 @@ def test_finished_samples_are_kept_and_parts_drawn_before_are_not_drawn_again(we
     quiet = tmp_path / "quiet"
     draw(weights, tokenizer, twelve(), quiet)
     before = {path.name: path.stat().st_mtime_ns for path in quiet.iterdir()}
-    again = Sampling(replace(weights, read=lambda: 1 / 0), tokenizer, twelve(), quiet)
+    again = Sampling(replace(weights, open_reader=lambda: 1 / 0), tokenizer, twelve(), quiet)
     assert again.run() == 0 and again.finish()["count"] == 12
     assert {path.name: path.stat().st_mtime_ns for path in quiet.iterdir()} == before
 
@@ -293,8 +302,9 @@ def test_a_folder_with_samples_or_parts_of_other_settings_is_refused_with_the_di
     for text, change in changes.items():
         with pytest.raises(UserError, match=f"holds samples of other settings.*{text}"):
             Sampling(weights, tokenizer, twelve(**change), tmp_path)
-    with pytest.raises(UserError, match=f"weights_sha256: it has '{weights.sha256}', asked for 'bbb"):
-        Sampling(replace(weights, sha256="b" * 64), tokenizer, twelve(), tmp_path)
+    other = replace(weights, fingerprinted=weights.path / "config.yaml")
+    with pytest.raises(UserError, match=f"weights_sha256: it has '{weights.sha256}', asked for '{other.sha256}'"):
+        Sampling(other, tokenizer, twelve(), tmp_path)
     Sampling(weights, tokenizer, twelve(), tmp_path, batch_size=7)
     if finished:
         (tmp_path / "samples.json").unlink()
@@ -360,9 +370,9 @@ def test_impossible_requests_are_refused_before_anything_is_drawn(weights, token
 
 
 def test_weights_of_another_model_are_refused(weights, tokenizer, tmp_path):
-    state = {k: v for k, v in tiny_model().state_dict().items() if k != "output.weight"}
+    shapes = {name: shape for name, shape in weights.shapes.items() if name != "output.weight"}
     with pytest.raises(UserError, match=r"do not fit the model of its config.*output\.weight"):
-        Sampling(replace(weights, read=lambda: state), tokenizer, twelve(), tmp_path).run()
+        Sampling(replace(weights, shapes=shapes), tokenizer, twelve(), tmp_path).run()
 
 
 def test_samples_of_different_settings_go_to_different_folders(weights):
@@ -374,6 +384,8 @@ def test_samples_of_different_settings_go_to_different_folders(weights):
         {"options": Options(top_k=5)},
         {"options": Options(top_p=0.9)},
         {"options": Options(patch_side=2)},
+        {"options": Options(cfg_schedule="linear")},
+        {"options": Options(cfg_interval=3)},
         {"labels": "random"},
         {"count": 24},
         {"classes": [0, 2]},
@@ -391,13 +403,12 @@ def test_samples_of_different_settings_go_to_different_folders(weights):
 
 
 def test_codes_are_decoded_only_by_the_tokenizer_that_made_them(tmp_path, monkeypatch):
-    run_dir = tiny_run(tmp_path / "run", train=tmp_path / "shards")
+    file = save_tiny_tokenizer(tmp_path / "vq.safetensors")
     (tmp_path / "shards").mkdir()
-    file = run_dir / "vq.safetensors"
     made_by = TokenizerInfo(name="vq.safetensors", sha256=sha256(file), downsample=4, precision="fp32")
     shards = {"vocab_size": 64, "num_classes": 3, "class_names": ["cat", "dog", "cow"], "tokenizer": made_by}
     manifest_of([], **shards).save(tmp_path / "shards")
-    weights = open_weights(run_dir)
+    weights = open_weights(tiny_run(tmp_path / "run", train=tmp_path / "shards"))
     with pytest.raises(UserError, match=r"the codes were made by vq\.safetensors.*not at hand; give its file with"):
         companions(weights)
     found, names = companions(weights, file)
@@ -408,14 +419,19 @@ def test_codes_are_decoded_only_by_the_tokenizer_that_made_them(tmp_path, monkey
     assert companions(weights)[0].sha256 == made_by.sha256
 
 
-def test_weights_without_a_run_need_a_tokenizer_and_take_class_numbers(weights, run_dir):
-    exported = Weights(
-        run_dir / "tiny.safetensors", "tiny", None, "raw", weights.model, weights.sha256, weights.read, None
-    )
-    with pytest.raises(UserError, match="give its name or file with --tokenizer"):
-        companions(exported)
-    tokenizer, names = companions(exported, run_dir / "vq.safetensors")
-    assert tokenizer.config.codebook_size == 64 and names == []
+def test_weights_that_are_a_file_need_a_tokenizer_and_draw_what_their_run_draws(weights, tokenizer, tmp_path):
+    files = {"safetensors": tmp_path / "tiny.safetensors", "published": tmp_path / "tiny.pt"}
+    draw(weights, tokenizer, twelve(), tmp_path / "run")
+    for layout, file in files.items():
+        export_weights(weights, file, layout=layout)
+        found = open_weights(file, grid_size=4, n_heads=2)
+        with pytest.raises(UserError, match="give its name or file with --tokenizer"):
+            companions(found)
+        named, names = companions(found, weights.path / "vq.safetensors")
+        assert (named.sha256, names) == (tokenizer.sha256, [])
+        record = draw(found, named, twelve(), tmp_path / layout)
+        assert record["source"] == str(file) and record["weights_sha256"] == sha256(file)
+        np.testing.assert_array_equal(load_samples(tmp_path / layout)[0], load_samples(tmp_path / "run")[0])
 
 
 def test_the_grid_shows_each_class_in_its_row():

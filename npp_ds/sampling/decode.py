@@ -6,15 +6,8 @@ from torch import Tensor
 from npp_ds.errors import UserError
 from npp_ds.model.patches import repeat_code, ungroup
 from npp_ds.model.transformer import Transformer
+from npp_ds.sampling.guidance import check_guidance, guidance_scales, guide
 from npp_ds.sampling.noise import gumbel, noise_keys
-
-
-def guide(logits: Tensor, cfg_scale: float) -> Tensor:
-    """logits[2B, V], the conditional half first -> [B, V]: uncond + (cond - uncond) * scale (LlamaGen, arXiv
-    2406.06525).
-    """
-    conditional, unconditional = logits.chunk(2)
-    return unconditional + (conditional - unconditional) * cfg_scale
 
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -43,11 +36,9 @@ def choose(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: 
     return (logits + gumbel(keys, logits.shape[1])).argmax(-1)
 
 
-def _check(model: Transformer, labels: Tensor, cfg_scale, temperature, top_k, top_p, patch_side) -> None:
+def _check(model: Transformer, labels: Tensor, guidance: tuple, temperature, top_k, top_p, patch_side) -> None:
     c = model.config
-    problems = []
-    if not cfg_scale >= 0:
-        problems.append(f"cfg_scale: found {cfg_scale}, expected a number >= 0 (1 is no guidance)")
+    problems = check_guidance(*guidance)
     if not temperature >= 0:
         problems.append(f"temperature: found {temperature}, expected a number >= 0 (0 takes the most likely code)")
     if top_k < 0:
@@ -73,6 +64,9 @@ def generate(
     *,
     seed: int,
     cfg_scale: float = 1.0,
+    cfg_schedule: str = "constant",
+    cfg_power: float = 1.0,
+    cfg_interval: int = -1,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -86,13 +80,16 @@ def generate(
     noisy logits lie that close together, while with the inverse of the cumulative distribution every rounding error of
     the sum moves all borders.
 
-    With `cfg_scale` other than 1 the conditional and the unconditional half run as one batch of 2B. `patch_side` > 1
+    Guidance is that of `guidance_scales`; as long as a position ahead needs it, the conditional and the unconditional
+    half run as one batch of 2B. `patch_side` > 1
     samples a model of an early stage on its coarse grid and shows every patch as one code repeated. Raises UserError
     for options out of range, all named at once.
     """
-    _check(model, labels, cfg_scale, temperature, top_k, top_p, patch_side)
+    guidance = (cfg_scale, cfg_schedule, cfg_power, cfg_interval)
+    _check(model, labels, guidance, temperature, top_k, top_p, patch_side)
     grid = model.config.grid_size // patch_side
-    guided = cfg_scale != 1
+    scales = guidance_scales(grid * grid, *guidance)
+    guided = any(scale != 1 for scale in scales)
     if not len(labels):
         return labels.new_zeros((0, model.config.grid_size**2), dtype=torch.int64)
     inputs = torch.cat([labels, torch.full_like(labels, model.config.num_classes)]) if guided else labels
@@ -102,7 +99,7 @@ def generate(
     for position in range(grid * grid):
         logits = model.decode_step(inputs, position, grid, cache)
         if guided:
-            logits = guide(logits, cfg_scale)
+            logits = guide(logits, torch.tensor(scales[position], device=logits.device))
         codes = choose(logits, keys[:, position], temperature, top_k, top_p)
         chosen.append(codes)
         inputs = repeat_code(codes.repeat(2 if guided else 1), patch_side**2)

@@ -13,7 +13,7 @@ from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sampling.decode import generate
 from npp_ds.tokenizer import vq
-from npp_ds.weights.source import Weights
+from npp_ds.weights.opened import Weights
 
 _LABEL_STREAM = int.from_bytes(b"labels", "big")
 LABEL_CHOICES = ("balanced", "random")
@@ -30,6 +30,9 @@ class Options:
     top_k: int = 0
     top_p: float = 1.0
     patch_side: int = 1
+    cfg_schedule: str = "constant"
+    cfg_power: float = 1.0
+    cfg_interval: int = -1
 
 
 def labels_of(indices: np.ndarray, classes: Sequence[int], mode: str, seed: int) -> np.ndarray:
