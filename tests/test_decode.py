@@ -3,6 +3,9 @@ only on (seed, index).
 """
 
 import copy
+import gc
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +13,11 @@ import torch
 
 from npp_ds.errors import UserError
 from npp_ds.model import patches
-from npp_ds.sampling.decode import choose, generate, keep_likely
+from npp_ds.model.transformer import Block
+from npp_ds.sampling.decode import generate
+from npp_ds.sampling.drawing import Drawing, choose, keep_likely
 from npp_ds.sampling.noise import gumbel, noise_keys
+from npp_ds.sampling.steps import recorded_steps
 from published_models import published_model
 
 
@@ -35,10 +41,10 @@ def test_cached_logits_equal_the_full_forward(name, patch_side):
     codes = patches.group(torch.from_numpy(vectors["codes"].astype(np.int64)), patch_side)[:, :40]
     labels = torch.from_numpy(vectors["labels"])
     grid = model.config.grid_size // patch_side
-    cache = model.new_cache(len(codes), grid * grid, torch.float32, "cpu")
+    cache = model.new_cache(len(codes), grid, torch.float32, "cpu")
     inputs = [labels, *codes[:, :-1].unbind(1)]
     with torch.no_grad():
-        logits = torch.stack([model.decode_step(x, i, grid, cache) for i, x in enumerate(inputs)], dim=1).numpy()
+        logits = torch.stack([model.decode_step(x, i, cache) for i, x in enumerate(inputs)], dim=1).numpy()
     np.testing.assert_allclose(logits, vectors[f"logits_p{patch_side}"][:, :40], rtol=1e-4, atol=1e-4)
 
 
@@ -54,6 +60,150 @@ def test_greedy_codes_of_grouped_query_attention_equal_the_full_forward_argmax(p
         expected = model(codes, labels, output="logits").argmax(-1)
     assert torch.equal(codes[..., 0], expected)
     assert len(codes[..., 0].unique()) > 3
+
+
+@pytest.mark.parametrize("name", ["gpt_small", "gpt_gqa"])
+@pytest.mark.parametrize("patch_side", [1, 2])
+def test_steps_that_read_the_cache_in_buckets_give_the_logits_of_the_full_forward(name, patch_side):
+    model, vectors = published_model(name)
+    codes = patches.group(torch.from_numpy(vectors["codes"].astype(np.int64)), patch_side)[:, :40]
+    labels = torch.from_numpy(vectors["labels"])
+    cache = model.new_cache(len(codes), model.config.grid_size // patch_side, torch.float32, "cpu")
+    with torch.no_grad():
+        logits = [model.decode_step(labels, 0, cache)]
+        for i, x in enumerate(codes[:, :-1].unbind(1), start=1):
+            logits.append(
+                model.decode_step(x, torch.tensor([i]), cache, length=min(i // 12 * 12 + 12, len(cache.rotary)))
+            )
+    expected = vectors[f"logits_p{patch_side}"][:, :40]
+    np.testing.assert_allclose(torch.stack(logits, dim=1).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_filled_part_of_the_cache_is_read(small):
+    model, vectors = small
+    codes, labels = (torch.from_numpy(vectors[key].astype(np.int64)) for key in ("codes", "labels"))
+    cache = model.new_cache(len(codes), model.config.grid_size, torch.float32, "cpu")
+    unfilled = 0
+    for position in range(12):
+        length = None if position < 6 else 12
+        for tensor in (*cache.keys, *cache.values):
+            tensor[:, :, length or position :] = torch.nan
+            unfilled += tensor.isnan().sum().item()
+        inputs = codes[:, position - 1, None] if position else labels
+        with torch.no_grad():
+            logits = model.decode_step(inputs, torch.tensor([position]) if length else position, cache, length)
+        np.testing.assert_allclose(logits.numpy(), vectors["logits_p1"][:, position], rtol=1e-4, atol=1e-4)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.nan_to_num_(0.0)
+    assert unfilled > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cfg_scale": 2.5, "temperature": 0.9, "top_k": 50, "top_p": 0.9},
+        {"cfg_scale": 3.0, "cfg_schedule": "linear"},
+        {"cfg_scale": 3.0, "cfg_interval": 20},
+        {"cfg_scale": 2.0, "patch_side": 2},
+    ],
+)
+def test_steps_as_they_are_recorded_draw_the_codes_of_plain_steps(small, options):
+    model, _ = small
+    labels, indices = torch.arange(5), torch.arange(20, 25)
+    codes = generate(model, labels, indices, seed=3, capture=True, **options)
+    assert torch.equal(codes, generate(model, labels, indices, seed=3, **options))
+    again = generate(model, labels[3:], indices[3:], seed=3, capture=True, **options)
+    assert torch.equal(again, codes[3:])  # a part of the larger batch that is kept, after other images were in it
+
+
+def test_a_kind_of_batch_is_recorded_from_its_second_time_on_and_anew_where_weights_have_moved():
+    model, _ = published_model("gpt_small")
+    drawing, cpu = Drawing(1.0, 0, 1.0, 1), torch.device("cpu")
+
+    def recorded(size, guided=True, drawing=drawing, at_once=False):
+        return recorded_steps(model, size, guided, drawing, cpu, at_once)
+
+    assert recorded(4) is None
+    steps = recorded(4)
+    assert steps.batch.size == 4
+    assert recorded(4) is steps and recorded(3) is steps
+    assert recorded(5) is None
+    steps = recorded(5)
+    model.norm.weight = torch.nn.Parameter(model.norm.weight.detach().clone())
+    assert recorded(5) is None and recorded(5) is not steps
+    assert recorded(5, guided=False) is None and recorded(5, drawing=replace(drawing, top_k=3)) is None
+    assert recorded(2, at_once=True).batch.size == 2
+
+
+def test_recorded_steps_live_as_long_as_their_model():
+    model, _ = published_model("gpt_small")
+    steps = recorded_steps(model, 2, True, Drawing(1.0, 0, 1.0, 1), torch.device("cpu"), at_once=True)
+    steps.step(model, 0, True)
+    steps.step(model, 1, True)
+    steps = weakref.ref(steps)
+    del model
+    gc.collect()
+    assert steps() is None
+
+
+def test_one_compilation_serves_all_layers_batch_sizes_and_lengths():
+    model, _ = published_model("gpt_gqa")
+    compiled = []
+    block_step = torch.compile(
+        Block.step, dynamic=True, fullgraph=True, backend=lambda graph, _: compiled.append(graph) or graph.forward
+    )
+    for rows, position, length in ((4, 3, 24), (4, 40, 48), (6, 17, 30)):
+        caches = [model.new_cache(rows, model.config.grid_size, torch.float32, "cpu") for _ in range(2)]
+        codes = torch.arange(rows)[:, None]
+        with torch.no_grad():
+            steps = [
+                model.decode_step(codes, torch.tensor([position]), cache, length, step)
+                for cache, step in zip(caches, (Block.step, block_step), strict=True)
+            ]
+        torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(*keys) for keys in zip(*(cache.keys for cache in caches), strict=True))
+    assert len(compiled) == 1
+
+
+def test_guidance_that_has_ended_costs_nothing(small, monkeypatch):
+    model, _ = small
+    rows = []
+    decode_step = model.decode_step
+    monkeypatch.setattr(model, "decode_step", lambda inputs, *a: rows.append(len(inputs)) or decode_step(inputs, *a))
+    generate(model, torch.arange(3), torch.arange(3), seed=0, cfg_scale=2.0, cfg_interval=5)
+    assert rows == [6] * 7 + [3] * (len(rows) - 7)
+    rows.clear()
+    generate(model, torch.arange(3), torch.arange(3), seed=0, cfg_scale=2.0, cfg_schedule="linear")
+    assert set(rows) == {6}
+
+
+def test_weights_that_hooks_gather_and_release_around_each_module_are_enough(small):
+    model, vectors = small
+    model = copy.deepcopy(model)
+    labels = torch.from_numpy(vectors["sample_labels"])
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            whole = parameter.data
+            parameter.data = torch.empty(0)
+            module.register_forward_pre_hook(lambda *_, p=parameter, w=whole: setattr(p, "data", w))
+            module.register_forward_hook(lambda *_, p=parameter: setattr(p, "data", torch.empty(0)))
+    codes = generate(model, labels, torch.arange(4), seed=0, cfg_scale=2.0, temperature=0)
+    np.testing.assert_array_equal(codes.numpy(), vectors["greedy_cfg2.0"])
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+
+
+def test_a_bf16_model_is_sampled_with_float32_logits(small):
+    model, vectors = small
+    model = copy.deepcopy(model).bfloat16()
+    labels = torch.from_numpy(vectors["sample_labels"])
+    with torch.no_grad():
+        logits = model.decode_step(labels, 0, model.new_cache(4, model.config.grid_size, torch.bfloat16, "cpu"))
+    assert logits.dtype == torch.float32
+    for capture in (False, True):
+        codes = generate(model, labels, torch.arange(4), seed=0, cfg_scale=2.0, temperature=0, capture=capture)
+        same = (codes.numpy() == vectors["greedy_cfg2.0"])[:, :4].mean()
+        assert same > 0.6, same
 
 
 def test_image_depends_only_on_seed_and_index(small):
@@ -115,8 +265,41 @@ def test_noise_and_greedy_codes_on_cuda_equal_those_on_the_cpu(small):
     keys = noise_keys(1, torch.arange(50), 4).flatten(0, 1)
     torch.testing.assert_close(gumbel(keys.cuda(), 512).cpu(), gumbel(keys, 512), rtol=1e-5, atol=1e-5)
     labels, indices = torch.from_numpy(vectors["sample_labels"]).cuda(), torch.arange(4).cuda()
-    codes = generate(copy.deepcopy(model).cuda(), labels, indices, seed=0, cfg_scale=2.0, temperature=0)
-    np.testing.assert_array_equal(codes.cpu().numpy(), vectors["greedy_cfg2.0"])
+    model = copy.deepcopy(model).cuda()
+    for capture in (False, True, None, None):
+        codes = generate(model, labels, indices, seed=0, cfg_scale=2.0, temperature=0, capture=capture)
+        np.testing.assert_array_equal(codes.cpu().numpy(), vectors["greedy_cfg2.0"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gpt_small", "gpt_gqa"])
+@pytest.mark.parametrize("patch_side", [1, 2])
+def test_recorded_steps_on_cuda_draw_the_codes_of_plain_ones_batch_after_batch(name, patch_side):
+    model = published_model(name)[0].cuda()
+    options = {"seed": 4, "cfg_scale": 2.0, "top_k": 100, "top_p": 0.95, "cfg_interval": 20, "patch_side": patch_side}
+    for start, count in ((0, 6), (50, 6), (7, 3)):
+        indices = torch.arange(start, start + count).cuda()
+        plain, recorded = (generate(model, indices % 10, indices, capture=c, **options) for c in (False, True))
+        assert (plain == recorded).all(dim=1).float().mean() > 0.5
+        assert (plain == recorded).float().mean() > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_logits_on_cuda_are_near_the_plain_ones(dtype):
+    model, vectors = published_model("gpt_gqa")
+    model = model.cuda().to(dtype)
+    codes = torch.from_numpy(vectors["codes"].astype(np.int64)).cuda()
+    caches = [model.new_cache(len(codes), model.config.grid_size, dtype, "cuda") for _ in range(2)]
+    labels, block_step = torch.from_numpy(vectors["labels"]).cuda(), torch.compile(Block.step, dynamic=True)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    with torch.no_grad():
+        for position in range(30):
+            inputs = codes[:, position - 1, None] if position else labels
+            plain = model.decode_step(inputs, position, caches[0])
+            at = torch.tensor([position], device="cuda")
+            near = model.decode_step(inputs, at, caches[1], 32, block_step)
+            torch.testing.assert_close(near, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
 
 
 def test_top_k_and_top_p_keep_the_smallest_sufficient_set():

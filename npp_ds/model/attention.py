@@ -82,12 +82,27 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """q[B, H, 1, D] attends to those of k and v[B, G, L, D] where seen[L] is true -> [B, H, 1, D], sums in float32.
+
+    Products and sums instead of a kernel for matrices: with one query a compiler reads every key and value once, at the
+    speed of memory, while tiles would be mostly padding. Entries not seen must be finite.
+    """
+    query = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
+    scores = (query * k.float()[:, :, None]).sum(-1)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (weights.unsqueeze(-1) * v.float()[:, :, None]).sum(-2).flatten(1, 2).unsqueeze(2).type_as(q)
+
+
 @dataclass
 class KeyValueCache:
-    """Keys and values of the positions decoded so far, one preallocated [B, positions, G, D] tensor each per layer."""
+    """What decoding steps share: per layer the keys and values so far, [B, G, positions, D] each, and the rotations of
+    all positions, float32 [positions, D/2, 2].
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
+    rotary: Tensor
 
 
 class Attention(nn.Module):
@@ -114,11 +129,16 @@ class Attention(nn.Module):
         out = causal_attention(q, k, v, self.choice, self.attention_dropout if self.training else 0.0)
         return self.residual_dropout(self.wo(out.flatten(2)))
 
-    def step(self, x: Tensor, rotary: Tensor, position: int, keys: Tensor, values: Tensor) -> Tensor:
-        """x[B, 1, dim] at `position`: stores its key and value, attends to the filled part of the cache only."""
-        q, k, v = self._rotated_qkv(x, rotary)
-        keys[:, position], values[:, position] = k[:, 0], v[:, 0]
-        seen_keys, seen_values = (c[:, : position + 1].transpose(1, 2) for c in (keys, values))
-        grouped = self.heads != self.kv_heads
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), seen_keys, seen_values, enable_gqa=grouped)
+    def step(
+        self, x: Tensor, rotary: Tensor, at: slice | Tensor, keys: Tensor, values: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        """x[B, 1, dim] of one position: stores its key and value `at` this place of keys and values[B, G, L, D], then
+        attends to all L of them, or to those that seen[L] marks.
+        """
+        q, k, v = (heads.transpose(1, 2) for heads in self._rotated_qkv(x, rotary))
+        keys[:, :, at], values[:, :, at] = k, v
+        if seen is None:
+            out = F.scaled_dot_product_attention(q, keys, values, enable_gqa=self.heads != self.kv_heads)
+        else:
+            out = masked_attention(q, keys, values, seen)
         return self.wo(out.transpose(1, 2).flatten(2))

@@ -3,6 +3,7 @@
 Parameter names and shapes are those of the published checkpoints.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 
@@ -81,8 +82,11 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def step(self, x: Tensor, rotary: Tensor, position: int, keys: Tensor, values: Tensor) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), rotary, position, keys, values)
+    def step(
+        self, x: Tensor, rotary: Tensor, at: slice | Tensor, keys: Tensor, values: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        """`Attention.step` and the feed-forward of one position."""
+        x = x + self.attention.step(self.attention_norm(x), rotary, at, keys, values, seen)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -147,20 +151,35 @@ class Transformer(nn.Module):
             x = layer(x, rotary)
         return self.output(self.norm(x), codes if output == "loss" else None)
 
-    def new_cache(self, batch: int, positions: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
-        """An empty cache for `decode_step`: per layer two tensors [batch, positions, n_kv_heads, head_dim]."""
+    def new_cache(self, batch: int, grid: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
+        """A cache for `decode_step` on a `grid` x `grid` map: zeros, the rotations computed."""
         c = self.config
-        shape = (batch, positions, c.n_kv_heads, c.dim // c.n_heads)
-        keys, values = ([torch.empty(shape, dtype=dtype, device=device) for _ in self.layers] for _ in range(2))
-        return KeyValueCache(keys, values)
+        shape = (batch, c.n_kv_heads, grid * grid, c.dim // c.n_heads)
+        keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers] for _ in range(2))
+        return KeyValueCache(keys, values, rotary_table(grid, c.dim // c.n_heads, device))
 
-    def decode_step(self, inputs: Tensor, position: int, grid: int, cache: KeyValueCache) -> Tensor:
-        """Logits [B, V] in float32 for patch `position` of a `grid` x `grid` map, given all earlier calls on `cache`.
+    def decode_step(
+        self,
+        inputs: Tensor,
+        position: int | Tensor,
+        cache: KeyValueCache,
+        length: int | None = None,
+        block_step: Callable[..., Tensor] = Block.step,
+    ) -> Tensor:
+        """Logits [B, V] in float32 for patch `position`, given all earlier calls on the first B rows of `cache`.
 
-        inputs are labels[B] at position 0 and the codes [B, k] of patch `position - 1` after that.
+        inputs are labels[B] at position 0 and the codes [B, k] of patch `position - 1` after that. An integer position
+        reads the filled part of the cache. An int64 tensor [1] reads its first `length` entries and masks those after
+        the position: the same operations on the same memory for every position below `length`, so that they can be
+        recorded once. `block_step` is `Block.step` or a compiled form of it.
         """
-        x = self.cls_embedding(inputs)[:, None] if position == 0 else self.tok_embeddings(inputs[:, None])
-        rotary = rotary_table(grid, self.config.dim // self.config.n_heads, inputs.device)[position : position + 1]
+        x = self.cls_embedding(inputs)[:, None] if inputs.ndim == 1 else self.tok_embeddings(inputs[:, None])
+        if isinstance(position, int):
+            at, seen, length = slice(position, position + 1), None, position + 1
+        else:
+            at, seen = position, torch.arange(length, device=position.device) <= position
+        rotary = cache.rotary[at]
+        x = x.clone()  # no view, like what comes between the layers: one compilation of `block_step` fits them all
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = layer.step(x, rotary, position, keys, values)
+            x = block_step(layer, x, rotary, at, keys[: len(x), :, :length], values[: len(x), :, :length], seen)
         return self.output(self.norm(x))[:, 0]

@@ -15,7 +15,7 @@ def _int32(x: int) -> int:
     return x - (1 << 32) if x >= 1 << 31 else x
 
 
-_GOLDEN = 0x9E3779B9
+_GOLDEN = _int32(0x9E3779B9)
 _FACTORS = (_int32(0x7FEB352D), _int32(0x846CA68B))
 
 
@@ -27,17 +27,16 @@ def noise_keys(seed: int, indices: Tensor, positions: int) -> Tensor:
     return torch.from_numpy(words.astype(np.int32)).to(indices.device)
 
 
-def _scramble(x: Tensor) -> Tensor:
+def _scramble(x: Tensor, scratch: Tensor) -> Tensor:
     """A bijection of 32-bit words, in place (the constants of `lowbias32`, C. Wellons,
-    github.com/skeeto/hash-prospector).
+    github.com/skeeto/hash-prospector); `scratch` is overwritten.
 
     The masks make torch's arithmetic right shifts logical ones.
     """
-    x ^= (x >> 16) & 0xFFFF
-    x *= _FACTORS[0]
-    x ^= (x >> 15) & 0x1FFFF
-    x *= _FACTORS[1]
-    x ^= (x >> 16) & 0xFFFF
+    for shift, mask, factor in ((16, 0xFFFF, _FACTORS[0]), (15, 0x1FFFF, _FACTORS[1]), (16, 0xFFFF, None)):
+        x ^= torch.bitwise_right_shift(x, shift, out=scratch).bitwise_and_(mask)
+        if factor is not None:
+            x *= factor
     return x
 
 
@@ -47,8 +46,9 @@ def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
     With u uniform, -log(-log(1 - u)) is Gumbel as well and keeps full float32 resolution for the large values, which
     decide which code wins: u is a multiple of 2^-31 plus 2^-32.
     """
-    entries = torch.arange(vocab_size, dtype=torch.int64, device=keys.device) * _GOLDEN
-    words = _scramble(entries.to(torch.int32) + keys[:, :1])
-    words = _scramble(words.bitwise_xor_(keys[:, 1:]))
-    u = (words & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return u.neg_().log1p_().neg_().log_().neg_()
+    entries = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _GOLDEN
+    words = entries + keys[:, :1]
+    scratch = torch.empty_like(words)
+    words = _scramble(_scramble(words, scratch).bitwise_xor_(keys[:, 1:]), scratch)
+    minus_u = scratch.view(torch.float32).copy_(words.bitwise_and_(0x7FFFFFFF)).add_(0.5).mul_(-(2.0**-31))
+    return minus_u.clamp_(min=2.0**-24 - 1).log1p_().neg_().log_().neg_()
