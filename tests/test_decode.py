@@ -150,20 +150,23 @@ def test_recorded_steps_live_as_long_as_their_model():
 def test_one_compilation_serves_all_layers_batch_sizes_and_lengths():
     model, _ = published_model("gpt_gqa")
     compiled = []
-    block_step = torch.compile(
-        Block.step, dynamic=True, fullgraph=True, backend=lambda graph, _: compiled.append(graph) or graph.forward
-    )
+    forms = [
+        torch.compile(
+            half, dynamic=True, fullgraph=True, backend=lambda graph, _: compiled.append(graph) or graph.forward
+        )
+        for half in (Block.project, Block.attend)
+    ]
     for rows, position, length in ((4, 3, 24), (4, 40, 48), (6, 17, 30)):
         caches = [model.new_cache(rows, model.config.grid_size, torch.float32, "cpu") for _ in range(2)]
         codes = torch.arange(rows)[:, None]
         with torch.no_grad():
             steps = [
-                model.decode_step(codes, torch.tensor([position]), cache, length, step)
-                for cache, step in zip(caches, (Block.step, block_step), strict=True)
+                model.decode_step(codes, torch.tensor([position]), cache, length, *halves)
+                for cache, halves in zip(caches, ((), forms), strict=True)
             ]
         torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-5)
         assert all(torch.equal(*keys) for keys in zip(*(cache.keys for cache in caches), strict=True))
-    assert len(compiled) == 1
+    assert len(compiled) == 2
 
 
 def test_guidance_that_has_ended_costs_nothing(small, monkeypatch):
@@ -291,14 +294,15 @@ def test_compiled_logits_on_cuda_are_near_the_plain_ones(dtype):
     model = model.cuda().to(dtype)
     codes = torch.from_numpy(vectors["codes"].astype(np.int64)).cuda()
     caches = [model.new_cache(len(codes), model.config.grid_size, dtype, "cuda") for _ in range(2)]
-    labels, block_step = torch.from_numpy(vectors["labels"]).cuda(), torch.compile(Block.step, dynamic=True)
+    labels = torch.from_numpy(vectors["labels"]).cuda()
+    compiled = [torch.compile(half, dynamic=True) for half in (Block.project, Block.attend)]
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     with torch.no_grad():
         for position in range(30):
             inputs = codes[:, position - 1, None] if position else labels
             plain = model.decode_step(inputs, position, caches[0])
             at = torch.tensor([position], device="cuda")
-            near = model.decode_step(inputs, at, caches[1], 32, block_step)
+            near = model.decode_step(inputs, at, caches[1], 32, *compiled)
             torch.testing.assert_close(near, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
 
 

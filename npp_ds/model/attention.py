@@ -119,24 +119,20 @@ class Attention(nn.Module):
         self.wo = Linear(dim, dim)
         self.residual_dropout = nn.Dropout(residual_dropout)
 
-    def _rotated_qkv(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated_qkv(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x[B, N, dim] -> queries [B, N, H, D], keys and values [B, N, G, D]."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return rotate(q, rotary), rotate(k, rotary), v
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        q, k, v = self._rotated_qkv(x, rotary)
+        q, k, v = self.rotated_qkv(x, rotary)
         out = causal_attention(q, k, v, self.choice, self.attention_dropout if self.training else 0.0)
         return self.residual_dropout(self.wo(out.flatten(2)))
 
-    def step(
-        self, x: Tensor, rotary: Tensor, at: slice | Tensor, keys: Tensor, values: Tensor, seen: Tensor | None
-    ) -> Tensor:
-        """x[B, 1, dim] of one position: stores its key and value `at` this place of keys and values[B, G, L, D], then
-        attends to all L of them, or to those that seen[L] marks.
-        """
-        q, k, v = (heads.transpose(1, 2) for heads in self._rotated_qkv(x, rotary))
-        keys[:, :, at], values[:, :, at] = k, v
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+        """q[B, 1, H, D] of one position to keys and values[B, G, L, D], all of them or those that seen[L] marks."""
+        q = q.transpose(1, 2)
         if seen is None:
             out = F.scaled_dot_product_attention(q, keys, values, enable_gqa=self.heads != self.kv_heads)
         else:

@@ -82,11 +82,15 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def step(
-        self, x: Tensor, rotary: Tensor, at: slice | Tensor, keys: Tensor, values: Tensor, seen: Tensor | None
-    ) -> Tensor:
-        """`Attention.step` and the feed-forward of one position."""
-        x = x + self.attention.step(self.attention_norm(x), rotary, at, keys, values, seen)
+    def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first half of a decoding step: query, key and value of one position."""
+        return self.attention.rotated_qkv(self.attention_norm(x), rotary)
+
+    def attend(self, x: Tensor, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+        """The second half, with key and value stored. Storing lies between the halves because compiled code that
+        changes a cache and reads it copies all of it (torch 2.15).
+        """
+        x = x + self.attention.attend(q, keys, values, seen)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -164,14 +168,15 @@ class Transformer(nn.Module):
         position: int | Tensor,
         cache: KeyValueCache,
         length: int | None = None,
-        block_step: Callable[..., Tensor] = Block.step,
+        project: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.project,
+        attend: Callable[..., Tensor] = Block.attend,
     ) -> Tensor:
         """Logits [B, V] in float32 for patch `position`, given all earlier calls on the first B rows of `cache`.
 
         inputs are labels[B] at position 0 and the codes [B, k] of patch `position - 1` after that. An integer position
         reads the filled part of the cache. An int64 tensor [1] reads its first `length` entries and masks those after
         the position: the same operations on the same memory for every position below `length`, so that they can be
-        recorded once. `block_step` is `Block.step` or a compiled form of it.
+        recorded once. `project` and `attend` are the block's halves, or compiled forms of them.
         """
         x = self.cls_embedding(inputs)[:, None] if inputs.ndim == 1 else self.tok_embeddings(inputs[:, None])
         if isinstance(position, int):
@@ -179,7 +184,10 @@ class Transformer(nn.Module):
         else:
             at, seen = position, torch.arange(length, device=position.device) <= position
         rotary = cache.rotary[at]
-        x = x.clone()  # no view, like what comes between the layers: one compilation of `block_step` fits them all
+        x = x.clone()  # no view, like what comes between the layers: one compilation fits them all
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            x = block_step(layer, x, rotary, at, keys[: len(x), :, :length], values[: len(x), :, :length], seen)
+            keys, values = keys[: len(x), :, :length], values[: len(x), :, :length]
+            q, k, v = project(layer, x, rotary)
+            keys[:, :, at], values[:, :, at] = k.transpose(1, 2), v.transpose(1, 2)
+            x = attend(layer, x, q, keys, values, seen)
         return self.output(self.norm(x))[:, 0]

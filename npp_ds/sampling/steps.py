@@ -45,7 +45,8 @@ class Batch:
         position: int | Tensor,
         guided: bool,
         length: int | None = None,
-        block_step: Callable[..., Tensor] = Block.step,
+        project: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.project,
+        attend: Callable[..., Tensor] = Block.attend,
         draw: Callable[..., Tensor] = draw,
     ) -> None:
         """Writes the codes of `position` from those of the one before; `position` and `length` as in `decode_step`.
@@ -59,7 +60,7 @@ class Batch:
         else:
             before = slice(position - 1, position) if isinstance(position, int) else position - 1
             inputs = repeat_code(self.codes[before][0].repeat(rows // self.size), self.drawing.patch_side**2)
-        logits = model.decode_step(inputs, position, self.cache, length, block_step)
+        logits = model.decode_step(inputs, position, self.cache, length, project, attend)
         d = self.drawing
         scale = self.scales[at] if guided else None
         self.codes[at] = draw(logits, scale, self.keys[at][0], d.temperature, d.top_k, d.top_p)[None]
@@ -108,7 +109,7 @@ class Recorded:
             self.batch.step(model, self.position, guided, length)
             return
         if (length, guided) not in self._replay:
-            forms = {"block_step": _compiled(Block.step), "draw": _compiled(draw)}
+            forms = {f.__name__: _compiled(f) for f in (Block.project, Block.attend, draw)}
             step = partial(self.batch.step, model, self.position, guided, length, **forms)
             self._replay[length, guided] = _record(step, self._pool)
         self._replay[length, guided]()
