@@ -147,16 +147,14 @@ def test_recorded_steps_live_as_long_as_their_model():
     assert steps() is None
 
 
-def test_one_compilation_serves_all_layers_batch_sizes_and_lengths():
+def test_few_compilations_serve_all_layers_batch_sizes_and_lengths():
     model, _ = published_model("gpt_gqa")
     compiled = []
     forms = [
-        torch.compile(
-            half, dynamic=True, fullgraph=True, backend=lambda graph, _: compiled.append(graph) or graph.forward
-        )
+        torch.compile(half, fullgraph=True, backend=lambda graph, _: compiled.append(graph) or graph.forward)
         for half in (Block.project, Block.attend)
     ]
-    for rows, position, length in ((4, 3, 24), (4, 40, 48), (6, 17, 30)):
+    for rows, position, length in ((4, 3, 24), (4, 40, 48), (6, 17, 30), (9, 2, 20), (5, 55, 60)):
         caches = [model.new_cache(rows, model.config.grid_size, torch.float32, "cpu") for _ in range(2)]
         codes = torch.arange(rows)[:, None]
         with torch.no_grad():
@@ -166,7 +164,7 @@ def test_one_compilation_serves_all_layers_batch_sizes_and_lengths():
             ]
         torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-5)
         assert all(torch.equal(*keys) for keys in zip(*(cache.keys for cache in caches), strict=True))
-    assert len(compiled) == 2
+    assert len(compiled) <= 2 + 3  # project: two batch sizes; attend: two lengths, and another batch size
 
 
 def test_guidance_that_has_ended_costs_nothing(small, monkeypatch):
@@ -295,7 +293,7 @@ def test_compiled_logits_on_cuda_are_near_the_plain_ones(dtype):
     codes = torch.from_numpy(vectors["codes"].astype(np.int64)).cuda()
     caches = [model.new_cache(len(codes), model.config.grid_size, dtype, "cuda") for _ in range(2)]
     labels = torch.from_numpy(vectors["labels"]).cuda()
-    compiled = [torch.compile(half, dynamic=True) for half in (Block.project, Block.attend)]
+    compiled = [torch.compile(half) for half in (Block.project, Block.attend)]
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     with torch.no_grad():
         for position in range(30):

@@ -68,8 +68,10 @@ class Batch:
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    """One compilation for all layers, batch sizes and lengths; TORCHDYNAMO_DISABLE=1 leaves the function as it is."""
-    return torch.compile(function, dynamic=True)
+    """One compilation serves all layers, and a few all batch sizes and lengths: torch makes dimensions dynamic that
+    have changed, and only those. With TORCHDYNAMO_DISABLE=1 in the environment the function stays as it is.
+    """
+    return torch.compile(function)
 
 
 def _record(step: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
