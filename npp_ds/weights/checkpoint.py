@@ -9,9 +9,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,10 +170,16 @@ def checkpoint_of(run_dir: str | Path, step: int | None = None, kind: str = MAST
     return folder, record
 
 
-def read_weights(folder: Path, record: CheckpointRecord, kind: str = MASTER) -> dict[str, "Tensor"]:
-    """{name: float32 tensor on the CPU}, saved by any number of processes in any ZeRO stage."""
+@contextmanager
+def reading_checkpoint(
+    folder: Path, record: CheckpointRecord, kind: str = MASTER
+) -> "Iterator[Callable[[str], Tensor]]":
+    """Inside, a function from a parameter's name to its whole tensor of a kind, float32 on the CPU.
+
+    Saved by any number of processes in any ZeRO stage. Raises UserError.
+    """
     with SavedState(folder, record.files, record.shapes) as saved:
-        return {name: saved.whole(kind, name) for name in record.shapes}
+        yield partial(saved.whole, kind)
 
 
 def remove(folder: Path) -> None:

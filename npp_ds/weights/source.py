@@ -1,57 +1,89 @@
 """One way to open whatever holds trained weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from npp_ds.config import ModelSection, RunConfig
+from npp_ds.config import RunConfig
 from npp_ds.config_checks import load_config
+from npp_ds.data.shards import Manifest
+from npp_ds.data.store import manifest_at_hand
 from npp_ds.errors import UserError
-from npp_ds.files import sha256
-from npp_ds.weights.checkpoint import RECORD, checkpoint_of, read_weights
+from npp_ds.weights.checkpoint import RECORD, CheckpointRecord, checkpoint_of, reading_checkpoint
+from npp_ds.weights.exported import SUFFIXES, open_exported
+from npp_ds.weights.opened import TokenizerId, Weights
+from npp_ds.weights.published import open_published
 from npp_ds.weights.state_files import MASTER
 
 KINDS = {"raw": MASTER, "ema": "ema"}  # what people call them, and what a checkpoint does
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Trained weights that have been found but not read yet.
+def open_weights(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    kind: str = "raw",
+    n_heads: int | None = None,
+    grid_size: int | None = None,
+) -> Weights:
+    """The weights of a run folder, of a file that `npp export` or `npp import` wrote, or of a published checkpoint.
 
-    `name` and `step` are for people (None: not known); `kind` is "raw", or "ema" for the moving average; `sha256`
-    tells these weights from all others; `read()` gives {name: float32 tensor} on the CPU; `config` is that of the run,
-    for weights in a run folder; `patch_side` that of the stage in which they were last trained (None: not known).
+    A run folder has those of its newest complete checkpoint, or of that of `step`; `kind` is "raw", or "ema" for the
+    moving average. An exported file has one kind only, which "raw" does not ask about. `n_heads` and `grid_size` say
+    what published checkpoints leave out. Raises UserError when there are no such weights.
     """
-
-    path: Path
-    name: str
-    step: int | None
-    kind: str
-    model: ModelSection
-    sha256: str
-    read: Callable[[], dict[str, Tensor]]
-    config: RunConfig | None = None
-    patch_side: int | None = None
-
-
-def open_weights(path: str | Path, *, step: int | None = None, kind: str = "raw") -> Weights:
-    """The weights of a run folder: of its newest complete checkpoint, or of that of `step`.
-
-    Raises UserError when there are none, or none of that step or kind.
-    """
+    path = Path(path)
     if kind not in KINDS:
         raise UserError(f"weights: found {kind!r}, expected one of {', '.join(KINDS)}")
-    path = Path(path)
+    if path.is_dir():
+        weights = _open_run(path, step, kind)
+    elif not path.is_file():
+        raise UserError(
+            f"{path}: not found; expected the folder of a run, as `npp train` makes it, a .safetensors file of "
+            "`npp export` or `npp import`, or a published checkpoint"
+        )
+    elif step is not None:
+        raise UserError(f"{path}: step {step} asked for, but a file holds one set of weights only; leave the step out")
+    else:
+        is_ours = path.suffix == SUFFIXES["safetensors"]
+        weights = open_exported(path) if is_ours else open_published(path, kind, n_heads, grid_size)
+    _check_what_was_asked(weights, kind, n_heads, grid_size)
+    return weights
+
+
+def _check_what_was_asked(weights: Weights, kind: str, n_heads: int | None, grid_size: int | None) -> None:
+    if kind == "ema" and weights.kind != "ema":
+        raise UserError(f"{weights.path}: holds raw weights, no ema; export the average, or use the plain weights")
+    found = {"number of heads": weights.model.shape()["n_heads"], "grid size": weights.model.grid_size}
+    for (name, value), asked in zip(found.items(), (n_heads, grid_size), strict=True):
+        if asked not in (None, value):
+            raise UserError(f"{weights.path}: its {name} is {value}, found {asked} asked for; ask for {value}")
+
+
+def _open_run(path: Path, step: int | None, kind: str) -> Weights:
     config_file = path / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{config_file}: not found; expected the folder of a run, as `npp train` makes it")
     config = load_config(file=config_file)
     folder, record = checkpoint_of(path, step, KINDS[kind])
+    manifest = _manifest_of(config, record)
+    return Weights(
+        path=path,
+        name=config.name,
+        step=record.step,
+        kind=kind,
+        model=config.model,
+        shapes={name: tuple(shape) for name, shape in record.shapes.items()},
+        fingerprinted=folder / RECORD,
+        open_reader=partial(reading_checkpoint, folder, record, KINDS[kind]),
+        config=config,
+        patch_side=config.stage_table()[record.stage].patch_side,
+        config_hash=record.config_hash,
+        tokenizer=TokenizerId(manifest.tokenizer.name, manifest.tokenizer.sha256) if manifest else None,
+        class_names=tuple(manifest.class_names) if manifest else (),
+    )
 
-    def read() -> dict[str, Tensor]:
-        return read_weights(folder, record, KINDS[kind])
 
-    side = config.stage_table()[record.stage].patch_side
-    return Weights(path, config.name, record.step, kind, config.model, sha256(folder / RECORD), read, config, side)
+def _manifest_of(config: RunConfig, record: CheckpointRecord) -> Manifest | None:
+    """The manifest of the shards that the checkpoint was trained on, where it is at hand."""
+    manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
+    return manifest if manifest and manifest.fingerprint() == record.data_fingerprint else None

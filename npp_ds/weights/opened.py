@@ -1,0 +1,62 @@
+"""Trained weights that have been found: what is known of them, and a way to read them tensor by tensor."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from npp_ds import files
+from npp_ds.config import ModelSection, RunConfig
+
+Shapes = dict[str, tuple[int, ...]]
+Reader = Callable[[str], Tensor]  # name -> the whole tensor, float32 on the CPU
+
+
+class TokenizerId(NamedTuple):
+    """The tokenizer whose codes a model was trained on: what it was called there, and the SHA-256 of its file."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights that have been found but not read yet; can be sent to other processes.
+
+    `name` and `step` are for people (None: not known); `kind` is "raw", or "ema" for the moving average; `shapes` are
+    the parameters'. `config` is that of the run, for weights in a run folder; `config_hash`, `tokenizer` and
+    `class_names` are None or empty where nothing tells them.
+    """
+
+    path: Path
+    name: str
+    step: int | None
+    kind: str
+    model: ModelSection
+    shapes: Shapes
+    fingerprinted: Path  # the file whose SHA-256 tells these weights from all others
+    open_reader: Callable[[], AbstractContextManager[Reader]]
+    config: RunConfig | None = None
+    config_hash: str | None = None
+    tokenizer: TokenizerId | None = None
+    class_names: tuple[str, ...] = ()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Tells these weights from all others of their kind; reads a whole file once."""
+        return files.sha256(self.fingerprinted)
+
+    @contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """Inside, a function from a name of `shapes` to its tensor, float32 on the CPU, read when called."""
+        with self.open_reader() as reader:
+            yield reader
+
+    def read(self) -> dict[str, Tensor]:
+        """{name: float32 tensor on the CPU}, all of them."""
+        with self.reading() as tensor:
+            return {name: tensor(name) for name in self.shapes}
