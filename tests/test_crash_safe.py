@@ -67,8 +67,8 @@ def _die_in_the_second_save(trainer: Trainer, where: str, rank: int) -> None:
     def armed(record, *arguments):
         if record.step == 6:
             if where == "in the middle of a file":
-                blocks = state_files._blocks
-                state_files._blocks = lambda *a: (_die() if i > 20 else b for i, b in enumerate(blocks(*a)))
+                blocks = state_files.safetensors_blocks
+                state_files.safetensors_blocks = lambda *a: (_die() if i > 20 else b for i, b in enumerate(blocks(*a)))
             elif where == "before the record":
                 saving.write_record = _die
             elif where == "before the rename":
@@ -354,7 +354,7 @@ def test_crash_safe_killed_while_a_thread_writes(pair, fresh_pair, shards, tmp_p
 
 def _write_slowly(trainer: Trainer, seconds: float) -> None:
     """Lets rank 1 take so long for each of the first blocks of a file."""
-    blocks = state_files._blocks
+    blocks = state_files.safetensors_blocks
 
     def slow(*arguments):
         for number, block in enumerate(blocks(*arguments)):
@@ -362,7 +362,7 @@ def _write_slowly(trainer: Trainer, seconds: float) -> None:
                 time.sleep(seconds)
             yield block
 
-    patcher = patch.object(state_files, "_blocks", slow)
+    patcher = patch.object(state_files, "safetensors_blocks", slow)
     patcher.start()
     trainer._resources.callback(patcher.stop)
 

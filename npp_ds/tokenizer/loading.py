@@ -1,8 +1,6 @@
 """Tokenizer files: ours (safetensors, the config in their metadata) and published ones (`vq_ds16_c2i.pt`)."""
 
-import argparse
 import json
-import pickle
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from npp_ds.errors import UserError
 from npp_ds.files import sha256, write_atomic
+from npp_ds.tensor_files import misfits, opened_safetensors, read_torch
 from npp_ds.tokenizer.vq import VQConfig, VQModel
 
 if TYPE_CHECKING:
@@ -38,7 +37,9 @@ def load(name_or_path: str | Path) -> VQModel:
             model = VQModel(config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{path}: no tokenizer can have the shape {config} ({error})") from error
-    _check_tensors(path, tensors, model)
+    found, expected = ({name: tuple(value.shape) for name, value in t.items()} for t in (tensors, model.state_dict()))
+    if problems := misfits(found, expected):
+        raise UserError(f"{path}: not a whole VQ tokenizer: {problems}")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     model.requires_grad_(False).eval()
     model.name, model.sha256 = str(name_or_path) if str(name_or_path) in SHIPPED else path.name, sha256(path)
@@ -86,22 +87,12 @@ def training_facts(name_or_path: str | Path) -> dict:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from error
+    with opened_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged, or no PyTorch checkpoint of tensors ({reason}); fetch it again") from error
+    content = read_torch(path)
     content = content.get("model", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -146,17 +137,3 @@ def _infer_config(path: Path, tensors: dict[str, Tensor]) -> VQConfig:
             f"{path}: no VQ tokenizer ({error} is missing or has a wrong shape; found {some}, ..); "
             "expected vq_ds16_c2i.pt, vq_ds8_c2i.pt or a file made by data_prep/train_tokenizer.py"
         ) from error
-
-
-def _check_tensors(path: Path, tensors: dict[str, Tensor], model: VQModel) -> None:
-    expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} does not belong there" for name in tensors if name not in expected]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, expected {list(value.shape)}"
-        for name, value in expected.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{path}: not a whole VQ tokenizer: {'; '.join(problems[:3])}{more}")

@@ -1,4 +1,4 @@
-"""Trained weights that have been found: what is known of them, and a way to read them tensor by tensor."""
+"""Trained weights that have been found: what is known of them, and reading them tensor by tensor."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,12 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from npp_ds import files
 from npp_ds.config import ModelSection, RunConfig
+from npp_ds.errors import UserError
+from npp_ds.model import ModelConfig, Transformer
+from npp_ds.tensor_files import Shape, misfits
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, Shape]
 Reader = Callable[[str], Tensor]  # name -> the whole tensor, float32 on the CPU
 
 
@@ -50,6 +54,17 @@ class Weights:
         """Tells these weights from all others of their kind; reads a whole file once."""
         return files.sha256(self.fingerprinted)
 
+    def describe(self) -> str:
+        """One line for people: whose weights, of which shape."""
+        shape, model = self.model.shape(), self.model
+        step = "" if self.step is None else f", step {self.step}"
+        grouped = f", {model.n_kv_heads} of keys and values" if model.n_kv_heads else ""
+        return (
+            f"{self.name}{step}, {self.kind} weights: {model.parameters() / 1e6:.1f}M parameters, "
+            f"{shape['n_layers']} layers of {shape['n_heads']} heads{grouped}, dim {shape['dim']}, "
+            f"{model.vocab_size} codes, grid {model.grid_size}x{model.grid_size}, {model.num_classes} classes"
+        )
+
     @contextmanager
     def reading(self) -> Iterator[Reader]:
         """Inside, a function from a name of `shapes` to its tensor, float32 on the CPU, read when called."""
@@ -60,3 +75,16 @@ class Weights:
         """{name: float32 tensor on the CPU}, all of them."""
         with self.reading() as tensor:
             return {name: tensor(name) for name in self.shapes}
+
+
+def fitting_shapes(path: Path, found: Shapes, model: ModelSection) -> Shapes:
+    """The parameters' shapes of a model, in its order. Raises UserError when those found in a file are others."""
+    try:
+        with torch.device("meta"):
+            state = Transformer(ModelConfig(**model.arguments())).state_dict()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: no model can have its shape ({error})") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if problems := misfits(found, expected):
+        raise UserError(f"{path}: not the weights of a class-conditional LlamaGen model: {problems}")
+    return expected

@@ -7,9 +7,10 @@ under "starts" where each begins. Any number of ranks can read what any other nu
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from npp_ds.errors import UserError
+from npp_ds.tensor_files import Entry, safetensors_blocks
 
 MASTER = "master"  # the kind of the weights themselves
-BLOCK = 1 << 24  # bytes written and hashed at a time
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,17 @@ def write_state(
     """Writes this rank's fragments of every kind to `path`, flushed to disk; returns the file's bytes and SHA-256.
 
     `kinds` maps a kind to tensors shaped like the flat partitions. Written and hashed in one pass, one fragment in
-    host memory at a time, which `safetensors.torch.save_file` does not do. `beat` is called now and then.
+    host memory at a time. `beat` is called now and then.
     """
-    tensors = [(f"{kind}/{f.name}", f, partitions) for kind, partitions in kinds.items() for f in fragments]
-    header: dict[str, Any] = {"__metadata__": {"starts": json.dumps({f.name: f.start for f in fragments})}}
-    end = 0
-    for key, fragment, _ in tensors:
-        begin, end = end, end + 4 * fragment.numel
-        header[key] = {"dtype": "F32", "shape": [fragment.numel], "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    entries = [
+        Entry(f"{kind}/{f.name}", torch.float32, (f.numel,), partial(f.of, partitions))
+        for kind, partitions in kinds.items()
+        for f in fragments
+    ]
+    starts = json.dumps({f.name: f.start for f in fragments})
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for block in _blocks(len(encoded).to_bytes(8, "little") + encoded, tensors):
+        for block in safetensors_blocks({"starts": starts}, entries):
             file.write(block)
             digest.update(block)
             beat()
@@ -72,14 +71,6 @@ def write_state(
         os.fsync(file.fileno())
         size = file.tell()
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _blocks(head: bytes, tensors: Iterable[tuple[str, Fragment, list[Tensor]]]) -> Iterator[bytes | memoryview]:
-    yield head
-    for _, fragment, partitions in tensors:
-        data = memoryview(fragment.of(partitions).detach().cpu().contiguous().numpy()).cast("B")
-        for start in range(0, len(data), BLOCK):
-            yield data[start : start + BLOCK]
 
 
 class SavedState:

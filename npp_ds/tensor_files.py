@@ -1,0 +1,95 @@
+"""Files of tensors: reading them without running anything that lies in them, writing them one tensor at a time."""
+
+import argparse
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from npp_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+Shape = tuple[int, ...]
+BLOCK = 1 << 24  # bytes written at a time
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, its tensors mapped from the file, so that only those that are used are read.
+
+    Besides tensors and plain values it may hold an argparse.Namespace, as published checkpoints do. Raises UserError
+    for anything else and for damaged files.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged, or no PyTorch checkpoint of tensors ({reason}); fetch it again") from error
+
+
+@contextmanager
+def opened_safetensors(path: Path) -> "Iterator[safe_open]":
+    """The file, mapped. Raises UserError when it is none, also for what is wrong with it while it is open."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from error
+
+
+def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
+    """Where the tensors of a file and of a model differ in names and shapes, up to three times; "" when nowhere."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} does not belong there" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: `values()` gives it, in this dtype and shape, when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Shape
+    values: Callable[[], Tensor]
+
+
+def safetensors_blocks(metadata: dict[str, str], entries: Iterable[Entry]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file of fp32, bf16 or fp16 tensors, with one of them in memory at a time.
+
+    `safetensors.torch.save_file` wants all of them at once.
+    """
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for entry in entries:
+        begin, end = end, end + prod(entry.shape) * entry.dtype.itemsize
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for entry in entries:
+        yield from bytes_of(entry.values())
+
+
+def bytes_of(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor on any device, in blocks."""
+    data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for start in range(0, len(data), BLOCK):
+        yield data[start : start + BLOCK]
