@@ -182,6 +182,11 @@ class RunConfig(_Section):
     name: str = _free("run", "shown in logs and pictures", pattern=r"^\w[\w.-]*$")
     run_dir: str | None = _free(None, "folder of this run; null: runs/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order, crops, dropout")
+    init_from: str | None = Field(
+        None,
+        description="weights that the run starts from, with a fresh optimizer: a run folder, a file of npp export or "
+        "npp import, or a published checkpoint; read at the first start only; null: random weights",
+    )
     precision: Literal["autocast_bf16", "bf16", "fp32"] = Field(
         "autocast_bf16", description="autocast_bf16: fp32 weights, bf16 products; bf16: DeepSpeed's bf16 engine; fp32"
     )

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from npp_ds.training.deepspeed_import import import_deepspeed
 from npp_ds.training.ema import EMA, ShardedEMA
 from npp_ds.training.launch import Processes
 from npp_ds.training.partitions import MOMENTS, Partitions
+from npp_ds.weights.opened import Weights
 from npp_ds.weights.state_files import MASTER, SavedState
 
 
@@ -116,6 +118,15 @@ class TrainingEngine:
                 for fragment in self.partitions.fragments:
                     saved.copy_to(fragment.of(partitions), kind, fragment.name, fragment.start)
         self.partitions.optimizer_steps = optimizer_steps
+
+    def start_from(self, weights: Weights) -> None:
+        """Takes on whole weights, and the average with them; the optimizer stays fresh. Otherwise like `read`."""
+        targets = [self.partitions.masters, *([self.ema.partitions] if self.ema else [])]
+        with weights.reading() as tensor:
+            for name, fragments in groupby(self.partitions.fragments, lambda fragment: fragment.name):
+                values = tensor(name).flatten()
+                for fragment, target in product(fragments, targets):
+                    fragment.of(target).copy_(values[fragment.start : fragment.start + fragment.numel])
 
     @contextmanager
     def weights(self, kind: str) -> Iterator[nn.Module]:

@@ -1,17 +1,22 @@
-"""What must fit before anything starts: config, data, number of processes, DeepSpeed's settings, attention kernel."""
+"""What must fit before anything starts: config, data, processes, DeepSpeed's settings, attention, initial weights."""
 
 from pathlib import Path
 
-from npp_ds.config import RunConfig
+from npp_ds.config import ModelSection, RunConfig
 from npp_ds.config_checks import problems_of
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import load_manifest
 from npp_ds.errors import UserError
 from npp_ds.files import sha256
+from npp_ds.model import ModelConfig
 from npp_ds.model.attention import check_attention
 from npp_ds.schedule import Schedule
+from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import SHIPPED
 from npp_ds.training.deepspeed_config import engine_settings
+from npp_ds.weights.checkpoint import saved_steps
+from npp_ds.weights.opened import Weights
+from npp_ds.weights.source import open_weights
 
 
 def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
@@ -22,7 +27,8 @@ def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
     train = load_manifest(config.data.train)
     val = load_manifest(config.data.val) if config.data.val else None
     problems = problems_of(config, world_size, train.num_samples)
-    problems += _engine_problems(config, train.num_samples, world_size) if not problems else []
+    if not problems:
+        problems = _engine_problems(config, train.num_samples, world_size) + _init_problems(config)
     for key, manifest in (("train", train), ("val", val)):
         problems += _data_problems(key, manifest, config) if manifest else []
     if val and train.tokenizer.sha256 != val.tokenizer.sha256:
@@ -30,6 +36,40 @@ def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
     if problems:
         raise UserError("the config does not fit the data:\n" + "\n".join(f"  - {p}" for p in problems))
     return config.build_schedule(train.num_samples, world_size)
+
+
+def initial_weights(config: RunConfig) -> Weights | None:
+    """What a fresh run starts from; None for random weights, and for a run that has saved checkpoints.
+
+    Raises UserError when there are no such weights.
+    """
+    if config.init_from is None or saved_steps(config.directory / "checkpoints"):
+        return None
+    return open_weights(config.init_from, n_heads=config.model.shape()["n_heads"])
+
+
+def _init_problems(config: RunConfig) -> list[str]:
+    """Where initial weights disagree with the model; their grid may be another one, as positions are computed."""
+    try:
+        weights = initial_weights(config)
+    except UserError as error:
+        return [f"init_from: {error}"]
+    if weights is None:
+        return []
+    ours, theirs = (_fixed_by_weights(model) for model in (config.model, weights.model))
+    return [
+        f"model.{key}: {ours[key]}, but the weights of init_from ({config.init_from}) have {theirs[key]}; "
+        "change the model, or start from other weights"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+
+
+def _fixed_by_weights(model: ModelSection) -> dict[str, int]:
+    config = ModelConfig(**model.arguments())
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "num_classes")
+    width = ffn_hidden(config.dim, config.ffn_multiple_of)
+    return {**{name: getattr(config, name) for name in names}, "ffn_multiple_of (width)": width}
 
 
 def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> list[str]:

@@ -21,7 +21,7 @@ from npp_ds.training.engine import StepResult, TrainingEngine
 from npp_ds.training.launch import Processes, join_processes, leave_processes
 from npp_ds.training.lease import Lease
 from npp_ds.training.preemption import Preempted, StopRequests
-from npp_ds.training.preflight import fitting_schedule
+from npp_ds.training.preflight import fitting_schedule, initial_weights
 from npp_ds.training.run_log import RunLog
 from npp_ds.training.saving import CheckpointSaver, SaveFailed
 from npp_ds.training.spikes import Spike, SpikeRule
@@ -30,6 +30,7 @@ from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
 from npp_ds.weights import checkpoint
 from npp_ds.weights.checkpoint import CheckpointRecord
+from npp_ds.weights.opened import Weights
 
 MAX_ROLLBACKS = 3
 MAX_SKIPS = 10  # in a row
@@ -93,7 +94,9 @@ class Trainer:
         self.last_saved = record.step if record else None
         self.excluded_steps = set(record.excluded_steps) if record else set()
         self.rollbacks = record.rollbacks if record else 0
-        processes.on_first(self.log.open, self.first_step)
+        self.initial: Weights | None = None if record else processes.on_first(initial_weights, config)
+        # What an earlier start told before it saved anything may be of other weights.
+        processes.on_first(self.log.open, -1 if self.initial else self.first_step)
         self.validation = Validation(config, self.schedule, self.val_store, processes)
         self.lacks_validation: bool = processes.on_first(self._lacks_validation)
         self.is_finished = self.first_step == self.schedule.total_steps and not self.lacks_validation
@@ -121,6 +124,8 @@ class Trainer:
                 return
             if self.resumed_from:
                 self._load(*self.resumed_from)
+            elif self.initial:
+                self._start_from(self.initial)
             self._end_if_asked()
             self._announce()
             self.log.begin(self.schedule, self.first_step, self.engine.write_events)
@@ -133,7 +138,7 @@ class Trainer:
         if step == 0 and self.config.watch.on_nonfinite == "rollback" and not self.resumed_from:
             self._save(self.schedule.stages[0], 0)
         if self.lacks_validation:
-            self._validate(self.schedule.stage_at(step - 1), step, self.log.kept_validations(step))
+            self._validate(self._stage_before(step), step, self.log.kept_validations(step))
         while step < self.schedule.total_steps:
             step = self._train_from(step)
 
@@ -261,7 +266,7 @@ class Trainer:
 
     def _check_loss(self, step: int, loss: float) -> None:
         expected = math.log(self.config.model.vocab_size)
-        if step == 0 and abs(loss - expected) > 1e-3:
+        if step == 0 and not self.config.init_from and abs(loss - expected) > 1e-3:
             raise RuntimeError(
                 f"the first loss of a fresh run is {loss:.5f}, not ln(vocab_size) = {expected:.5f}: its output head "
                 "starts at zero, so either the weights are not fresh or codes and loss do not fit; nothing was saved"
@@ -337,11 +342,18 @@ class Trainer:
         raise Preempted(name, done)
 
     def _lacks_validation(self) -> bool:
-        """Whether an earlier start was ended between the checkpoint to resume from and its validation."""
-        if self.first_step == 0:
+        """Whether an earlier start was ended between the checkpoint to resume from and its validation.
+
+        Weights that a run starts from are validated too: what is wrong with them, or with the data, shows there.
+        """
+        if self.first_step == 0 and not self.config.init_from:
             return False
-        stage = self.schedule.stage_at(self.first_step - 1)
-        return self.validation.is_missing(stage, self.first_step, self.log.kept_validations(self.first_step))
+        known = self.log.kept_validations(self.first_step)
+        return self.validation.is_missing(self._stage_before(self.first_step), self.first_step, known)
+
+    def _stage_before(self, step: int) -> Stage:
+        """The stage that ends with `step` steps done or is then under way."""
+        return self.schedule.stage_at(max(step - 1, 0))
 
     def _validate(self, stage: Stage, done: int, known: Collection[tuple[str, int]] = ()) -> None:
         """Validates after `done` steps; `known` (event, patch side) are told already."""
@@ -377,12 +389,20 @@ class Trainer:
         self.processes.on_all(self.engine.read, folder, record.files, record.optimizer_steps)
         self.engine.partitions.publish()
 
+    def _start_from(self, weights: Weights) -> None:
+        self.processes.on_all(self.engine.start_from, weights)
+        self.engine.partitions.publish()
+        digest = self.processes.on_first(lambda: weights.sha256)
+        known = {"path": str(weights.path), "kind": weights.kind, "source_step": weights.step, "sha256": digest}
+        self.log.write("init", 0, **known)
+
     def _announce(self) -> None:
         stages = ", ".join(
             f"side {s.patch_side}: {s.steps} steps of {s.batch_size} images ({s.micro_batch_size} at a time)"
             for s in self.schedule.stages
         )
         where = f"resuming after step {self.first_step}" if self.resumed_from else "fresh run"
+        where += f" from {self.initial.path} ({self.initial.describe()})" if self.initial else ""
         self.log.say(
             f"{self.config.name}: {where} in {self.run_dir}; {self.config.model.parameters() / 1e6:.1f}M parameters, "
             f"{len(self.train_store)} images, {self.processes.world_size} processes, ZeRO-{self.zero_stage}, "

@@ -29,11 +29,11 @@ class Validation:
 
     def __init__(self, config: RunConfig, schedule: Schedule, store: CodeStore | None, processes: Processes):
         self.settings, self.store, self.processes = config.validation, store, processes
-        self._ends = {stage.end_step for stage in schedule.stages}
+        self._always = {*(stage.end_step for stage in schedule.stages), *([0] if config.init_from else [])}
 
     def is_due(self, done: int) -> bool:
         every = self.settings.every
-        return self.store is not None and (done in self._ends or (every > 0 and done % every == 0))
+        return self.store is not None and (done in self._always or (every > 0 and done % every == 0))
 
     def is_missing(self, stage: Stage, done: int, known: set[tuple[str, int | None]]) -> bool:
         """Whether it was due after `done` steps, in `stage`, and not all of it is `known` (event, patch side)."""
