@@ -49,11 +49,10 @@ def export_weights(
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first")
     write = {"safetensors": _write_safetensors, "published": _write_published}[layout]
-    with weights.reading() as tensor:
-        try:
-            write_atomic(out, partial(write, weights, partial(_converted, tensor, DTYPES[dtype]), DTYPES[dtype]))
-        except OSError as error:
-            raise UserError(f"{out}: {error.strerror}; make room or name another place") from error
+    try:
+        write_atomic(out, partial(write, weights, DTYPES[dtype]))
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; make room or name another place") from error
 
 
 def _converted(tensor: Reader, dtype: torch.dtype, name: str) -> Tensor:
@@ -63,27 +62,37 @@ def _converted(tensor: Reader, dtype: torch.dtype, name: str) -> Tensor:
     return values
 
 
-def _write_safetensors(weights: Weights, tensor: Reader, dtype: torch.dtype, file: BinaryIO) -> None:
-    entries = [Entry(name, dtype, shape, partial(tensor, name)) for name, shape in weights.shapes.items()]
-    for block in safetensors_blocks({METADATA_KEY: json.dumps(_description(weights))}, entries):
-        file.write(block)
+def _write_safetensors(weights: Weights, dtype: torch.dtype, file: BinaryIO) -> None:
+    metadata = {METADATA_KEY: json.dumps(_description(weights))}
+    with weights.reading() as tensor:
+        values = partial(_converted, tensor, dtype)
+        entries = [Entry(name, dtype, shape, partial(values, name)) for name, shape in weights.shapes.items()]
+        for block in safetensors_blocks(metadata, entries):
+            file.write(block)
 
 
-def _write_published(weights: Weights, tensor: Reader, dtype: torch.dtype, file: BinaryIO) -> None:
+def _write_published(weights: Weights, dtype: torch.dtype, file: BinaryIO) -> None:
     """`torch.save` wants all tensors at once: they wait in a nameless file beside the result, mapped."""
     with TemporaryFile(dir=Path(file.name).parent) as waiting:
-        offsets = {}
-        for name in weights.shapes:
-            offsets[name] = waiting.tell()
-            for block in bytes_of(tensor(name)):
-                waiting.write(block)
-        waiting.flush()
+        offsets = _write_plainly(weights, dtype, waiting)
         mapped = mmap.mmap(waiting.fileno(), 0, access=mmap.ACCESS_COPY)
         tensors = {
             name: torch.frombuffer(mapped, dtype=dtype, offset=offsets[name], count=prod(shape)).view(shape)
             for name, shape in weights.shapes.items()
         }
         torch.save({"model": tensors}, file)
+
+
+def _write_plainly(weights: Weights, dtype: torch.dtype, file: BinaryIO) -> dict[str, int]:
+    """Writes nothing but the tensors' bytes; returns where each begins. The source is closed again afterwards."""
+    offsets = {}
+    with weights.reading() as tensor:
+        for name in weights.shapes:
+            offsets[name] = file.tell()
+            for block in bytes_of(_converted(tensor, dtype, name)):
+                file.write(block)
+    file.flush()
+    return offsets
 
 
 def _description(weights: Weights) -> dict[str, Any]:
