@@ -283,7 +283,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(pair, shards, tmp_path):
     record.files[victim.name] = {"bytes": victim.stat().st_size, "sha256": sha256(victim)}
     checkpoint.write_record(folder, record)
     with pytest.raises(UserError, match="not a file of a checkpoint of this model"):
-        open_weights(tmp_path / "run")
+        open_weights(tmp_path / "run").read()
     assert "not a file of a checkpoint of this model" in pair.run(error_of, config)[0]
     assert not marker.exists()
 
