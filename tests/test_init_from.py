@@ -1,6 +1,7 @@
 """A run that starts from other weights has exactly them, a fresh optimizer, and a schedule of its own."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from npp_ds.training.trainer import Trainer
 from npp_ds.weights.exported import export_weights
 from npp_ds.weights.source import open_weights
 from runs import assert_same, error_of, metrics_of, outcome_of, run, run_and_stop_after, tiny_config
+from shard_sets import write_set
 
 pytestmark = pytest.mark.processes
 
@@ -25,6 +27,25 @@ def source(pair, shards, tmp_path_factory) -> Path:
     keys = {"schedule": {"patch_sides": [2, 1], "epochs": 2}, "optimizer": {"learning_rate": 3e-3, "ema_decay": 0.9}}
     pair.run(run, tiny_config(shards, folder, deepspeed={"config": "zero2"}, **keys))
     return folder
+
+
+def test_an_export_says_which_run_step_and_tokenizer_it_comes_from(source, tmp_path):
+    export_weights(open_weights(source, step=10, kind="ema"), tmp_path / "a.safetensors")
+    found, opened = open_weights(tmp_path / "a.safetensors"), open_weights(source, step=10, kind="ema")
+    assert (found.name, found.step, found.kind, found.model) == ("tiny", 10, "ema", opened.config.model)
+    assert found.tokenizer == opened.tokenizer == ("random", "0" * 64)
+    assert found.config_hash == opened.config.hash()
+    expected = opened.read()
+    assert all(torch.equal(values, expected[name]) for name, values in found.read().items())
+
+
+def test_another_set_of_shards_in_the_same_place_does_not_say_who_made_the_codes(source, tmp_path, shards):
+    shutil.copytree(source, tmp_path / "run")
+    write_set(tmp_path / "train", 32, seed=9)
+    config = tiny_config(shards, tmp_path / "run", data={"train": str(tmp_path / "train")})
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    assert open_weights(source).tokenizer is not None
+    assert open_weights(tmp_path / "run").tokenizer is None
 
 
 def _fragments_at_the_start(processes: Processes, config) -> list[tuple[str, str, int, torch.Tensor]]:
