@@ -7,6 +7,7 @@ import torch
 
 from image_sets import TINY, save_tiny_tokenizer
 from npp_ds.config import RunConfig
+from npp_ds.data.shards import Manifest
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.weights.checkpoint import CheckpointRecord, folder_of, write_record
 from npp_ds.weights.state_files import MASTER, Fragment, file_of, write_state
@@ -27,7 +28,8 @@ def tiny_model(seed: int = 0) -> Transformer:
 
 def tiny_run(folder: Path, seed: int = 0, step: int = 120, stage: int = 1, train: Path | None = None) -> Path:
     """Writes a run of stages of sides 2 and 1 with one checkpoint, saved in `stage`, and the tokenizer `vq.safetensors`
-    beside its config: codes of 4 x 4 make images of 16 x 16. `train` is the folder of its shards. Returns `folder`.
+    beside its config: codes of 4 x 4 make images of 16 x 16. `train` has the manifest of its shards, and the config
+    then names no tokenizer. Returns `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tiny_tokenizer(folder / "vq.safetensors")
@@ -45,10 +47,11 @@ def tiny_run(folder: Path, seed: int = 0, step: int = 120, stage: int = 1, train
     checkpoint.mkdir(parents=True)
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     facts = write_state(checkpoint / file_of(0, 1), fragments, {MASTER: [flat]})
+    fingerprint = Manifest.load(train).fingerprint() if train else ""
     record = CheckpointRecord(
-        step=step, stage=stage, world_size=1, zero_stage=1, precision="fp32", config_hash="", data_fingerprint="",
-        optimizer_steps=step, kinds=[MASTER], shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
-        files={file_of(0, 1): facts},
+        step=step, stage=stage, world_size=1, zero_stage=1, precision="fp32", config_hash="", optimizer_steps=step,
+        data_fingerprint=fingerprint, kinds=[MASTER], files={file_of(0, 1): facts},
+        shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
     )  # fmt: skip
     write_record(checkpoint, record)
     return folder
