@@ -101,6 +101,13 @@ def sample(
     per_class: Annotated[int | None, typer.Option(help="images per class; 10 when --count is left out too")] = None,
     count: Annotated[int | None, typer.Option(help="images in all, instead of --per-class")] = None,
     cfg_scale: Annotated[float, typer.Option(help="scale of classifier-free guidance; 1: none")] = 1.0,
+    cfg_schedule: Annotated[
+        str, typer.Option(help="constant, or linear or cosine: guidance grows from 1 to its scale over the positions")
+    ] = "constant",
+    cfg_power: Annotated[float, typer.Option(help="bends a schedule: guidance grows with position ** power")] = 1.0,
+    cfg_interval: Annotated[
+        int, typer.Option(help="position after which guidance ends, counted as LlamaGen does; -1: none")
+    ] = -1,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest code")] = 1.0,
     top_k: Annotated[int, typer.Option(help="draw from this many likeliest codes; 0: from all")] = 0,
     top_p: Annotated[float, typer.Option(help="draw from the likeliest codes of this total probability")] = 1.0,
@@ -137,24 +144,25 @@ def sample(
         classes=chosen,
         count=image_count(len(chosen), per_class, count),
         labels=labels,
-        options=Options(seed, cfg_scale, temperature, top_k, top_p, patch_side),
+        options=Options(
+            seed=seed,
+            cfg_scale=cfg_scale,
+            cfg_schedule=cfg_schedule,
+            cfg_power=cfg_power,
+            cfg_interval=cfg_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            patch_side=patch_side,
+        ),
         image_size=image_size,
         dtype=("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype,
         part_size=part_size,
     )
     if place.rank == 0 and (warning := stage_warning(found, request.options)):
         print(warning, file=sys.stderr, flush=True)
-    job = Sampling(
-        found,
-        decoder,
-        request,
-        out or default_folder(found, request),
-        class_names=class_names,
-        device=device,
-        batch_size=batch_size,
-        png=png,
-    )
-    _draw(job, place)
+    how = {"class_names": class_names, "device": device, "batch_size": batch_size, "png": png}
+    _draw(Sampling(found, decoder, request, out or default_folder(found, request), **how), place)
 
 
 def _draw(job: "Sampling", place: "Place") -> None:

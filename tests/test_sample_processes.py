@@ -17,6 +17,7 @@ from npp_ds.sampling.folder import load_samples
 from npp_ds.sampling.job import Sampling
 from npp_ds.sampling.request import Request, companions
 from npp_ds.sampling.sampler import Options
+from npp_ds.weights.exported import export_weights
 from npp_ds.weights.source import open_weights
 from sample_sets import tiny_run
 from workers import free_port
@@ -193,12 +194,12 @@ def test_without_file_locks_the_parts_are_dealt_in_turn(run_dir, expected, tmp_p
 @pytest.mark.processes
 def test_the_command_draws_names_what_to_mend_and_says_when_nothing_is_left_to_do(run_dir, tmp_path):
     def npp(*line: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "npp_ds", "sample", str(run_dir), *line]
+        command = [sys.executable, "-m", "npp_ds", "sample", *line]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT | {"COLUMNS": "120"}, cwd=tmp_path
         )
 
-    first = npp("--classes", "2,0", "--per-class", "4", "--patch-side", "2", "--image-size", "24")
+    first = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--patch-side", "2", "--image-size", "24")
     assert first.returncode == 0, first.stderr
     out = run_dir / "samples/step-00000120-cfg-1-seed-0-8-images-patch-side-2-classes-2-0-24-pixels"
     assert f"8 images of step 120 in {out}: this process drew 8 at" in first.stdout
@@ -206,11 +207,23 @@ def test_the_command_draws_names_what_to_mend_and_says_when_nothing_is_left_to_d
     images, labels, record = load_samples(out)
     assert images.shape == (8, 24, 24, 3) and labels.tolist() == [2, 0] * 4 and record["dtype"] == "fp32"
 
-    again = npp("--classes", "2,0", "--per-class", "4", "--patch-side", "2", "--image-size", "24")
+    again = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--patch-side", "2", "--image-size", "24")
     assert again.returncode == 0 and "nothing was left to do" in again.stdout
-    other = npp("--classes", "2,0", "--per-class", "4", "--out", str(out))
+    other = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--out", str(out))
     assert other.returncode == 2 and "patch_side: it has 2, asked for 1" in other.stderr
-    uneven = npp("--count", "50")
+    uneven = npp(str(run_dir), "--count", "50")
     assert uneven.returncode == 2 and "cannot be shared out evenly to 3 classes; ask for 51 or 48" in uneven.stderr
-    for done in (other, uneven):
+
+    export_weights(open_weights(run_dir), tmp_path / "tiny.safetensors")
+    unknown = npp("tiny.safetensors", "--per-class", "2")
+    assert unknown.returncode == 2 and "give its name or file with --tokenizer" in unknown.stderr
+    options = ("--cfg-scale", "2", "--cfg-schedule", "cosine", "--cfg-power", "2", "--cfg-interval", "9", "--png")
+    file = npp("tiny.safetensors", "--tokenizer", str(run_dir / "vq.safetensors"), "--per-class", "2", *options)
+    assert file.returncode == 0, file.stderr
+    (out,) = tmp_path.glob("samples/tiny/*")
+    assert out.name == "step-00000120-cfg-2-seed-0-6-images-cfg-schedule-cosine-cfg-power-2-cfg-interval-9"
+    record = load_samples(out)[2]
+    assert (record["cfg_schedule"], record["cfg_power"], record["cfg_interval"]) == ("cosine", 2, 9)
+    assert len(list(out.glob("images/*.png"))) == 6
+    for done in (other, uneven, unknown):
         assert done.stderr.count("\n") <= 2 and "Traceback" not in done.stderr

@@ -26,7 +26,7 @@ from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, wri
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.weights.source import Weights
+from npp_ds.weights.opened import Weights
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"

@@ -1,15 +1,14 @@
-"""What is to be sampled: the images asked for, the tokenizer and names that belong to the weights, the folder."""
+"""What is to be sampled: the images asked for, the tokenizer that belongs to the weights, the folder."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from npp_ds.data.shards import Manifest
 from npp_ds.errors import UserError
 from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES, Options
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.weights.source import Weights
+from npp_ds.weights.opened import Weights
 
 PART_SIZE = 256
 
@@ -86,20 +85,11 @@ def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_na
 def companions(weights: Weights, tokenizer: str | Path | None = None) -> tuple[VQModel, list[str]]:
     """The tokenizer that decodes what these weights draw, and the class names, empty where they are not known.
 
-    The tokenizer is the one named, else the one that the run's config names, else a shipped one that made the codes of
-    the run; UserError when it cannot be told, or did not make the codes that the run was trained on.
+    The tokenizer is the one named, else the one that the run's config names, else one at hand that made the codes they
+    were trained on; UserError when it cannot be told, or when another one made those codes.
     """
-    manifest = _manifest(weights)
     named = tokenizer or (weights.config.data.tokenizer if weights.config else None)
-    return tokenizer_of(manifest and manifest.tokenizer, named), list(manifest.class_names) if manifest else []
-
-
-def _manifest(weights: Weights) -> Manifest | None:
-    """That of the run's training data, None where it is not at hand."""
-    from npp_ds.data.store import manifest_at_hand
-
-    data = weights.config and weights.config.data
-    return manifest_at_hand(data.train, data.cache_dir) if data else None
+    return tokenizer_of(weights.tokenizer, named), list(weights.class_names)
 
 
 def default_folder(weights: Weights, request: Request) -> Path:

@@ -15,6 +15,7 @@ from npp_ds.tokenizer.vq import VQConfig, VQModel
 
 if TYPE_CHECKING:
     from npp_ds.data.shards import TokenizerInfo
+    from npp_ds.weights.opened import TokenizerId
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"fashion_mnist": ASSETS / "fashion_mnist_vq.safetensors"}
@@ -46,11 +47,11 @@ def load(name_or_path: str | Path) -> VQModel:
     return model
 
 
-def tokenizer_of(made_by: "TokenizerInfo | None", name_or_path: str | Path | None = None) -> VQModel:
+def tokenizer_of(made_by: "TokenizerInfo | TokenizerId | None", name_or_path: str | Path | None = None) -> VQModel:
     """The tokenizer that decodes codes: the one named, else a shipped one or a file of that name here that made them.
 
-    `made_by` is what the manifest of the codes says, None where there is none at hand. UserError when the tokenizer is
-    another one or cannot be found.
+    `made_by` has the maker's name and SHA-256, as a manifest says, or is None where nothing tells them. UserError when
+    the tokenizer is another one or cannot be found.
     """
     if name_or_path is None and made_by is None:
         raise UserError("tokenizer: not known which one made the codes; give its name or file with --tokenizer")

@@ -32,8 +32,8 @@ class Weights:
     """Trained weights that have been found but not read yet; can be sent to other processes.
 
     `name` and `step` are for people (None: not known); `kind` is "raw", or "ema" for the moving average; `shapes` are
-    the parameters'. `config` is that of the run, for weights in a run folder; `config_hash`, `tokenizer` and
-    `class_names` are None or empty where nothing tells them.
+    the parameters'. `config` is that of the run, for weights in a run folder, and `patch_side` that of the stage that
+    they were last trained in; `config_hash`, `tokenizer` and `class_names` are None or empty where nothing tells them.
     """
 
     path: Path
@@ -45,6 +45,7 @@ class Weights:
     fingerprinted: Path  # the file whose SHA-256 tells these weights from all others
     open_reader: Callable[[], AbstractContextManager[Reader]]
     config: RunConfig | None = None
+    patch_side: int | None = None
     config_hash: str | None = None
     tokenizer: TokenizerId | None = None
     class_names: tuple[str, ...] = ()
