@@ -188,25 +188,52 @@ def _draw(job: "Sampling", place: "Place") -> None:
 
 @app.command()
 def evaluate(
-    run_dir: RunDirectory,
-    reference: Annotated[str, typer.Option(help="real images: image shards, as a file, folder or pattern")],
+    reference: Annotated[
+        str, typer.Option(help="an .npz of statistics (ADM's, or made here) or of images, image shards, or a folder")
+    ],
+    run_dir: Annotated[Path | None, typer.Argument(help="a run folder: its newest samples are evaluated")] = None,
     samples: Annotated[
-        Path | None, typer.Option(help="folder that `npp sample` wrote; the newest when left out")
+        Path | None, typer.Option(help="evaluate these: a folder that `npp sample` wrote, an .npz, a folder of images")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the result; evaluation.json at the samples when left out")] = None,
+    extractor: Annotated[
+        str, typer.Option(help="inception, fashion_mnist (the shipped classifier), or auto: that of the reference")
+    ] = "auto",
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="file of Inception's weights; torch-fidelity's own is fetched when left out")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="centre-crop the reference's encoded images to this")] = None,
+    make_reference: Annotated[
+        Path | None, typer.Option(help="write the reference's statistics to this .npz, and evaluate nothing")
     ] = None,
 ) -> None:
-    """Compare samples with real images: class agreement and Frechet distance by the shipped classifier."""
-    from npp_ds.evaluation.fid import evaluate_folder
+    """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement."""
+    from npp_ds.evaluation import evaluate as evaluation
+    from npp_ds.evaluation import reference as references
+    from npp_ds.evaluation.features import load_extractor
+    from npp_ds.evaluation.images import open_images
     from npp_ds.sampling.folder import newest_samples
 
-    result = evaluate_folder(samples or newest_samples(run_dir), reference)
-    real = result.get("reference_class_agreement")
-    print(
-        f"{result['num_images']} samples of {result['samples_dir']}: "
-        f"{result['class_agreement']:.1%} show the class they were asked for"
-        + (f" (real images: {real:.1%})" if real is not None else "")
-        + f"; Frechet distance {result['frechet_distance']:.2f} on {result['extractor']}, "
-        f"{result['num_reference_images']} real images"
-    )
+    if make_reference is None and samples is None:
+        if run_dir is None:
+            raise UserError("nothing to evaluate: give a run folder, --samples, or --make-reference OUT.npz")
+        samples = newest_samples(run_dir)
+    images = open_images(samples) if make_reference is None else None
+    if extractor == "auto":
+        record = images.record if images else {}
+        extractor = evaluation.choose_extractor(reference, record.get("tokenizer", {}).get("name"))
+    network = load_extractor(extractor, inception_weights)
+    if images is None:
+        with _progress("reference") as progress:
+            made = references.make_reference(make_reference, reference, network, image_size, progress)
+        print(f"{make_reference}: statistics of {made.source.num_images} images by {network.name}")
+        return
+    with _progress("reference") as progress:
+        loaded = references.load_reference(reference, network, image_size, progress)
+    with _progress("samples") as progress:
+        result = evaluation.evaluate_images(images, loaded, network, progress)
+    print(evaluation.describe(result))
+    print(f"written to {evaluation.write_result(result, out)}")
 
 
 @app.command()

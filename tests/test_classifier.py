@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from extractors import fidelity_distance
 from npp_ds.errors import UserError
 from npp_ds.evaluation.classifier import (
-    FEATURE_LAYER,
     SHIPPED,
-    Classifier,
+    ClassifierExtractor,
     load_classifier,
     predict,
-    register_classifier_features,
     save_classifier,
 )
+from npp_ds.evaluation.fid import frechet_distance, statistics
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.sources import load_images, open_source
 
@@ -49,28 +49,14 @@ def test_reconstructions_of_the_shipped_tokenizer_are_judged_nearly_as_well(vali
     assert decoded.shape == images.shape and (predict(decoded) == labels).mean() >= 0.86
 
 
-def test_torch_fidelity_computes_a_frechet_distance_that_grows_with_the_damage(validation):
-    import torch_fidelity
-
-    name = register_classifier_features()
-    assert register_classifier_features() == name
-
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images):
-            self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, i):
-            return self.images[i]
+def test_torch_fidelity_and_we_compute_the_same_distance_which_grows_with_the_damage(validation):
+    extractor = ClassifierExtractor()
 
     def distance(images):
-        settings = {"feature_extractor": name, "fid": True, "cuda": False, "verbose": False, "cache": False}
-        key = "frechet_inception_distance"
-        return torch_fidelity.calculate_metrics(
-            input1=Images(images), input2=Images(validation[0][500:]), save_cpu_ram=True, **settings
-        )[key]
+        pairs = (statistics(extractor(part).pool) for part in (images, validation[0][500:]))
+        found = frechet_distance(*(part for pair in pairs for part in pair))
+        assert found == pytest.approx(fidelity_distance(extractor, images, validation[0][500:]), rel=1e-3, abs=1e-3)
+        return found
 
     real = validation[0][:500]
     noise = np.random.default_rng(0).integers(-60, 61, real.shape)
@@ -79,20 +65,21 @@ def test_torch_fidelity_computes_a_frechet_distance_that_grows_with_the_damage(v
 
 
 def test_features_are_what_the_logits_are_made_of(validation):
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    images = torch.from_numpy(validation[0][:8])
-    model = load_classifier()
-    extractor = FEATURE_EXTRACTORS_REGISTRY[register_classifier_features()]("x", [FEATURE_LAYER])
-    (features,) = extractor(images.permute(0, 3, 1, 2))
-    assert features.shape == (8, Classifier.num_features) and features.dtype == torch.float32
-    torch.testing.assert_close(model.output(features), model(images))
+    images = validation[0][:8]
+    model, found = load_classifier(), ClassifierExtractor()(images)
+    assert found.pool.shape == (8, ClassifierExtractor.feature_dim) and found.pool.dtype == np.float32
+    logits = model(torch.from_numpy(images))
+    torch.testing.assert_close(model.output(torch.from_numpy(found.pool)), logits)
+    np.testing.assert_allclose(found.probabilities, logits.softmax(-1).numpy(), rtol=1e-5)
+    assert found.spatial is None
 
 
 def test_images_of_another_size_or_type_are_refused():
     for images in (np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 32, 32, 3), np.float32)):
         with pytest.raises(UserError, match=r"32, 32, 3"):
             predict(images)
+        with pytest.raises(UserError, match=r"32, 32, 3"):
+            ClassifierExtractor()(images)
 
 
 def test_a_trained_classifier_is_reproducible_and_survives_its_file(validation, script, tmp_path):

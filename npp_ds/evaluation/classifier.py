@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from npp_ds.errors import UserError
-from npp_ds.files import write_atomic
+from npp_ds.evaluation.features import FASHION_MNIST, Features
+from npp_ds.files import sha256, write_atomic
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "fashion_mnist_classifier.safetensors"
-EXTRACTOR = "npp-fashion-mnist"
-FEATURE_LAYER = "features"
 
 
 class Classifier(nn.Module):
@@ -83,42 +82,28 @@ def predict(images: np.ndarray | Tensor, model: Classifier | None = None, batch_
     return torch.cat([model(batch).argmax(-1) for batch in images.split(batch_size)]).numpy()
 
 
-def register_classifier_features() -> str:
-    """Makes the shipped classifier known to torch-fidelity and returns its name for `feature_extractor=`."""
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+class ClassifierExtractor:
+    """The shipped classifier as an extractor of features of 32x32 images: pool [N, 64], probabilities [N, 10]."""
 
-    class ClassifierFeatures(FeatureExtractorBase):
-        """uint8 [B, 3, 32, 32] -> (float32 [B, 64],)."""
+    name = FASHION_MNIST
+    standard = True
+    feature_dim = Classifier.num_features
+    judges_classes = True
+    batch_size = 256
 
-        def __init__(self, name: str, features_list: list[str], **_):
-            super().__init__(name, features_list)
-            self.classifier = load_classifier()
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.sha256 = sha256(SHIPPED)
+        self._device = device
+        self._model = load_classifier().to(device)
 
-        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            _check_images(images, (3, Classifier.image_size, Classifier.image_size))
-            features = self.classifier.features(images.permute(0, 2, 3, 1))
-            return tuple(features for _ in self.features_list)
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return (FEATURE_LAYER,)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return FEATURE_LAYER
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
-
-        @staticmethod
-        def get_dummy_input_for_compile() -> Tensor:
-            return torch.zeros(1, 3, Classifier.image_size, Classifier.image_size, dtype=torch.uint8)
-
-    if EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(EXTRACTOR, ClassifierFeatures)
-    return EXTRACTOR
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> Features:
+        """images uint8 [N, 32, 32, 3]; UserError for others."""
+        pixels = torch.tensor(images, device=self._device)
+        _check_images(pixels, (Classifier.image_size, Classifier.image_size, 3))
+        pool = self._model.features(pixels)
+        probabilities = self._model.output(pool).softmax(-1)
+        return Features(pool.cpu().numpy(), None, probabilities.cpu().numpy())
 
 
 def _check_images(images: Tensor, shape: tuple[int, ...]) -> None:

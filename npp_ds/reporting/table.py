@@ -62,10 +62,12 @@ def _evaluation_rows(evaluation: dict) -> list[tuple[str, str]]:
         drawn = f"CFG {record['cfg_scale']:g}, temperature {record['temperature']:g}, top-k {record['top_k'] or 'all'}"
         value = f"{evaluation['num_images']:,} images, {drawn}, top-p {record['top_p']:g}, seed {record['seed']}"
         rows.append(("samples", value))
-    real = evaluation.get("reference_class_agreement")
-    beside = f" (real images: {real:.1%})" if real is not None else ""
-    rows.append(("samples showing the class asked for", f"{evaluation['class_agreement']:.1%}{beside}"))
-    against = f"{evaluation['num_reference_images']:,} real images, features of {evaluation['extractor']}"
+    if "class_agreement" in evaluation:
+        real = evaluation.get("reference_class_agreement")
+        beside = f" (real images: {real:.1%})" if real is not None else ""
+        rows.append(("samples showing the class asked for", f"{evaluation['class_agreement']:.1%}{beside}"))
+    count = evaluation["num_reference_images"]
+    against = f"{f'{count:,} ' if count else ''}real images, features of {evaluation['extractor']}"
     rows.append(("Frechet distance", f"{evaluation['frechet_distance']:.4g} to {against}"))
     return rows
 

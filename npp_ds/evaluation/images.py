@@ -1,0 +1,155 @@
+"""Sets of images to measure: what `npp sample` wrote, an .npz of images, image shards, or a folder of images."""
+
+import glob
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from npp_ds.errors import UserError
+from npp_ds.sampling.folder import RECORD_FILE, load_samples
+from npp_ds.tokenizer.crops import crop
+from npp_ds.tokenizer.listing import FOLDER_EXTENSIONS, list_shards
+from npp_ds.tokenizer.sources import SHARD_SUFFIXES, ImageItem, decoded_images
+
+IMAGES_KEY = "arr_0"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """`count` images of one size in a fixed order. `batches(n)` yields them as uint8 [<= n, H, W, 3].
+
+    `labels` int64 [count] where they are known; `record` is samples.json of images that were sampled.
+    """
+
+    path: str
+    kind: str
+    count: int
+    batches: Callable[[int], Iterator[np.ndarray]]
+    labels: np.ndarray | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
+    """Images of a folder that `npp sample` wrote, an .npz (`arr_0`), image shards (a file, a pattern such as
+    `val-*.tar.gz`, or a folder of them), or a folder with images at any depth.
+
+    Encoded images (of shards and folders) must have one size; with `image_size` they are centre-cropped to it as ADM
+    does. Raises UserError when there is no image.
+    """
+    path = Path(source)
+    if path.suffix == ".npz":
+        return _npz(path)
+    if (path / RECORD_FILE).exists():
+        images, labels, record = load_samples(path)
+        return ImageSet(str(path), "samples", len(images), lambda n: _slices(images, n), labels, record)
+    if path.is_dir() and not _shards(path):
+        return _encoded(str(path), "folder", _listed(path), None, image_size)
+    items = list_shards([Path(p) for p in shard_paths(source)])
+    labels = np.array([item.label for item in items], dtype=np.int64)
+    return _encoded(str(source), "shards", items, labels, image_size)
+
+
+def shard_paths(source: str | Path) -> list[str]:
+    """The shards a file name, a pattern such as `images/val-*.tar.gz`, or a folder (all its tars) stands for, sorted.
+
+    Raises UserError when there is none.
+    """
+    path = Path(source)
+    found = _shards(path) if path.is_dir() else sorted(glob.glob(str(path)))
+    if not found or not all(name.endswith(SHARD_SUFFIXES) for name in found):
+        raise UserError(
+            f"{source}: no images found; expected a folder that `npp sample` wrote, an .npz file, a folder of images, "
+            "or image shards: a .tar or .tar.gz file, a pattern or a folder of them"
+        )
+    return found
+
+
+def _shards(folder: Path) -> list[str]:
+    return sorted(str(path) for suffix in SHARD_SUFFIXES for path in folder.glob(f"*{suffix}"))
+
+
+def _listed(root: Path) -> list[ImageItem]:
+    """Every file below `root` that is named like an image, links followed, sorted by path."""
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    paths = sorted(path for path in paths if os.path.splitext(path)[1][1:].lower() in FOLDER_EXTENSIONS)
+    if not paths:
+        raise UserError(f"{root}: no images found; expected {', '.join(FOLDER_EXTENSIONS)} at any depth, or shards")
+    return [ImageItem(key=path, label=-1, path=path, size=os.stat(path).st_size) for path in paths]
+
+
+def _encoded(
+    path: str, kind: str, items: list[ImageItem], labels: np.ndarray | None, image_size: int | None
+) -> ImageSet:
+    def pixels() -> Iterator[np.ndarray]:
+        first = None
+        for item, image in decoded_images(items):
+            if image_size is not None and image.size != (image_size, image_size):
+                found = crop(image, image_size, "center")[0]
+            else:
+                found = np.asarray(image)
+            first = found if first is None else first
+            if found.shape != first.shape:
+                raise UserError(
+                    f"{item.where}: {image.width}x{image.height} pixels, expected {first.shape[1]}x{first.shape[0]} as "
+                    "the first image; set --image-size to crop all of them to one size"
+                )
+            yield found
+
+    def batches(n: int) -> Iterator[np.ndarray]:
+        batch: list[np.ndarray] = []
+        for image in pixels():
+            batch.append(image)
+            if len(batch) == n:
+                yield np.stack(batch)
+                batch = []
+        if batch:
+            yield np.stack(batch)
+
+    return ImageSet(path, kind, len(items), batches, labels)
+
+
+def _slices(images: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), n):
+        yield np.asarray(images[start : start + n])
+
+
+def _npz(path: Path) -> ImageSet:
+    """Reads `arr_0` as a stream: a file of 50,000 images need not fit in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES_KEY}.npy") as file:
+            shape, _, dtype = _header(file)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: no .npz file with images under {IMAGES_KEY!r} ({error})") from None
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+        raise UserError(f"{path}: {IMAGES_KEY} is {dtype} {list(shape)}, expected uint8 [N, H, W, 3]")
+
+    def batches(n: int) -> Iterator[np.ndarray]:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES_KEY}.npy") as file:
+            _header(file)
+            for start in range(0, shape[0], n):
+                part = (min(n, shape[0] - start), *shape[1:])
+                try:
+                    yield np.frombuffer(file.read(math.prod(part)), np.uint8).reshape(part)
+                except (zipfile.BadZipFile, EOFError, ValueError) as error:
+                    raise UserError(f"{path}: {IMAGES_KEY} is damaged ({error}); fetch or make it again") from error
+
+    return ImageSet(str(path), "npz", shape[0], batches)
+
+
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, Fortran order, dtype) of the .npy that `file` begins with. ValueError for what cannot be streamed."""
+    version = npy.read_magic(file)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f".npy format {version} is not supported")
+    header = read(file)
+    if header[1]:
+        raise ValueError("the array is in Fortran order")
+    return header
