@@ -18,6 +18,7 @@ from npp_ds.errors import UserError
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 
 if TYPE_CHECKING:
+    from npp_ds.evaluation.sweep import Sweep
     from npp_ds.place import Place
     from npp_ds.sampling.job import Sampling
 
@@ -191,11 +192,15 @@ def evaluate(
     reference: Annotated[
         str, typer.Option(help="an .npz of statistics (ADM's, or made here) or of images, image shards, or a folder")
     ],
-    run_dir: Annotated[Path | None, typer.Argument(help="a run folder: its newest samples are evaluated")] = None,
+    source: Annotated[
+        Path | None, typer.Argument(help="a run folder: its newest samples are evaluated; with --sweep any weights")
+    ] = None,
     samples: Annotated[
         Path | None, typer.Option(help="evaluate these: a folder that `npp sample` wrote, an .npz, a folder of images")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="the result; evaluation.json at the samples when left out")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the result (of a sweep: its folder); beside the samples when left out")
+    ] = None,
     extractor: Annotated[
         str, typer.Option(help="inception, fashion_mnist (the shipped classifier), or auto: that of the reference")
     ] = "auto",
@@ -206,34 +211,96 @@ def evaluate(
     make_reference: Annotated[
         Path | None, typer.Option(help="write the reference's statistics to this .npz, and evaluate nothing")
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="cfg=1.5,1.75,2.0, checkpoint=1000,2000 or checkpoint=all: sample, evaluate"),
+    ] = None,
+    per_class: Annotated[int | None, typer.Option(help="of a sweep: images per class; 10 when left out")] = None,
+    labels: Annotated[str, typer.Option(help="of a sweep: balanced or random")] = "balanced",
+    cfg_scale: Annotated[float, typer.Option(help="of a sweep over checkpoints")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of a sweep")] = 0,
+    step: Annotated[int | None, typer.Option(help="of a sweep over cfg: checkpoint; the newest when left out")] = None,
+    weights: Annotated[str, typer.Option(help="of a sweep: raw or ema")] = "raw",
+    dtype: Annotated[str, typer.Option(help="of a sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="of a sweep: images decoded at a time")] = 64,
 ) -> None:
     """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement."""
-    from npp_ds.evaluation import evaluate as evaluation
-    from npp_ds.evaluation import reference as references
-    from npp_ds.evaluation.features import load_extractor
+    from npp_ds.place import place_of_environment
+
+    if place_of_environment().rank:  # one process does it all
+        return
+    if make_reference is not None:
+        _make_reference(make_reference, reference, extractor, inception_weights, image_size)
+    elif sweep is not None:
+        if source is None:
+            raise UserError("sweep: found no weights to sample; give a run folder")
+        from npp_ds.evaluation.sweep import Settings, open_sweep
+        from npp_ds.sampling.sampler import Options
+
+        options = Options(seed=seed, cfg_scale=cfg_scale)
+        settings = Settings(per_class, labels, options, step, weights, dtype, batch_size)
+        _sweep(open_sweep(source, sweep, settings), reference, extractor, inception_weights, image_size, out)
+    else:
+        _evaluate(source, samples, reference, extractor, inception_weights, image_size, out)
+
+
+def _make_reference(
+    out: Path, images: str, extractor: str, inception_weights: Path | None, image_size: int | None
+) -> None:
+    from npp_ds.evaluation.evaluate import open_extractor
+    from npp_ds.evaluation.reference import make_reference
+
+    network = open_extractor(extractor, images, None, inception_weights)
+    with _progress("reference") as progress:
+        made = make_reference(out, images, network, image_size, progress)
+    print(f"{out}: statistics of {made.source.num_images} images by {network.name}")
+
+
+def _evaluate(
+    source: Path | None,
+    samples: Path | None,
+    reference: str,
+    extractor: str,
+    inception_weights: Path | None,
+    image_size: int | None,
+    out: Path | None,
+) -> None:
+    from npp_ds.evaluation.evaluate import describe, evaluate_images, open_extractor, write_result
     from npp_ds.evaluation.images import open_images
+    from npp_ds.evaluation.reference import load_reference
     from npp_ds.sampling.folder import newest_samples
 
-    if make_reference is None and samples is None:
-        if run_dir is None:
+    if samples is None:
+        if source is None:
             raise UserError("nothing to evaluate: give a run folder, --samples, or --make-reference OUT.npz")
-        samples = newest_samples(run_dir)
-    images = open_images(samples) if make_reference is None else None
-    if extractor == "auto":
-        record = images.record if images else {}
-        extractor = evaluation.choose_extractor(reference, record.get("tokenizer", {}).get("name"))
-    network = load_extractor(extractor, inception_weights)
-    if images is None:
-        with _progress("reference") as progress:
-            made = references.make_reference(make_reference, reference, network, image_size, progress)
-        print(f"{make_reference}: statistics of {made.source.num_images} images by {network.name}")
-        return
+        samples = newest_samples(source)
+    images = open_images(samples)
+    network = open_extractor(extractor, reference, images.record.get("tokenizer", {}).get("name"), inception_weights)
     with _progress("reference") as progress:
-        loaded = references.load_reference(reference, network, image_size, progress)
+        loaded = load_reference(reference, network, image_size, progress)
     with _progress("samples") as progress:
-        result = evaluation.evaluate_images(images, loaded, network, progress)
-    print(evaluation.describe(result))
-    print(f"written to {evaluation.write_result(result, out)}")
+        result = evaluate_images(images, loaded, network, progress)
+    print(describe(result))
+    print(f"written to {write_result(result, out)}")
+
+
+def _sweep(
+    swept: "Sweep",
+    reference: str,
+    extractor: str,
+    inception_weights: Path | None,
+    image_size: int | None,
+    out: Path | None,
+) -> None:
+    from npp_ds.evaluation.evaluate import open_extractor
+    from npp_ds.evaluation.reference import load_reference
+    from npp_ds.evaluation.sweep import run_sweep, table
+
+    network = open_extractor(extractor, reference, swept.jobs[0].tokenizer.name, inception_weights)
+    with _progress("reference") as progress:
+        loaded = load_reference(reference, network, image_size, progress)
+    results, folder = run_sweep(swept, loaded, network, out, _progress)
+    print(f"{table(swept.name, results)}written to {folder}")
 
 
 @app.command()

@@ -15,13 +15,13 @@ from npp_ds.evaluation.features import Extractor, Features
 
 
 class Projection:
-    """A fixed random projection of 8x8 images: far from trivial features. Bright images are class 1."""
+    """A fixed random projection of small images: far from trivial features. Bright images are class 1."""
 
     name, sha256, standard = "projection", "0" * 64, True
     feature_dim, judges_classes, batch_size = 24, True, 16
 
-    def __init__(self):
-        self.matrix = (np.random.default_rng(0).standard_normal((3 * 8 * 8, 24)) / 50).astype(np.float32)
+    def __init__(self, size: int = 8):
+        self.matrix = (np.random.default_rng(0).standard_normal((3 * size**2, 24)) / 50).astype(np.float32)
         self.seen = 0
 
     def __call__(self, images: np.ndarray) -> Features:

@@ -9,22 +9,34 @@ import torch
 from npp_ds import __version__
 from npp_ds.errors import UserError
 from npp_ds.evaluation.comparability import warnings_of
-from npp_ds.evaluation.features import FASHION_MNIST, INCEPTION, Extractor, Measurement, Progress, measure
+from npp_ds.evaluation.features import (
+    FASHION_MNIST,
+    INCEPTION,
+    Extractor,
+    Measurement,
+    Progress,
+    load_extractor,
+    measure,
+)
 from npp_ds.evaluation.fid import frechet_distance
 from npp_ds.evaluation.images import ImageSet
 from npp_ds.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from npp_ds.evaluation.reference import Reference, recorded_extractor
 from npp_ds.evaluation.scores import class_agreement, inception_score
 from npp_ds.files import write_json_atomic
+from npp_ds.sampling.job import git_commit
 
 EVALUATION_FILE = "evaluation.json"
+AUTO = "auto"
 
 
-def choose_extractor(reference: str | Path, tokenizer: str | None) -> str:
-    """The extractor that the reference's statistics are of; for images, the Fashion-MNIST classifier where the samples
-    were decoded by the shipped tokenizer of these images, else Inception.
+def open_extractor(name: str, reference: str | Path, tokenizer: str | None, weights: str | Path | None) -> Extractor:
+    """`load_extractor`, where "auto" means that of the reference's statistics; and for a reference of images the
+    Fashion-MNIST classifier where the samples were decoded by the shipped tokenizer of these images, else Inception.
     """
-    return recorded_extractor(reference) or (FASHION_MNIST if tokenizer == FASHION_MNIST else INCEPTION)
+    if name == AUTO:
+        name = recorded_extractor(reference) or (FASHION_MNIST if tokenizer == FASHION_MNIST else INCEPTION)
+    return load_extractor(name, weights)
 
 
 def evaluate_images(
@@ -50,6 +62,7 @@ def evaluate_images(
         "samples": images.record,
         "warnings": warnings_of(images, measured, reference, extractor),
         "created_by": f"npp_ds {__version__}",
+        "git_commit": git_commit(),
     }
 
 
@@ -84,8 +97,8 @@ def write_result(result: dict[str, Any], out: str | Path | None = None) -> Path:
     return path
 
 
-def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """(metric, value) for people, of those that the result has."""
+def rows_of(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, name, value) for people, of the metrics that the result has."""
     distance = "FID" if result["extractor"] == INCEPTION else "Frechet distance"
     spatial = "sFID" if result["extractor"] == INCEPTION else "spatial Frechet distance"
     values = [
@@ -97,15 +110,15 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("samples showing the class asked for", "class_agreement", "{:.1%}"),
         ("real images showing it", "reference_class_agreement", "{:.1%}"),
     ]
-    return [(name, form.format(result[key])) for name, key, form in values if key in result]
+    return [(key, name, form.format(result[key])) for name, key, form in values if key in result]
 
 
 def describe(result: dict[str, Any]) -> str:
     """What was compared, the metrics as a small table, and every warning."""
     rows = rows_of(result)
-    width = max(len(name) for name, _ in rows)
+    width = max(len(name) for _, name, _ in rows)
     of = f"{result['num_reference_images']:,} images" if result["num_reference_images"] else "statistics"
     lines = [f"{result['num_images']:,} samples of {result['samples_dir']}"]
     lines += [f"against {of} of {result['reference']['path']}, features of {result['extractor']}"]
-    lines += [f"  {name:<{width}}  {value:>8}" for name, value in rows]
+    lines += [f"  {name:<{width}}  {value:>8}" for _, name, value in rows]
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])

@@ -1,19 +1,17 @@
 """Sets of images to measure: what `npp sample` wrote, an .npz of images, image shards, or a folder of images."""
 
 import glob
-import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 
 from npp_ds.errors import UserError
-from npp_ds.sampling.folder import RECORD_FILE, load_samples
+from npp_ds.sampling.folder import RECORD_FILE, load_samples, map_array
 from npp_ds.tokenizer.crops import crop
 from npp_ds.tokenizer.listing import FOLDER_EXTENSIONS, list_shards
 from npp_ds.tokenizer.sources import SHARD_SUFFIXES, ImageItem, decoded_images
@@ -121,35 +119,11 @@ def _slices(images: np.ndarray, n: int) -> Iterator[np.ndarray]:
 
 
 def _npz(path: Path) -> ImageSet:
-    """Reads `arr_0` as a stream: a file of 50,000 images need not fit in memory."""
+    """Maps `arr_0` where it lies uncompressed: a file of 50,000 images need not fit in memory."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES_KEY}.npy") as file:
-            shape, _, dtype = _header(file)
+        images = map_array(path, IMAGES_KEY)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: no .npz file with images under {IMAGES_KEY!r} ({error})") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
-        raise UserError(f"{path}: {IMAGES_KEY} is {dtype} {list(shape)}, expected uint8 [N, H, W, 3]")
-
-    def batches(n: int) -> Iterator[np.ndarray]:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES_KEY}.npy") as file:
-            _header(file)
-            for start in range(0, shape[0], n):
-                part = (min(n, shape[0] - start), *shape[1:])
-                try:
-                    yield np.frombuffer(file.read(math.prod(part)), np.uint8).reshape(part)
-                except (zipfile.BadZipFile, EOFError, ValueError) as error:
-                    raise UserError(f"{path}: {IMAGES_KEY} is damaged ({error}); fetch or make it again") from error
-
-    return ImageSet(str(path), "npz", shape[0], batches)
-
-
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, Fortran order, dtype) of the .npy that `file` begins with. ValueError for what cannot be streamed."""
-    version = npy.read_magic(file)
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f".npy format {version} is not supported")
-    header = read(file)
-    if header[1]:
-        raise ValueError("the array is in Fortran order")
-    return header
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise UserError(f"{path}: {IMAGES_KEY} is {images.dtype} {list(images.shape)}, expected uint8 [N, H, W, 3]")
+    return ImageSet(str(path), "npz", len(images), lambda n: _slices(images, n))
