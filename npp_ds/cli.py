@@ -207,7 +207,9 @@ def evaluate(
     inception_weights: Annotated[
         Path | None, typer.Option(help="file of Inception's weights; torch-fidelity's own is fetched when left out")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="centre-crop the reference's encoded images to this")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="centre-crop the reference's encoded images to this; of a sweep: samples' size")
+    ] = None,
     make_reference: Annotated[
         Path | None, typer.Option(help="write the reference's statistics to this .npz, and evaluate nothing")
     ] = None,
@@ -238,7 +240,7 @@ def evaluate(
         from npp_ds.sampling.sampler import Options
 
         options = Options(seed=seed, cfg_scale=cfg_scale)
-        settings = Settings(per_class, labels, options, step, weights, dtype, batch_size)
+        settings = Settings(per_class, labels, options, step, weights, dtype, batch_size, image_size)
         _sweep(open_sweep(source, sweep, settings), reference, extractor, inception_weights, image_size, out)
     else:
         _evaluate(source, samples, reference, extractor, inception_weights, image_size, out)

@@ -4,12 +4,14 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from extractors import Projection, random_images
@@ -224,7 +226,7 @@ def test_whatever_keeps_numbers_from_being_compared_is_said_once(images, tmp_pat
     assert len(found) == 4 and all(text.startswith(start) for text, start in zip(found, published, strict=True))
 
 
-@pytest.mark.parametrize("name", ["VIRTUAL_imagenet256_labeled.npz", "evaluation.npz", "valley/train.npz"])
+@pytest.mark.parametrize("name", ["VIRTUAL_imagenet256_labeled.npz", "evaluation.npz", "festival.npz", "valley/train.npz"])
 def test_names_that_only_contain_val_are_no_validation_images(name, images, tmp_path):
     extractor = Projection()
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -298,6 +300,15 @@ def test_the_command_evaluates_the_newest_samples_of_a_run_and_makes_references(
         assert again[key] == result[key]
     with pytest.raises(UserError, match="give a run folder, --samples, or --make-reference"):
         npp("--reference", made)
+
+
+def test_the_commands_of_the_guide_name_options_that_exist():
+    guide = (Path(__file__).parent.parent / "docs/evaluation.md").read_text()
+    commands = [shlex.split(line) for line in re.findall(r"^ *((?:npp|accelerate) .*)$", guide, re.MULTILINE)]
+    assert len(commands) == 5
+    for words in commands:
+        _, command, *arguments = words[words.index("npp_ds") if "npp_ds" in words else 0 :]
+        get_command(app).commands[command].make_context(command, arguments)
 
 
 def test_missing_weights_stop_the_command_before_any_image_is_read(tmp_path, monkeypatch):

@@ -118,6 +118,12 @@ def test_the_command_sweeps_and_prints_the_table(run_dir, reference, monkeypatch
     assert {(r["samples"]["cfg_scale"], r["samples"]["seed"], r["samples"]["labels"]) for r in results} == {
         (2, 7, "random")
     }
+    assert {tuple(r["image_size"]) for r in results} == {(16, 16)}
+    np.savez(reference.path, arr_0=random_images(40, 0, size=8))
+    monkeypatch.setattr("npp_ds.evaluation.evaluate.load_extractor", lambda name, weights: Projection(8))
+    npp(run_dir, "--sweep", "cfg=2", "--image-size", "8")
+    (small,) = json.loads((run_dir / "samples/sweep-cfg/sweep.json").read_text())["results"]
+    assert small["image_size"] == [8, 8] and small["samples"]["labels"] == "balanced"
     with pytest.raises(UserError, match="sweep: found no weights"):
         npp("--sweep", "cfg=1")
     for variable, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):

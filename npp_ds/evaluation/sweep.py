@@ -37,6 +37,7 @@ class Settings:
     weights: str = "raw"
     dtype: str = "auto"
     batch_size: int = 64
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def _sampling(source: str | Path, name: str, value: float, settings: Settings) -
         classes=classes,
         count=image_count(len(classes), settings.per_class, None),
         labels=settings.labels,
+        image_size=settings.image_size,
         options=settings.options if name == CHECKPOINT else replace(settings.options, cfg_scale=value),
         dtype=("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype,
     )
