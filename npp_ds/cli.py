@@ -306,6 +306,45 @@ def _sweep(
 
 
 @app.command()
+def likelihood(
+    source: Annotated[Path, typer.Argument(help="a run folder, or a file of weights")],
+    data: Annotated[
+        str | None, typer.Option(help="held-out code shards; those of the run (data.val) when left out")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="images, evenly spread over the set; all when left out")
+    ] = None,
+    patch_side: Annotated[int, typer.Option(min=1, help="side of the patches that the codes are cut into")] = 1,
+    weights: Annotated[str, typer.Option(help="raw, or ema: their moving average")] = "raw",
+    step: Annotated[int | None, typer.Option(help="checkpoint; the newest complete one when left out")] = None,
+    precision: Annotated[str, typer.Option(help="of matrix products: fp32 or bf16")] = "fp32",
+    out: Annotated[
+        Path | None, typer.Option(help="the JSON; RUN/likelihood.json or FILE.likelihood.json when left out")
+    ] = None,
+) -> None:
+    """Measure held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure."""
+    from npp_ds.evaluation.likelihood import likelihood_of
+    from npp_ds.reporting.likelihood import write_likelihood
+    from npp_ds.weights.source import open_weights
+
+    opened = open_weights(source, step=step, kind=weights)
+    shards = data or (opened.config.data.val if opened.config else None)
+    if shards is None:
+        raise UserError(f"--data: missing, and {source} names no held-out shards (data.val); give code shards")
+    cache_dir = opened.config.data.cache_dir if opened.config else None
+    options = {"limit": limit, "patch_side": patch_side, "precision": precision, "cache_dir": cache_dir}
+    with _progress("measuring") as progress:
+        result = likelihood_of(opened, shards, **options, progress=progress)
+    path = out or (source / "likelihood.json" if source.is_dir() else source.with_suffix(".likelihood.json"))
+    picture = write_likelihood(path, result)
+    print(
+        f"{result['images']} images at patch side {patch_side}: {result['nats_per_code']:.4f} nats per code, "
+        f"{result['bits_per_image']:.1f} bits per image, top-1 {result['top1_accuracy']:.2%}, "
+        f"top-5 {result['top5_accuracy']:.2%} ({precision}); {path}, {picture}"
+    )
+
+
+@app.command()
 def report(
     run_dir: RunDirectory,
     next_step: Annotated[list[str] | None, typer.Option(help="a line for 'what to run next'; may be repeated")] = None,

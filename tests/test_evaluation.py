@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from npp_ds.evaluation.nll import mean_nll
+from npp_ds.evaluation.likelihood import mean_nll
 from npp_ds.model import ModelConfig, Transformer, patches
 
 

@@ -18,7 +18,7 @@ from npp_ds.schedule import Schedule
 if TYPE_CHECKING:
     from npp_ds.config import RunConfig
 
-PLOT_FILE, PAGE_FILE = "training.png", "report.html"
+PLOT_FILE, PAGE_FILE, LIKELIHOOD_PLOT = "training.png", "report.html", "likelihood.png"
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
@@ -40,8 +40,14 @@ def _image(png: bytes, description: str) -> str:
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def page(summary: RunSummary, plot: bytes, grid: bytes | None = None, config_text: str = "") -> str:
-    """The report as one HTML page that needs no other file: `plot` and `grid` are PNGs, embedded."""
+def page(
+    summary: RunSummary,
+    plot: bytes,
+    grid: bytes | None = None,
+    likelihood: bytes | None = None,
+    config_text: str = "",
+) -> str:
+    """The report as one HTML page that needs no other file: `plot`, `grid` and `likelihood` are PNGs, embedded."""
     name = html.escape(summary.name)
     parts = [
         f"<h1>{name}</h1><p>{'finished' if summary.finished else 'not finished'}</p>",
@@ -52,6 +58,8 @@ def page(summary: RunSummary, plot: bytes, grid: bytes | None = None, config_tex
     parts.append(f"<h2>Training</h2>{_image(plot, 'losses, learning rate and images per second over steps')}")
     if grid is not None:
         parts.append(f"<h2>Samples</h2>{_image(grid, 'samples, one row per class')}")
+    if likelihood is not None:
+        parts.append(f"<h2>Where the model is unsure</h2>{_image(likelihood, 'likelihood and accuracy by position')}")
     if summary.files:
         parts.append(f"<h2>Files</h2><table>{_rows(summary.files)}</table>")
     if summary.next_steps:
@@ -96,6 +104,7 @@ def _files(run_dir: Path, samples: Path | None) -> list[tuple[str, str]]:
         ("samples to look at", samples / "grid.png" if samples else None),
         ("samples for metrics", samples / "samples.npz" if samples else None),
         ("evaluation", samples / "evaluation.json" if samples else None),
+        ("likelihood by position", run_dir / "likelihood.json"),
         ("checkpoints", run_dir / "checkpoints"),
         ("metrics of every step", run_dir / "metrics.jsonl"),
         ("settings", run_dir / "config.yaml"),
@@ -137,7 +146,8 @@ def report_run(
     )
     plot = plot_run(events, schedule.stages, config.name)
     write_atomic(run_dir / PLOT_FILE, lambda file: file.write(plot))
-    text = page(summary, plot, grid.read_bytes() if grid and grid.is_file() else None, config.to_yaml())
+    pictures = (path.read_bytes() if path and path.is_file() else None for path in (grid, run_dir / LIKELIHOOD_PLOT))
+    text = page(summary, plot, *pictures, config.to_yaml())
     write_text_atomic(run_dir / PAGE_FILE, text)
     if show:
         print_summary(summary)

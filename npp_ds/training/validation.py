@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from npp_ds.config import RunConfig
 from npp_ds.data.loader import EvalLoader
 from npp_ds.data.store import CodeStore
-from npp_ds.evaluation.nll import mean_nll
+from npp_ds.evaluation.likelihood import mean_nll
 from npp_ds.schedule import Schedule, Stage
 from npp_ds.training.ema import EMA
 from npp_ds.training.engine import TrainingEngine

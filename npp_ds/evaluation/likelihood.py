@@ -1,0 +1,200 @@
+"""How likely held-out codes are under a model: their mean for a training run, and figures by position in the image."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isqrt, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from npp_ds import __version__
+from npp_ds.data.loader import EvalLoader
+from npp_ds.data.shards import Manifest
+from npp_ds.data.store import stage
+from npp_ds.errors import UserError
+from npp_ds.sampling.sampler import build_model
+from npp_ds.weights.source import Weights
+
+LOGIT_BYTES = 256 << 20
+"""Most float32 logits of one forward pass: 16 images of 256 codes out of 16384."""
+TOP = 5
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Batches = Iterable[tuple[Tensor, Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Means over `images` by patch position, float64 [grid, grid] each, where grid is the number of patches in a row.
+
+    `nll` is in nats per code; `top1` and `top5` are the shares of codes that are the model's likeliest guess, and among
+    its five likeliest. At a patch side above 1 each position holds the mean over its patch's codes.
+    """
+
+    patch_side: int
+    images: int
+    nll: np.ndarray
+    top1: np.ndarray
+    top5: np.ndarray
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.nll.size * self.patch_side**2
+
+    @property
+    def bits_per_image(self) -> float:
+        """Length of an image's codes, those of a patch being independent of each other given all before them."""
+        return float(self.nll.mean()) / log(2) * self.codes_per_image
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _on(device: torch.device | str, batch: tuple[Tensor, Tensor, int]) -> tuple[Tensor, Tensor, int]:
+    """The real rows of a batch on the device, and their number; one row where none is real."""
+    codes, labels, count = batch
+    rows = slice(max(count, 1))
+    return codes[rows].to(device, non_blocking=True), labels[rows].to(device, non_blocking=True), count
+
+
+def _over_ranks(total: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
+def mean_nll(model: nn.Module, loader: Batches, device: torch.device | str) -> float:
+    """Mean over all images of all ranks of `model(codes, labels)`, in nats per code at the loader's patch side.
+
+    `model` is a `Transformer` or a DeepSpeed engine around one. `loader` yields (codes int64 [B, N, k], labels int64
+    [B], count), of which only the first `count` rows are real. Every rank calls the model once per batch, also for
+    batches of no real row (they weigh nothing), because with ZeRO-3 each call gathers weights from all ranks; so when
+    torch.distributed is initialised, all ranks must call this with equally long loaders. The model is in eval mode
+    meanwhile, then in the mode it had. Raises ValueError when no rank has a real row.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, images
+    with _eval_mode(model):
+        for batch in loader:
+            codes, labels, count = _on(device, batch)
+            total[0] += model(codes, labels).double() * count
+            total[1] += count
+    nats, images = _over_ranks(total).tolist()
+    if not images:
+        raise ValueError("mean_nll: the loader has no image")
+    return nats / images
+
+
+@torch.no_grad()
+def likelihood_by_position(model: nn.Module, loader: Batches, device: torch.device | str) -> Likelihood:
+    """What `mean_nll` sums up, position by position, with the accuracy of the model's guesses; same loader, same ranks.
+
+    The mean of `nll` is `mean_nll`. All float32 logits of a batch exist at once, so `loader` should give as many images
+    at a time as `images_at_a_time` says.
+    """
+    total, images = torch.zeros((), dtype=torch.float64, device=device), 0
+    with _eval_mode(model):
+        for batch in loader:
+            codes, labels, count = _on(device, batch)
+            shape = codes.shape[1:]
+            total = total + _figures(model(codes, labels, output="logits"), codes)[:, :count].sum(1)
+            images += count
+    total = _over_ranks(torch.cat([total.flatten(), total.new_tensor([images])]))
+    if not (images := round(total[-1].item())):
+        raise ValueError("likelihood_by_position: the loader has no image")
+    grid, side = map(isqrt, shape)
+    return Likelihood(side, images, *(total[:-1] / images).view(3, grid, grid).cpu().numpy())
+
+
+def _figures(logits: Tensor, codes: Tensor) -> Tensor:
+    """logits[B, N, V], codes[B, N, k] -> float64 [3, B, N]: nats, first guess right, one of five guesses right."""
+    nats = logits.logsumexp(-1, keepdim=True) - logits.gather(-1, codes)
+    guesses = logits.topk(min(TOP, logits.shape[-1])).indices
+    right = codes[..., None] == guesses[..., None, :]
+    return torch.stack([nats.double(), right[..., 0].double(), right.any(-1).double()]).mean(-1)
+
+
+def images_at_a_time(positions: int, vocab_size: int) -> int:
+    """Images whose float32 logits, at this many positions each, fit in `LOGIT_BYTES`; at least one."""
+    return max(1, LOGIT_BYTES // (4 * positions * vocab_size))
+
+
+def likelihood_of(
+    source: Weights,
+    shards: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    limit: int | None = None,
+    patch_side: int = 1,
+    precision: str = "fp32",
+    device: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """The likelihood of held-out code shards (`limit`: of that many of their images) under trained weights, as JSON.
+
+    Products are computed in `precision` from float32 weights, the softmax and all sums in float32 and float64. Raises
+    UserError when the shards do not fit the model.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    store = stage(shards, cache_dir)
+    _check_fit(source, store.manifest, shards)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    positions = store.manifest.num_tokens // patch_side**2 or 1
+    batch_size = images_at_a_time(positions, source.model.vocab_size)
+    loader = EvalLoader(store, patch_side, batch_size, rank=0, world_size=1, limit=limit)
+    model = build_model(source, source.read(), device)
+    started = time.perf_counter()
+    with torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32"):
+        found = likelihood_by_position(model, _counted(loader, progress), device)
+    overall = {"nats_per_code": found.nll, "top1_accuracy": found.top1, "top5_accuracy": found.top5}
+    return {
+        **{name: float(values.mean()) for name, values in overall.items()},
+        "bits_per_image": found.bits_per_image,
+        "codes_per_image": found.codes_per_image,
+        "patch_side": patch_side,
+        "images": found.images,
+        "by_position": {name: values.tolist() for name, values in overall.items()},
+        "precision": precision,
+        "weights": {
+            "path": str(source.path),
+            "name": source.name,
+            "step": source.step,
+            "kind": source.kind,
+            "sha256": source.sha256,
+        },
+        "shards": {"path": str(shards), "fingerprint": store.manifest.fingerprint(), "images": len(store)},
+        "seconds": round(time.perf_counter() - started, 3),
+        "created_by": f"npp_ds {__version__}",
+    }
+
+
+def _counted(loader: EvalLoader, progress: Callable[[int, int], None]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    done = 0
+    for batch in loader:
+        yield batch
+        done += batch[2]
+        progress(done, loader.num_samples)
+
+
+def _check_fit(source: Weights, manifest: Manifest, shards: str | Path) -> None:
+    problems = [
+        f"{name} {getattr(manifest, name)}, the model has {getattr(source.model, name)}"
+        for name in ("grid_size", "vocab_size", "num_classes")
+        if getattr(manifest, name) != getattr(source.model, name)
+    ]
+    if problems:
+        raise UserError(f"{shards}: not codes for the model of {source.path}: {'; '.join(problems)}; name other shards")
