@@ -142,6 +142,29 @@ class ValidationSection(_Section):
     weights: Literal["raw", "ema", "both"] = _free("raw", "validate the weights, their moving average, or both")
 
 
+class EvaluateSection(_Section):
+    """Samples of a run in progress compared with real images. The weights are copied for it to every device, in
+    float32 with precision fp32, else in bfloat16, and removed afterwards.
+    """
+
+    every: int = _free(0, "optimizer steps between evaluations, also made at the run's last step; 0: none at all", ge=0)
+    reference: str | None = _free(
+        None, "statistics of real images: an .npz of `npp evaluate --make-reference` or ADM's; its extractor is used"
+    )
+    inception_weights: str | None = _free(None, "file of Inception's weights; null: torch-fidelity's own download")
+    images: int = _free(1000, "images to sample, the classes in turn: a multiple of them shows each as often", ge=2)
+    batch_size: int = _free(50, "images decoded at a time; the processes take turns, batch by batch", ge=1)
+    cfg_scale: float = _free(1.5, "scale of classifier-free guidance; 1: none", ge=0)
+    seed: int = _free(0, "image i shows the same class and takes the same draws in every evaluation", ge=0, lt=2**63)
+    weights: Literal["raw", "ema"] = _free("raw", "sample with the weights, or their moving average")
+    max_share: float = _free(
+        0.05,
+        "an evaluation waits for a later multiple of `every` while the last one's seconds are more than this share of "
+        "the training seconds since; the run's last step never waits",
+        gt=0,
+    )
+
+
 class CheckpointSection(_Section):
     every: int = _free(1000, "optimizer steps between checkpoints; 0: only at the ends of stages", ge=0)
     keep_last: int = _free(3, "newest checkpoints to keep, besides those at the ends of stages", ge=1)
@@ -196,6 +219,7 @@ class RunConfig(_Section):
     optimizer: OptimizerSection = OptimizerSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     validation: ValidationSection = ValidationSection()
+    evaluate: EvaluateSection = Field(EvaluateSection(), json_schema_extra={"free": True})  # no part of older hashes
     checkpoint: CheckpointSection = CheckpointSection()
     watch: WatchSection = WatchSection()
     logging: LoggingSection = LoggingSection()

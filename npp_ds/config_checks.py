@@ -195,6 +195,7 @@ def _drop(raw: Any, location: tuple[str | int, ...]) -> None:
 def problems_of(config: RunConfig, world_size: int | None = None, num_samples: int | None = None) -> list[str]:
     """What is wrong between the keys of a config, and between it, the number of processes and the data."""
     problems = _model_problems(config) + _stage_problems(config) + _average_problems(config)
+    problems += _evaluate_problems(config)
     if world_size is not None:
         problems += _batch_problems(config, world_size)
     if num_samples is not None and not problems:
@@ -267,11 +268,21 @@ def _stage_problems(config: RunConfig) -> list[str]:
 
 
 def _average_problems(config: RunConfig) -> list[str]:
-    if config.validation.weights == "raw" or config.optimizer.ema_decay:
+    wanted = {"validation": config.validation.weights, "evaluate": config.evaluate.weights}
+    return [
+        f"{section}.weights: {kind}, but optimizer.ema_decay is 0, so no average is kept; "
+        f"set optimizer.ema_decay (such as 0.9999), or {section}.weights to raw"
+        for section, kind in wanted.items()
+        if kind != "raw" and not config.optimizer.ema_decay
+    ]
+
+
+def _evaluate_problems(config: RunConfig) -> list[str]:
+    if not config.evaluate.every or config.evaluate.reference:
         return []
     return [
-        f"validation.weights: {config.validation.weights}, but optimizer.ema_decay is 0, so no average is kept; "
-        "set optimizer.ema_decay (such as 0.9999), or validation.weights to raw"
+        "evaluate.reference: missing, but evaluate.every asks for evaluations; name statistics of real images "
+        "(`npp evaluate --make-reference`), or set evaluate.every to 0"
     ]
 
 

@@ -226,7 +226,9 @@ def test_whatever_keeps_numbers_from_being_compared_is_said_once(images, tmp_pat
     assert len(found) == 4 and all(text.startswith(start) for text, start in zip(found, published, strict=True))
 
 
-@pytest.mark.parametrize("name", ["VIRTUAL_imagenet256_labeled.npz", "evaluation.npz", "festival.npz", "valley/train.npz"])
+@pytest.mark.parametrize(
+    "name", ["VIRTUAL_imagenet256_labeled.npz", "evaluation.npz", "festival.npz", "valley/train.npz"]
+)
 def test_names_that_only_contain_val_are_no_validation_images(name, images, tmp_path):
     extractor = Projection()
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from npp_ds.errors import UserError
 
@@ -11,23 +12,36 @@ Statistics = tuple[np.ndarray, np.ndarray]  # mean float64 [d], unbiased covaria
 class Moments:
     """Mean and covariance of rows that arrive in batches: nothing but sums is kept.
 
-    Sums are taken about the first batch's mean, so that a mean far from zero costs no digits.
+    Sums are taken about `center` [d], by default the first batch's mean, so that a mean far from zero costs no digits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, center: np.ndarray | None = None) -> None:
         self.count = 0
+        self._center: torch.Tensor | None = None
+        if center is not None:
+            self._begin(torch.as_tensor(center, dtype=torch.float64))
+
+    def _begin(self, center: torch.Tensor) -> None:
+        self._center, self._sum = center, torch.zeros_like(center)
+        self._products = center.new_zeros(len(center), len(center))
 
     def add(self, rows: np.ndarray) -> None:
         """Takes in rows [n, d] of any float type."""
         rows = torch.as_tensor(np.asarray(rows, dtype=np.float64))
-        if not self.count:
-            self._center = rows.mean(0)
-            self._sum = torch.zeros_like(self._center)
-            self._products = self._sum.new_zeros(len(self._sum), len(self._sum))
+        if self._center is None:
+            self._begin(rows.mean(0))
         rows = rows - self._center
         self._sum += rows.sum(0)
         self._products.addmm_(rows.T, rows)
         self.count += len(rows)
+
+    def sum_over_processes(self, device: torch.device) -> None:
+        """Takes in the rows of all processes, whose `center` is the same; called by all of them together."""
+        parts = [self._sum.new_tensor([self.count]), self._sum, self._products.flatten()]
+        total = torch.cat(parts).to(device)
+        dist.all_reduce(total)
+        count, self._sum, products = total.cpu().split([len(part) for part in parts])
+        self.count, self._products = round(count.item()), products.view_as(self._products)
 
     def statistics(self) -> Statistics:
         """Raises UserError for fewer than 2 rows, and for rows that were not finite."""

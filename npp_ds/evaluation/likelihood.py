@@ -18,13 +18,12 @@ from npp_ds.data.loader import EvalLoader
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import stage
 from npp_ds.errors import UserError
-from npp_ds.sampling.sampler import build_model
+from npp_ds.sampling.sampler import DTYPES, build_model
 from npp_ds.weights.source import Weights
 
 LOGIT_BYTES = 256 << 20
 """Most float32 logits of one forward pass: 16 images of 256 codes out of 16384."""
 TOP = 5
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Batches = Iterable[tuple[Tensor, Tensor, int]]
 
@@ -148,8 +147,8 @@ def likelihood_of(
     Products are computed in `precision` from float32 weights, the softmax and all sums in float32 and float64. Raises
     UserError when the shards do not fit the model.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if precision not in DTYPES:
+        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(DTYPES)}")
     store = stage(shards, cache_dir)
     _check_fit(source, store.manifest, shards)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,7 +157,7 @@ def likelihood_of(
     loader = EvalLoader(store, patch_side, batch_size, rank=0, world_size=1, limit=limit)
     model = build_model(source, source.read(), device)
     started = time.perf_counter()
-    with torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32"):
+    with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
         found = likelihood_by_position(model, _counted(loader, progress), device)
     overall = {"nats_per_code": found.nll, "top1_accuracy": found.top1, "top5_accuracy": found.top5}
     return {

@@ -1,4 +1,4 @@
-"""One picture of a run: losses, likelihood over time, learning rate and throughput, with the stages shaded."""
+"""One picture of a run: losses, likelihood over time, rates, distances of samples, with the stages shaded."""
 
 import io
 from collections.abc import Sequence
@@ -68,21 +68,38 @@ def _draw_likelihood(axis, events: list[Event], stages: Sequence[Stage]) -> None
     _shade(axis, [(start, end, s.patch_side) for start, end, s in spans if end > start] or [(0, 1, 1)])
 
 
+def _draw_distances(axis, events: list[Event]) -> None:
+    """The distance of samples drawn at each patch side, for those at different sides do not compare."""
+    points = of_kind(events, "evaluation")
+    for number, side in enumerate(sorted({e["patch_side"] for e in points})):
+        own = [e for e in points if e["patch_side"] == side]
+        style = {"color": VALIDATION, "marker": "o"} if side == 1 else {"color": OWN_SIDE, "marker": "sDv^"[number % 4]}
+        steps, distances = [e["step"] for e in own], [e["frechet_distance"] for e in own]
+        axis.plot(steps, distances, markersize=4, linewidth=1.2, clip_on=False, zorder=3, label=f"side {side}", **style)
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=9)
+
+
 def plot_run(events: list[Event], stages: Sequence[Stage], title: str) -> bytes:
     """PNG of a run from its events and its stage table."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    evaluations = of_kind(events, "evaluation")
+    figure = Figure(figsize=(11, 10 if evaluations else 7), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, height_ratios=[1.6, 1]).ravel()
-    losses, likelihood, learning_rate, throughput = panels
+    rows = [["losses", "likelihood"], ["learning rate", "throughput"], ["distance", "distance"]]
+    rows = rows if evaluations else rows[:2]
+    panels = list(figure.subplot_mosaic(rows, height_ratios=[1.6, 1, 1][: len(rows)]).values())
+    losses, likelihood, learning_rate, throughput, *distance = panels
     lines = of_kind(events, "train")
     steps = [e["step"] for e in lines]
     _draw_losses(losses, events, stages)
     learning_rate.plot(steps, [e["learning_rate"] for e in lines], color=TRAIN, linewidth=1.4)
     throughput.plot(steps, [e["images_per_second"] for e in lines], color=RATE, linewidth=1.2)
-    for axis in (losses, learning_rate, throughput):
+    for axis in distance:
+        _draw_distances(axis, events)
+    for axis in (losses, learning_rate, throughput, *distance):
         _shade(axis, [(s.start_step, s.end_step, s.patch_side) for s in stages])
         axis.set_xlabel("step")
     _draw_likelihood(likelihood, events, stages)
@@ -90,7 +107,8 @@ def plot_run(events: list[Event], stages: Sequence[Stage], title: str) -> bytes:
         axis.set_ylim(bottom=0)
     nll = [e["nll"] for e in of_kind(events, "validation") if e["patch_side"] == 1]
     last = f" (last {nll[-1]:.3f})" if nll else ""
-    titles = ("Loss, nats per code", f"Validation at side 1, nats per code{last}", "Learning rate", "Images per second")
+    titles = ["Loss, nats per code", f"Validation at side 1, nats per code{last}", "Learning rate", "Images per second"]
+    titles += [f"Frechet distance of {e['images']:,} samples, CFG {e['cfg_scale']:g}" for e in evaluations[-1:]]
     for axis, text in zip(panels, titles, strict=True):
         axis.set_title(text, fontsize=11, pad=18)
         axis.spines[["top", "right"]].set_visible(False)

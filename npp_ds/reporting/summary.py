@@ -33,7 +33,8 @@ class RunSummary:
     `token_cost` counts trained positions, `flop_cost` FLOPs; `time_cost` is measured: the time the images took at each
     stage's rate over the time they would have taken at the rate of the stage with patch side 1 (None without one).
     `validation_nll` is the last one at patch side 1, in nats per code; `saving_seconds` is the time that training stood
-    still for its `checkpoints`, and `data_wait_share` the median share of the time that it waited for data.
+    still for its `checkpoints`, `evaluation_seconds` that for its `evaluations`, of which `last_distance` is the last
+    one's, and `data_wait_share` the median share of the time that it waited for data.
     """
 
     name: str
@@ -46,6 +47,9 @@ class RunSummary:
     validation_step: int | None = None
     checkpoints: int = 0
     saving_seconds: float = 0.0
+    evaluations: int = 0
+    evaluation_seconds: float = 0.0
+    last_distance: float | None = None
     data_wait_share: float | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     files: list[tuple[str, str]] = field(default_factory=list)
@@ -109,7 +113,7 @@ def summarize(
     `evaluation` is what `npp_ds.evaluation.fid.evaluate_samples` returned; `files` are (what it is, where it lies).
     """
     summaries = _stage_summaries(events, stages)
-    saves = of_kind(events, "checkpoint")
+    saves, evaluations = of_kind(events, "checkpoint"), of_kind(events, "evaluation")
     waits = [e["data_wait_share"] for e in of_kind(events, "train") if "data_wait_share" in e]
     plain = [e for e in of_kind(events, "validation") if e["patch_side"] == 1]
     return RunSummary(
@@ -123,6 +127,9 @@ def summarize(
         validation_step=plain[-1]["step"] if plain else None,
         checkpoints=len(saves),
         saving_seconds=sum(e["seconds"] for e in saves),
+        evaluations=len(evaluations),
+        evaluation_seconds=sum(e["seconds"] for e in evaluations),
+        last_distance=evaluations[-1]["frechet_distance"] if evaluations else None,
         data_wait_share=median(waits) if waits else None,
         evaluation=dict(evaluation or {}),
         files=list(files),

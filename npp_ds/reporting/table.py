@@ -48,6 +48,10 @@ def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
         share = summary.saving_seconds / seconds
         value = f"{summary.checkpoints}, training stood still for {duration(summary.saving_seconds)} ({share:.2%})"
         rows.append(("checkpoints", value))
+    if summary.evaluations and (seconds := summary.total("seconds")):
+        share = summary.evaluation_seconds / seconds
+        value = f"{summary.evaluations}, {duration(summary.evaluation_seconds)} beside training ({share:.2%})"
+        rows.append(("evaluations while training", f"{value}, last Frechet distance {summary.last_distance:.4g}"))
     if summary.data_wait_share is not None:
         rows.append(("waiting for data", f"{summary.data_wait_share:.2%} of the time (median)"))
     return rows + _evaluation_rows(summary.evaluation)

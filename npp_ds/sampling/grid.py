@@ -39,3 +39,12 @@ def sample_grid(
             cell = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
             picture.paste(cell, (left + c * step_x, top))
     return picture
+
+
+def tiled(images: np.ndarray, per_row: int) -> Image.Image:
+    """images uint8 [N, H, W, 3] side by side, `per_row` in a row, in their order; what is left of the last is white."""
+    count, height, width = images.shape[:3]
+    picture = Image.new("RGB", (min(per_row, count) * width, -(-count // per_row) * height), "white")
+    for i, image in enumerate(images):
+        picture.paste(Image.fromarray(image), (i % per_row * width, i // per_row * height))
+    return picture

@@ -57,9 +57,10 @@ class TrainingEngine:
             deepspeed.init_distributed()
         settings = engine_settings(config, first_stage, processes.world_size)
         self.seed, self.processes = config.seed, processes
+        self.model_config = ModelConfig(**config.model.arguments())
         torch.manual_seed(int(mix64(config.seed) >> 1))
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=settings["zero_optimization"]["stage"] == 3):
-            model = Transformer(ModelConfig(**config.model.arguments()))
+            model = Transformer(self.model_config)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer.weight_decay),
             lr=first_stage.peak_learning_rate,
@@ -139,6 +140,20 @@ class TrainingEngine:
                 yield self.engine
         else:
             yield self.engine
+
+    def copy_of_model(self, kind: str, dtype: torch.dtype) -> Transformer:
+        """A plain model on this rank's device, in eval mode, with all weights ("raw") or their moving average ("ema").
+
+        Called by all ranks together; training takes no notice of it. Beside the copy itself it takes room for the
+        largest parameter in float32.
+        """
+        partitions = self.ema.partitions if kind == EMA else self.partitions.masters
+        with torch.device("meta"):
+            model = Transformer(self.model_config)
+        device = self.processes.device
+        weights = {name: self.partitions.whole(partitions, name, device).to(dtype) for name in self.partitions.shapes}
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_(False).eval()
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """(name, value, step) to the monitors that the config asked for; one that fails is given up."""

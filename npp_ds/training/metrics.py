@@ -86,20 +86,21 @@ class MetricsLog(StepLog):
 
 
 class Clock:
-    """Seconds of training (without validation and saving) and images since the last question."""
+    """Seconds of training (without validation, evaluation and saving) and images since the last question."""
 
     def __init__(self, elapsed_before: float):
         self._before, self._started = elapsed_before, time.perf_counter()
         self._images = self._steps = 0
         self._waited = 0.0
         self._mark = self._started
+        self._paused_since: float | None = None
         self.seconds_per_step = 0.0
         self.data_wait_share = 0.0
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training since the run's first start, validation and saving apart."""
-        return self._before + time.perf_counter() - self._started
+        """Seconds of training since the run's first start, validation, evaluation and saving apart."""
+        return self._before + (self._paused_since or time.perf_counter()) - self._started
 
     def count(self, images: int) -> None:
         self._images += images
@@ -117,10 +118,11 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside does not count."""
-        began = time.perf_counter()
+        began = self._paused_since = time.perf_counter()
         try:
             yield
         finally:
+            self._paused_since = None
             lost = time.perf_counter() - began
             self._started += lost
             self._mark += lost

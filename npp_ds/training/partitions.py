@@ -5,6 +5,7 @@ Either way a rank's share is a list of fragments, each a contiguous stretch of o
 that saving, resharding and averaging need. The attributes of DeepSpeed read here are those of 0.19.8.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -68,6 +69,18 @@ class Partitions:
                     fragments.append(Fragment(self._names[parameter], start, numel, index, offset))
                 offset += length
         return fragments
+
+    def whole(self, partitions: list[Tensor], name: str, device: torch.device) -> Tensor:
+        """Parameter `name` in its shape, float32 on the device, from tensors shaped like the masters on every rank.
+
+        Called by all ranks together.
+        """
+        values = torch.zeros(prod(self.shapes[name]), device=device)
+        for fragment in self.fragments:
+            if fragment.name == name:
+                values.narrow(0, fragment.start, fragment.numel).copy_(fragment.of(partitions))
+        dist.all_reduce(values)
+        return values.view(self.shapes[name])
 
     def moments(self, name: str) -> list[Tensor]:
         """One of Adam's moments, shaped like the masters."""

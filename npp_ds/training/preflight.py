@@ -1,4 +1,4 @@
-"""What must fit before anything starts: config, data, processes, DeepSpeed's settings, attention, initial weights."""
+"""What must fit before anything starts: config, data, processes, settings, kernel, initial weights, evaluation."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from npp_ds.schedule import Schedule
 from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import SHIPPED
 from npp_ds.training.deepspeed_config import engine_settings
+from npp_ds.training.evaluation import evaluation_problems
 from npp_ds.weights.checkpoint import saved_steps
 from npp_ds.weights.opened import Weights
 from npp_ds.weights.source import open_weights
@@ -33,6 +34,7 @@ def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
         problems += _data_problems(key, manifest, config) if manifest else []
     if val and train.tokenizer.sha256 != val.tokenizer.sha256:
         problems.append("data.val: made with another tokenizer than data.train; tokenize both with the same one")
+    problems += evaluation_problems(config, train.tokenizer)
     if problems:
         raise UserError("the config does not fit the data:\n" + "\n".join(f"  - {p}" for p in problems))
     return config.build_schedule(train.num_samples, world_size)

@@ -12,8 +12,10 @@ import numpy as np
 
 from npp_ds.config import RunConfig
 from npp_ds.data.loader import StepBatch
+from npp_ds.events import Event, of_kind
 from npp_ds.schedule import Schedule, Stage
 from npp_ds.training.engine import StepResult
+from npp_ds.training.evaluation import EVALUATION, PUT_OFF, Result
 from npp_ds.training.launch import Processes
 from npp_ds.training.metrics import Clock, MetricsLog, Progress, StepLog
 
@@ -43,10 +45,14 @@ class RunLog:
             if part:
                 part.close()
 
-    def kept_validations(self, done: int) -> set[tuple[str, int | None]]:
+    def kept_after(self, done: int) -> set[tuple[str, int | None]]:
         """(event, patch side) of what earlier starts have told after `done` steps; empty but on the first rank."""
         kept = self._metrics.kept if self._metrics else []
         return {(e["event"], e.get("patch_side")) for e in kept if e["step"] == done}
+
+    def last_kept(self, event: str) -> Event | None:
+        """The last such line of earlier starts, on the first rank."""
+        return next(reversed(of_kind(self._metrics.kept if self._metrics else [], event)), None)
 
     def begin(self, schedule: Schedule, first_step: int, to_monitors: Callable[[MonitorEvents], None]) -> None:
         """Shows progress and starts the clock; `to_monitors` passes (name, value, step) on."""
@@ -119,6 +125,22 @@ class RunLog:
         self.write(event, done, stage=stage.index, patch_side=patch_side, nll=nll)
         self.say(f"{event.replace('_', ' of ')} after step {done}: {nll:.4f} nats per code at side {patch_side}")
         self._to_monitors([(f"{event}/nll_side_{patch_side}", nll, done)])
+
+    def evaluation(self, stage: Stage, done: int, found: Result | None) -> None:
+        """Samples of the weights after `done` steps have been compared with real images, or None: put off."""
+        place = {"stage": stage.index, "patch_side": stage.patch_side, "elapsed_seconds": self.clock.elapsed}
+        if found is None:
+            self.write(PUT_OFF, done, **place)
+            most = self.config.evaluate.max_share
+            why = f"the last one took more than {most:.1%} of the training time since (evaluate.max_share)"
+            self.say(f"evaluation after step {done} put off: {why}")
+            return
+        self.write(EVALUATION, done, **place, **found._asdict())
+        self.say(
+            f"evaluation after step {done}: Frechet distance {found.frechet_distance:.4g} of {found.images} images at "
+            f"side {stage.patch_side}; {found.seconds:.1f} s, {found.share_of_time:.1%} of the training time before it"
+        )
+        self._to_monitors([(f"{EVALUATION}/frechet_distance_side_{stage.patch_side}", found.frechet_distance, done)])
 
     def _log_samples(self, stage: Stage, batch: StepBatch, left_out: bool = False) -> None:
         """The images of the global batch in training order, the same for any number of processes."""

@@ -1,7 +1,7 @@
 """A training run from top to bottom: data, schedule, engine, resume, the loop over steps, what is done after each."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Set
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from npp_ds.schedule import Schedule, Stage
 from npp_ds.training import run_folder
 from npp_ds.training.deepspeed_config import read_settings
 from npp_ds.training.engine import StepResult, TrainingEngine
+from npp_ds.training.evaluation import EVALUATION, Evaluation
 from npp_ds.training.launch import Processes, join_processes, leave_processes
 from npp_ds.training.lease import Lease
 from npp_ds.training.preemption import Preempted, StopRequests
@@ -31,6 +32,8 @@ from npp_ds.training.watchdog import Watchdog
 from npp_ds.weights import checkpoint
 from npp_ds.weights.checkpoint import CheckpointRecord
 from npp_ds.weights.opened import Weights
+
+Told = Set[tuple[str, int | None]]  # events and patch sides
 
 MAX_ROLLBACKS = 3
 MAX_SKIPS = 10  # in a row
@@ -98,11 +101,13 @@ class Trainer:
         # What an earlier start told before it saved anything may be of other weights.
         processes.on_first(self.log.open, -1 if self.initial else self.first_step)
         self.validation = Validation(config, self.schedule, self.val_store, processes)
-        self.lacks_validation: bool = processes.on_first(self._lacks_validation)
-        self.is_finished = self.first_step == self.schedule.total_steps and not self.lacks_validation
+        self.evaluation = Evaluation(config, self.schedule, self.train_store.manifest.tokenizer, processes)
+        self.told: Told = processes.on_first(self.log.kept_after, self.first_step)
+        self.is_finished = self.first_step == self.schedule.total_steps and not self._lacks(self.told)
         if self.is_finished:
             return
         self._end_if_asked()
+        self.evaluation.load(self.log.last_kept(EVALUATION))
         self.engine = TrainingEngine(config, self.schedule.stages[0], processes)
         self.stages = StageManager(config, self.schedule, self.train_store, self.engine, processes)
         self.watchdog = Watchdog(self.run_dir / "stalled.txt", processes.rank, config.watch.stall_seconds)
@@ -137,8 +142,9 @@ class Trainer:
         step = self.first_step
         if step == 0 and self.config.watch.on_nonfinite == "rollback" and not self.resumed_from:
             self._save(self.schedule.stages[0], 0)
-        if self.lacks_validation:
-            self._validate(self._stage_before(step), step, self.log.kept_validations(step))
+        if self._lacks(self.told):
+            with self.log.clock.paused():
+                self._examine(self._stage_before(step), step, self.told)
         while step < self.schedule.total_steps:
             step = self._train_from(step)
 
@@ -171,13 +177,12 @@ class Trainer:
         return self.schedule.total_steps
 
     def _after_step(self, stage: Stage, done: int, must_stop: bool) -> None:
-        """Saves, stops and validates as is due after `done` steps."""
+        """Saves, stops, validates and evaluates as is due after `done` steps."""
         if done == stage.end_step or must_stop or _due(done, self.config.checkpoint.every):
             self._save(stage, done, must=must_stop or done == self.schedule.total_steps)
         if must_stop:
             self._end_preempted(done)
-        if self.validation.is_due(done):
-            self._validate(stage, done)
+        self._examine(stage, done)
 
     def _agree(self, result: StepResult | None) -> tuple[float, bool]:
         """(mean loss, whether to stop after this step), alike on all ranks, in one exchange of a few numbers.
@@ -341,32 +346,36 @@ class Trainer:
         self.log.say(f"{name}: saved after step {done} of {self.schedule.total_steps}; the same command goes on")
         raise Preempted(name, done)
 
-    def _lacks_validation(self) -> bool:
-        """Whether an earlier start was ended between the checkpoint to resume from and its validation.
+    def _lacks(self, told: Told) -> bool:
+        """Whether an earlier start was ended between the checkpoint to resume from and what was to be told of it.
 
-        Weights that a run starts from are validated too: what is wrong with them, or with the data, shows there.
+        Weights that a run starts from are told of too: what is wrong with them, or with the data, shows there.
         """
-        if self.first_step == 0 and not self.config.init_from:
+        done = self.first_step
+        if done == 0 and not self.config.init_from:
             return False
-        known = self.log.kept_validations(self.first_step)
-        return self.validation.is_missing(self._stage_before(self.first_step), self.first_step, known)
+        stage = self._stage_before(done)
+        return self.validation.is_missing(stage, done, told) or self.evaluation.is_missing(done, told)
 
     def _stage_before(self, step: int) -> Stage:
         """The stage that ends with `step` steps done or is then under way."""
         return self.schedule.stage_at(max(step - 1, 0))
 
-    def _validate(self, stage: Stage, done: int, known: Collection[tuple[str, int]] = ()) -> None:
-        """Validates after `done` steps; `known` (event, patch side) are told already."""
+    def _examine(self, stage: Stage, done: int, told: Told = frozenset()) -> None:
+        """Validates and evaluates as is due after `done` steps; of `told` (event, patch side) the log knows already."""
         try:
-            results = self.validation.run(self.engine, stage, self._break_off_if_asked)
+            if self.validation.is_missing(stage, done, told):
+                for event, side, nll in self.validation.run(self.engine, stage, self._break_off_if_asked):
+                    if (event, side) not in told:
+                        self.log.validation(event, stage, done, side, nll)
+            if self.evaluation.is_missing(done, told):
+                elapsed, asked = self.log.clock.elapsed, self._break_off_if_asked
+                self.log.evaluation(stage, done, self.evaluation.run(self.engine, stage, done, elapsed, asked))
         except _StopAgreed:
             self._settle()
             if done != self.last_saved:
                 self._save(stage, done, must=True)
             self._end_preempted(done)
-        for event, side, nll in results:
-            if (event, side) not in known:
-                self.log.validation(event, stage, done, side, nll)
 
     def _break_off_if_asked(self) -> None:
         self.watchdog.beat()
@@ -411,7 +420,7 @@ class Trainer:
 
 
 class _StopAgreed(Exception):
-    """All ranks have agreed to stop in the middle of a validation."""
+    """All ranks have agreed to stop in the middle of a validation or an evaluation."""
 
 
 def _due(done: int, every: int) -> bool:

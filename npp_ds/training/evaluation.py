@@ -1,0 +1,219 @@
+"""Samples of a run in progress compared with real images: when, which images on which process, and at what cost."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from npp_ds.config import RunConfig
+from npp_ds.data.shards import TokenizerInfo
+from npp_ds.errors import UserError
+from npp_ds.evaluation.features import Extractor, load_extractor
+from npp_ds.evaluation.fid import Moments, frechet_distance
+from npp_ds.evaluation.reference import Reference, load_reference, recorded_extractor
+from npp_ds.events import Event
+from npp_ds.files import write_atomic
+from npp_ds.model import Transformer
+from npp_ds.sampling.grid import tiled
+from npp_ds.sampling.sampler import Options, labels_of, sample_images
+from npp_ds.schedule import Schedule, Stage
+from npp_ds.tokenizer.loading import tokenizer_of
+from npp_ds.tokenizer.vq import VQModel
+from npp_ds.training.engine import TrainingEngine
+from npp_ds.training.launch import Processes
+
+EVALUATION, PUT_OFF = "evaluation", "evaluation_put_off"
+SHOWN, SHOWN_PER_ROW = 40, 8  # most images in a picture
+
+
+class Result(NamedTuple):
+    """What an evaluation found and cost; `share_of_time` is `seconds` over those of training since the one before."""
+
+    frechet_distance: float
+    images: int
+    cfg_scale: float
+    weights: str
+    seconds: float
+    share_of_time: float
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What turns codes into a distance on this process: tokenizer and extractor on its device, and the real images."""
+
+    tokenizer: VQModel
+    extractor: Extractor
+    reference: Reference
+
+
+def load_judge(config: RunConfig, made_by: TokenizerInfo, device: torch.device) -> Judge:
+    """Raises UserError with everything that is missing or does not fit, one line each; `made_by` made the run's codes.
+
+    One black image goes all the way, so that whatever would refuse it does so now.
+    """
+    evaluate, problems, parts = config.evaluate, [], []
+    for load in (
+        lambda: tokenizer_of(made_by, config.data.tokenizer),
+        lambda: _extractor_and_reference(evaluate.reference, evaluate.inception_weights, device),
+    ):
+        try:
+            parts.append(load())
+        except UserError as error:
+            problems.append(str(error))
+    if not problems:
+        tokenizer, (extractor, reference) = parts
+        judge = Judge(tokenizer.to(device), extractor, reference)
+        problems = _misfits(judge, config.model.grid_size, device)
+    if problems:
+        raise UserError("\n".join(problems))
+    return judge
+
+
+def _extractor_and_reference(path: str, inception_weights: str | None, device: torch.device):
+    name = recorded_extractor(path)
+    if name is None:
+        raise UserError(
+            f"evaluate.reference: {path} holds no statistics; make some of these images with "
+            f"`npp evaluate --reference {path} --make-reference FILE.npz`"
+        )
+    extractor = load_extractor(name, inception_weights, device)
+    return extractor, load_reference(path, extractor, with_features=False)
+
+
+def _misfits(judge: Judge, grid_size: int, device: torch.device) -> list[str]:
+    codes = torch.zeros(1, grid_size**2, dtype=torch.int64, device=device)
+    size = list(judge.tokenizer.decode(codes).shape[-2:])
+    wanted = judge.reference.source.image_size
+    if wanted is not None and wanted != size:
+        return [f"evaluate.reference: {judge.reference.path} is of {wanted} pixels, samples of this run have {size}"]
+    try:
+        judge.extractor(np.zeros((1, *size, 3), np.uint8))
+    except UserError as error:
+        return [f"evaluate.reference: {error}"]
+    return []
+
+
+def evaluation_problems(config: RunConfig, made_by: TokenizerInfo) -> list[str]:
+    """Why the evaluations that a config asks for could not be made here."""
+    if not config.evaluate.every:
+        return []
+    try:
+        load_judge(config, made_by, torch.device("cpu"))
+    except UserError as error:
+        return str(error).split("\n")
+    return []
+
+
+class Budget:
+    """Keeps evaluations to a share of the time, from when the last one was made and how long it took."""
+
+    def __init__(self, max_share: float, last: Event | None):
+        self.max_share = max_share
+        self._made_at, self._seconds = (last["elapsed_seconds"], last["seconds"]) if last else (0.0, 0.0)
+
+    def share(self, elapsed: float, seconds: float | None = None) -> float:
+        """`seconds`, by default those of the last evaluation, over the training seconds since then."""
+        seconds = self._seconds if seconds is None else seconds
+        return seconds / max(elapsed - self._made_at, 1e-9)
+
+    def allows(self, elapsed: float) -> bool:
+        """Whether the next evaluation may be made, taken that it costs as much as the last; the first always may."""
+        return self.share(elapsed) <= self.max_share
+
+    def spend(self, elapsed: float, seconds: float) -> float:
+        """Notes an evaluation; returns its share."""
+        share = self.share(elapsed, seconds)
+        self._made_at, self._seconds = elapsed, seconds
+        return share
+
+
+class Evaluation:
+    """The evaluations of a run. Batch b of the images is sampled by process b modulo their number, whole: the images,
+    and up to the order of float64 sums the distance, are the same for any number of processes.
+    """
+
+    def __init__(self, config: RunConfig, schedule: Schedule, made_by: TokenizerInfo, processes: Processes):
+        self.config, self.settings, self.processes = config, config.evaluate, processes
+        self._last_step = schedule.total_steps
+        self._pictures = config.directory / "samples" / "during"
+        self._dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        self._made_by = made_by
+        self._judge: Judge | None = None
+        self._budget = Budget(self.settings.max_share, None)
+
+    def load(self, last: Event | None) -> None:
+        """Loads what judges samples, if there is to be any; `last` is the last evaluation of earlier starts.
+
+        Called by all processes together; raises UserError on all of them.
+        """
+        if self.settings.every:
+            device = self.processes.device
+            self._judge = self.processes.on_all(load_judge, self.config, self._made_by, device)
+            self._budget = Budget(self.settings.max_share, last)
+
+    def is_missing(self, done: int, told: set[tuple[str, int | None]]) -> bool:
+        """Whether one was due after `done` steps and none of the events `told` (name, patch side) says what came of
+        it.
+        """
+        every = self.settings.every
+        is_due = every > 0 and (done % every == 0 or done == self._last_step)
+        return is_due and not {EVALUATION, PUT_OFF} & {event for event, _ in told}
+
+    def run(
+        self,
+        engine: TrainingEngine,
+        stage: Stage,
+        done: int,
+        elapsed: float,
+        before_batch: Callable[[], None],
+    ) -> Result | None:
+        """Samples at the stage's patch side after `done` steps and compares; None when the budget says not now.
+
+        Called by all processes together; `elapsed` seconds of training and the result count on the first one.
+        `before_batch` may raise, on all of them, to break it off.
+        """
+        began, s = time.perf_counter(), self.settings
+        if not self.processes.on_first(lambda: done == self._last_step or self._budget.allows(elapsed)):
+            return None
+        before_batch()
+        model = engine.copy_of_model(s.weights, self._dtype)
+        moments = self._moments(model, stage.patch_side, done, before_batch)
+        del model
+        before_batch()
+        moments.sum_over_processes(self.processes.device)
+        distance = self.processes.on_first(self._distance, moments)
+        seconds = time.perf_counter() - began
+        return Result(distance, s.images, s.cfg_scale, s.weights, seconds, self._budget.spend(elapsed, seconds))
+
+    def _moments(self, model: Transformer, patch_side: int, done: int, before_batch: Callable[[], None]) -> Moments:
+        """Of the features of this process's share of the images, about the mean of the real ones."""
+        s, judge = self.settings, self._judge
+        moments = Moments(center=judge.reference.pool[0])
+        options = Options(seed=s.seed, cfg_scale=s.cfg_scale, patch_side=patch_side)
+        classes = range(self.config.model.num_classes)
+        for turn in range(ceil(s.images / (s.batch_size * self.processes.world_size))):
+            before_batch()
+            first = (turn * self.processes.world_size + self.processes.rank) * s.batch_size
+            indices = np.arange(first, min(first + s.batch_size, s.images))
+            if len(indices):
+                labels = labels_of(indices, classes, "balanced", s.seed)
+                images = sample_images(model, judge.tokenizer.decode, labels, indices, options, batch_size=s.batch_size)
+                moments.add(judge.extractor(images).pool)
+            if first == 0:
+                self._show(images[:SHOWN], done)
+        return moments
+
+    def _distance(self, moments: Moments) -> float:
+        return frechet_distance(*moments.statistics(), *self._judge.reference.pool)
+
+    def _show(self, images: np.ndarray, done: int) -> None:
+        """One picture of some images; a disk that takes none is no reason to stop."""
+        with suppress(OSError):
+            self._pictures.mkdir(parents=True, exist_ok=True)
+            path = self._pictures / f"step-{done:08d}.png"
+            write_atomic(path, lambda file: tiled(images, SHOWN_PER_ROW).save(file, "PNG"))
