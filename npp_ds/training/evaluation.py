@@ -57,14 +57,14 @@ def load_judge(config: RunConfig, made_by: TokenizerInfo, device: torch.device) 
     One black image goes all the way, so that whatever would refuse it does so now.
     """
     evaluate, problems, parts = config.evaluate, [], []
-    for load in (
-        lambda: tokenizer_of(made_by, config.data.tokenizer),
-        lambda: _extractor_and_reference(evaluate.reference, evaluate.inception_weights, device),
+    for key, load in (
+        ("data.tokenizer", lambda: tokenizer_of(made_by, config.data.tokenizer)),
+        ("evaluate", lambda: _extractor_and_reference(evaluate.reference, evaluate.inception_weights, device)),
     ):
         try:
             parts.append(load())
         except UserError as error:
-            problems.append(str(error))
+            problems.append(f"{key}, for evaluate.every: {error}")
     if not problems:
         tokenizer, (extractor, reference) = parts
         judge = Judge(tokenizer.to(device), extractor, reference)
@@ -78,7 +78,7 @@ def _extractor_and_reference(path: str, inception_weights: str | None, device: t
     name = recorded_extractor(path)
     if name is None:
         raise UserError(
-            f"evaluate.reference: {path} holds no statistics; make some of these images with "
+            f"{path} holds no statistics; make some of these images with "
             f"`npp evaluate --reference {path} --make-reference FILE.npz`"
         )
     extractor = load_extractor(name, inception_weights, device)
