@@ -223,6 +223,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of a sweep")] = 0,
     step: Annotated[int | None, typer.Option(help="of a sweep over cfg: checkpoint; the newest when left out")] = None,
     weights: Annotated[str, typer.Option(help="of a sweep: raw or ema")] = "raw",
+    tokenizer: Annotated[str | None, typer.Option(help="of a sweep: its name or file; that of the run")] = None,
     dtype: Annotated[str, typer.Option(help="of a sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     batch_size: Annotated[int, typer.Option(help="of a sweep: images decoded at a time")] = 64,
 ) -> None:
@@ -240,7 +241,7 @@ def evaluate(
         from npp_ds.sampling.sampler import Options
 
         options = Options(seed=seed, cfg_scale=cfg_scale)
-        settings = Settings(per_class, labels, options, step, weights, dtype, batch_size, image_size)
+        settings = Settings(per_class, labels, options, step, weights, dtype, batch_size, image_size, tokenizer)
         _sweep(open_sweep(source, sweep, settings), reference, extractor, inception_weights, image_size, out)
     else:
         _evaluate(source, samples, reference, extractor, inception_weights, image_size, out)

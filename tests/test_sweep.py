@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from extractors import Projection, random_images
+from image_sets import save_tiny_tokenizer
 from npp_ds.cli import app
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images
@@ -121,9 +122,11 @@ def test_the_command_sweeps_and_prints_the_table(run_dir, reference, monkeypatch
     assert {tuple(r["image_size"]) for r in results} == {(16, 16)}
     np.savez(reference.path, arr_0=random_images(40, 0, size=8))
     monkeypatch.setattr("npp_ds.evaluation.evaluate.load_extractor", lambda name, weights: Projection(8))
-    npp(run_dir, "--sweep", "cfg=2", "--image-size", "8")
+    mine = str(save_tiny_tokenizer(run_dir / "mine.safetensors", seed=1))
+    npp(run_dir, "--sweep", "cfg=2", "--image-size", "8", "--tokenizer", mine)
     (small,) = json.loads((run_dir / "samples/sweep-cfg/sweep.json").read_text())["results"]
     assert small["image_size"] == [8, 8] and small["samples"]["labels"] == "balanced"
+    assert small["samples"]["tokenizer"]["name"] == "mine.safetensors"
     with pytest.raises(UserError, match="sweep: found no weights"):
         npp("--sweep", "cfg=1")
     for variable, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):

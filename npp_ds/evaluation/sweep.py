@@ -38,6 +38,7 @@ class Settings:
     dtype: str = "auto"
     batch_size: int = 64
     image_size: int | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _complete_steps(source: str | Path) -> list[int]:
 def _sampling(source: str | Path, name: str, value: float, settings: Settings) -> Sampling:
     step = value if name == CHECKPOINT else settings.step
     weights = open_weights(source, step=step, kind=settings.weights)
-    tokenizer, class_names = companions(weights)
+    tokenizer, class_names = companions(weights, settings.tokenizer)
     device, dtype = choose_device("auto", 0), settings.dtype
     classes = range(weights.model.num_classes)
     request = Request(
