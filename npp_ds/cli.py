@@ -7,19 +7,20 @@ Exit codes: 0 done; 2 something to mend (the text says what); 3 the loss or the 
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npp_ds.errors import UserError
+from npp_ds.errors import RendezvousError, UserError
+from npp_ds.place import Place, host_of_environment, place_of_environment
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 
 if TYPE_CHECKING:
     from npp_ds.evaluation.sweep import Sweep
-    from npp_ds.place import Place
     from npp_ds.sampling.job import Sampling
 
 app = typer.Typer(
@@ -36,14 +37,32 @@ RunDirectory = Annotated[Path, typer.Argument(help="a run folder")]
 
 
 def main() -> None:
-    """Runs the command line and exits."""
-    rank = os.environ.get("RANK", "0")
+    """Runs the command line and exits. Among several processes errors begin with the rank and host they are of."""
+    place, who = Place(), ""
     try:
+        place = place_of_environment()
+        if place.world_size > 1:
+            who = f"rank {place.rank}, host {host_of_environment()}"
         app()
     except UserError as error:
-        if rank == "0" or not error.on_all_ranks:
-            print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
+        if place.rank == 0 or not error.on_all_ranks:
+            _tell(f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}")
         sys.exit(2)
+    except RendezvousError as error:
+        _tell(f"error: {error}")
+        sys.exit(1)
+    except Exception:
+        if not who:
+            raise
+        _tell("".join(f"[{who}] {line}" for line in traceback.format_exc().splitlines(keepends=True)).rstrip())
+        sys.exit(1)
+
+
+def _tell(text: str) -> None:
+    """Standard error takes it in one piece, so that what several processes tell is not mixed."""
+    sys.stderr.flush()
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 @app.callback()
@@ -76,10 +95,9 @@ def _train(
     recipe: str | None, config: Path | None, overrides: Sequence[str], from_step: int | None, stop: StopRequests
 ) -> None:
     from npp_ds.config_checks import load_config
-    from npp_ds.training.launch import world_size_of_environment
 
     try:
-        run = load_config(recipe, config, overrides, world_size_of_environment())
+        run = load_config(recipe, config, overrides, place_of_environment().world_size)
     except UserError as error:
         raise UserError(str(error), on_all_ranks=True) from error
 
@@ -89,8 +107,8 @@ def _train(
     try:
         train_run(run, from_step, stop)
     except NonFiniteError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}; stopped before the weights changed", file=sys.stderr, flush=True)
+        if place_of_environment().rank == 0:
+            _tell(f"error: {error}; stopped before the weights changed")
         sys.exit(3)
 
 
@@ -129,7 +147,7 @@ def sample(
 
     Several processes share the work: accelerate launch -m npp_ds sample ..., torchrun or srun.
     """
-    from npp_ds.place import choose_device, place_of_environment
+    from npp_ds.place import choose_device
     from npp_ds.sampling.job import Sampling
     from npp_ds.sampling.request import Request, companions, default_folder, image_count, parse_classes, stage_warning
     from npp_ds.sampling.sampler import Options
@@ -228,7 +246,6 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="of a sweep: images decoded at a time")] = 64,
 ) -> None:
     """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement."""
-    from npp_ds.place import place_of_environment
 
     if place_of_environment().rank:  # one process does it all
         return

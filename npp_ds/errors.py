@@ -1,4 +1,7 @@
-"""The one exception that means "a person can fix this": command lines print its text, no traceback, and exit with 2."""
+"""Exceptions whose text is all that a command line prints of them, no traceback.
+
+UserError means "a person can fix this" (exit code 2), RendezvousError "try again" (1).
+"""
 
 import sys
 from collections.abc import Callable
@@ -13,6 +16,10 @@ class UserError(ValueError):
     def __init__(self, text: str, on_all_ranks: bool = False):
         super().__init__(text)
         self.on_all_ranks = on_all_ranks
+
+
+class RendezvousError(RuntimeError):
+    """The processes of a launch did not meet; the text says who waited where. Another start may do better."""
 
 
 def exit_code_of(action: Callable[[], object]) -> int:

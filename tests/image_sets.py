@@ -22,6 +22,15 @@ def shipped_images(count: int) -> tuple[np.ndarray, np.ndarray]:
     return images[:count], labels[:count]
 
 
+def few_images(folder: Path, split: str, count: int) -> None:
+    """The first `count` shipped images of a split, as one image shard with the same name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{split}-000000.tar.gz"
+    with tarfile.open(SHIPPED / name) as source, tarfile.open(folder / name, "w:gz") as target:
+        for _, member in zip(range(2 * count), source, strict=False):
+            target.addfile(member, io.BytesIO(source.extractfile(member).read()))
+
+
 def save_tiny_tokenizer(path: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = VQModel(TINY)

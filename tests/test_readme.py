@@ -1,17 +1,16 @@
 """The README's commands work as they stand there."""
 
-import io
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
+from image_sets import few_images
 from npp_ds.config_checks import load_config, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -27,15 +26,6 @@ def commands(section: str) -> list[str]:
     text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def few_images(folder: Path, split: str, count: int) -> None:
-    """The first `count` shipped images of a split, as one image shard with the same name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{split}-000000.tar.gz"
-    with tarfile.open(ROOT / "data_prep/fashion_mnist" / name) as source, tarfile.open(folder / name, "w:gz") as target:
-        for _, member in zip(range(2 * count), source, strict=False):
-            target.addfile(member, io.BytesIO(source.extractfile(member).read()))
 
 
 def run(command: str, folder: Path) -> str:

@@ -249,14 +249,30 @@ def test_too_many_unreadable_images_stop_the_run_and_say_where_they_are_listed(
     assert command(*line, "--max-skipped", "0.4")[0] == 0
 
 
+def srun_task(rank: int, local_rank: int, tasks: int) -> dict[str, str]:
+    return {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_STEP_NUM_TASKS": str(tasks)}
+
+
 @pytest.mark.parametrize(
     "environment, place, workers",
     [
         ({}, (0, 0, 1), 6),
         ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, (3, 1, 4), 3),
-        ({"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_CPUS_PER_TASK": "4"}, (9, 1, 16), 4),
-        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (0, 0, 1), 6),
-        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_CPUS_PER_TASK": "64"}, (0, 0, 1), 16),
+        (
+            {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_CPUS_PER_TASK": "4"},
+            (9, 1, 16),
+            4,
+        ),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "8"},
+            (0, 0, 1),
+            6,
+        ),
+        (
+            {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_CPUS_PER_TASK": "64"},
+            (0, 0, 1),
+            16,
+        ),
     ],
 )
 def test_a_process_learns_its_place_from_launchers_and_slurm(environment, place, workers, monkeypatch):

@@ -97,7 +97,9 @@ def test_two_processes_of_a_launcher_write_the_bytes_of_one(launcher, material, 
         port = ["--main_process_port", str(free_port())]
         started = [subprocess.Popen([*program, *port, *command], env=environment)]
     else:  # what srun sets for its tasks
-        places = ({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"} for rank in range(2))
+        places = (
+            {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"} for rank in range(2)
+        )
         started = [subprocess.Popen([sys.executable, *command], env=environment | place) for place in places]
     assert [process.wait(timeout=120) for process in started] == [0] * len(started)
     assert digests(tmp_path) == expected

@@ -1,4 +1,4 @@
-"""Who this process is among its peers, from the environment that torchrun or the deepspeed launcher set, or alone."""
+"""Joins this process to its peers, as torchrun, the deepspeed launcher or SLURM's srun have started them, or alone."""
 
 import os
 from collections.abc import Callable
@@ -9,9 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from npp_ds.errors import UserError
+from npp_ds.errors import RendezvousError, UserError
+from npp_ds.place import Place, host_of_environment, lacks_srun, place_of_environment, variables_of_srun
 
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+"""Until all processes have met: imports from a shared file system may take one node minutes longer than another."""
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+"""For one exchange, in which one process may be staging data while the others wait."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,10 @@ class Processes:
     def on_all(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """This process's result of `action(*arguments)`; what a person can mend on any process is raised on all."""
         result, problem = _attempt(action, *arguments)
-        if found := [p for p in self.gather(problem) if p is not None]:
-            raise UserError(found[0], on_all_ranks=True)
+        found = self.gather(problem and (problem, f"rank {self.rank}, host {host_of_environment()}"))
+        if problems := [p for p in found if p is not None]:
+            text, who = problems[0]
+            raise UserError(text if len(problems) == self.world_size else f"{who}: {text}", on_all_ranks=True)
         return result
 
 
@@ -66,53 +72,64 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | No
         return None, f"{error.filename}: {error.strerror}; mend that or name another place"
 
 
-def world_size_of_environment() -> int:
-    """Number of processes of this launch, before any of them has met the others."""
-    return _integer("WORLD_SIZE", 1)
-
-
-def _integer(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(
-            f"environment variable {name}: found {text!r}, expected a whole number; start with torchrun or alone"
-        )
-    return int(text)
-
-
 def join_processes() -> Processes:
     """Joins the process group of this launch (NCCL on GPUs, gloo on CPUs), alone when no launcher started us.
 
-    Raises UserError when there are more processes on the node than GPUs.
+    Raises UserError when there are more processes on the node than GPUs, RendezvousError when the others do not come.
     """
-    if "RANK" not in os.environ and _integer("SLURM_NTASKS", 1) > 1:
+    if lacks_srun():
         raise UserError(
-            f"SLURM started {os.environ['SLURM_NTASKS']} tasks and none of them knows its rank: each would be a run of "
-            "its own; start one task per node with torchrun in it"
+            f"SLURM job {os.environ['SLURM_JOB_ID']} has room for {os.environ['SLURM_NTASKS']} tasks, but this process "
+            "is none of them: it would train alone; start it with srun, or one task per node with torchrun in it"
         )
-    rank, local_rank, world_size = _integer("RANK", 0), _integer("LOCAL_RANK", 0), world_size_of_environment()
-    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size}.items():
+    os.environ.update(variables_of_srun())
+    place = place_of_environment()
+    for name, value in {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size}.items():
         os.environ[name] = str(value)  # DeepSpeed reads them, whoever launched us
     cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
     if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
-                "start at most one process per GPU"
-            )
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        device = torch.device("cuda", _gpu_of(place.local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store = dist.HashStore() if world_size == 1 else None
         dist.init_process_group(
             backend="nccl" if cuda else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
+            store=_meet(place),
+            rank=place.rank,
+            world_size=place.world_size,
             timeout=PROCESS_GROUP_TIMEOUT,
             device_id=device if cuda else None,
         )
-    return Processes(rank, local_rank, world_size, device)
+    return Processes(place.rank, place.local_rank, place.world_size, device)
+
+
+def _gpu_of(local_rank: int, visible: int) -> int:
+    """The GPU of a process: the one of its number on the node, or the only one that it sees where each sees its own."""
+    if local_rank < visible:
+        return local_rank
+    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if visible == 1 and on_node.isdecimal() and local_rank < int(on_node):  # srun --gpus-per-task, --gpu-bind
+        return 0
+    raise UserError(
+        f"local rank {local_rank} has no GPU of its own: {visible} visible; start at most one process per GPU"
+    )
+
+
+def _meet(place: Place) -> dist.Store:
+    """The store through which the processes of this launch find each other, once all have come."""
+    if place.world_size == 1:
+        return dist.HashStore()
+    try:
+        url = f"env://?rank={place.rank}&world_size={place.world_size}"
+        store, _, _ = next(dist.rendezvous(url, timeout=RENDEZVOUS_TIMEOUT))
+    except (RuntimeError, ValueError) as error:  # ValueError: a variable is missing
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RendezvousError(
+            f"rank {place.rank} on {host_of_environment()} did not meet all {place.world_size} processes at {where} "
+            f"(MASTER_ADDR:MASTER_PORT) within {RENDEZVOUS_TIMEOUT}: {str(error).splitlines()[0]}"
+        ) from error
+    store.set_timeout(PROCESS_GROUP_TIMEOUT)
+    return dist.PrefixStore("npp_ds", store)
 
 
 def leave_processes() -> None:

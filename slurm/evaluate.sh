@@ -1,0 +1,41 @@
+#!/bin/bash
+# Samples a run on all tasks of the job and compares the samples with real images; goes on after an interruption.
+#
+#   sbatch slurm/evaluate.sh xxl_256 --cfg-scale 1.65
+#   sbatch --nodes=4 slurm/evaluate.sh /runs/xxl_256 --cfg-scale 1.65 --weights ema
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=128G
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --signal=B:TERM@60
+
+NPP_HOME=${NPP_HOME:-$SLURM_SUBMIT_DIR}
+source "$NPP_HOME/slurm/common.sh" || {
+  echo "error: no slurm/common.sh in $NPP_HOME; submit from the repository's folder, or set NPP_HOME to it" >&2
+  exit 2
+}
+
+[[ -n ${1:-} ]] || fail "which run? sbatch slurm/evaluate.sh RUN [options of npp sample]"
+need REFERENCE "what the samples are compared with"
+run=$1
+shift
+[[ -d $run ]] || run=$RUNS_DIR/$run
+samples=$run/samples/job-$SLURM_JOB_ID
+
+files() {
+  find "$samples" -type f 2>/dev/null | wc -l
+}
+
+begin files
+run_step "$PYTHON" -m npp_ds sample "$run" --per-class 50 --out "$samples" "$@"
+((code == 0)) || finish
+say "sampled into $samples"
+step_options=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
+run_step "$PYTHON" -m npp_ds evaluate "$run" --samples "$samples" --reference "$REFERENCE"
+finish
