@@ -113,6 +113,20 @@ def _train(
 
 
 @app.command()
+def doctor(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `npp train`")] = None,
+    recipe: Annotated[str | None, typer.Option(help="a shipped recipe; with none, the machine alone")] = None,
+    config: Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")] = None,
+    step: Annotated[bool, typer.Option("--step", help="also train a step at each patch side")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do."""
+    from npp_ds.doctor.examination import Request, examine
+
+    sys.exit(examine(Request(recipe, config, tuple(overrides or ()), step, as_json)))
+
+
+@app.command()
 def sample(
     source: Annotated[Path, typer.Argument(help="a run folder, an exported file or a published checkpoint")],
     classes: Annotated[str | None, typer.Option(help="numbers or names with commas between; all when left out")] = None,

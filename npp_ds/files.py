@@ -17,6 +17,12 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def nearest_folder(path: str | Path) -> Path:
+    """The last folder on the way to `path` that is there: where it would be made, and whose disk would hold it."""
+    path = Path(path).absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write(file)` on a temporary file beside `path`, flushes it to disk and renames it into place.
 

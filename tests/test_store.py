@@ -307,7 +307,7 @@ def test_shared_memory_is_the_default_when_it_has_room(tmp_path, monkeypatch, de
 
 def test_home_is_the_default_when_shared_memory_is_short(tmp_path, monkeypatch, default_caches):
     shared, home = default_caches
-    free = {shared: 2 * 4160 - 1, home: 10**9}
+    free = {shared: 2 * 4160 - 1, tmp_path: 10**9}  # the disk of `home`, which is not there yet
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
     assert stage(tmp_path / "shards").folder.parent == home
     free[shared] = 10**9

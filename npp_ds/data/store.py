@@ -18,7 +18,7 @@ import numpy as np
 from npp_ds.data import remote
 from npp_ds.data.shards import MANIFEST_NAME, Manifest, read_sound
 from npp_ds.errors import UserError
-from npp_ds.files import fsync_directory, write_text_atomic
+from npp_ds.files import fsync_directory, nearest_folder, write_text_atomic
 
 SHARED_MEMORY = Path("/dev/shm")
 _CODES, _LABELS, _SOURCE = "codes.npy", "labels.npy", "source.txt"
@@ -92,6 +92,20 @@ def load_manifest(shard_dir: str | Path) -> Manifest:
     if manifest.num_samples == 0:
         raise UserError(f"{shard_dir}: holds no samples; expected at least one. Tokenize some images into it.")
     return manifest
+
+
+def find_staged(manifest: Manifest, cache_dir: str | Path | None = None) -> CodeStore | None:
+    """The set of this manifest where `stage` has unpacked it already."""
+    return _open_first(_roots(cache_dir), manifest.fingerprint(), manifest)
+
+
+def place_to_stage(shard_dir: str | Path, manifest: Manifest, cache_dir: str | Path | None = None) -> tuple[Path, int]:
+    """The folder in which `stage` would unpack the set now, and the bytes that it would write there; writes nothing.
+
+    UserError when there is no room.
+    """
+    needed = _bytes_needed(manifest, _source(shard_dir))
+    return _choose_root(_roots(cache_dir), manifest.fingerprint(), needed), needed
 
 
 def manifest_at_hand(shard_dir: str | Path, cache_dir: str | Path | None = None) -> Manifest | None:
@@ -177,7 +191,6 @@ def _choose_root(roots: list[Path], name: str, needed: int) -> Path:
     for root in roots[:-1]:
         if _room(root, name) >= 2 * needed:
             return root
-    roots[-1].mkdir(parents=True, exist_ok=True)
     if (room := _room(roots[-1], name)) < needed:
         raise UserError(
             f"{roots[-1]}: {room:,} bytes free, {needed:,} needed to stage the set; "
@@ -188,7 +201,8 @@ def _choose_root(roots: list[Path], name: str, needed: int) -> Path:
 
 def _room(root: Path, name: str) -> int:
     """Bytes that the set may take under `root`: what is free, and what an interrupted download of it takes already."""
-    return shutil.disk_usage(root).free + sum(path.stat().st_size for path in _download(root / name).glob("*"))
+    fetched = sum(path.stat().st_size for path in _download(root / name).glob("*"))
+    return shutil.disk_usage(nearest_folder(root)).free + fetched
 
 
 def _download(folder: Path) -> Path:

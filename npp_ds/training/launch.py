@@ -72,10 +72,11 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | No
         return None, f"{error.filename}: {error.strerror}; mend that or name another place"
 
 
-def join_processes() -> Processes:
+def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
     """Joins the process group of this launch (NCCL on GPUs, gloo on CPUs), alone when no launcher started us.
 
-    Raises UserError when there are more processes on the node than GPUs, RendezvousError when the others do not come.
+    `timeout` is for one exchange, and for meeting the others where it is shorter than RENDEZVOUS_TIMEOUT. Raises
+    UserError when there are more processes on the node than GPUs, RendezvousError when the others do not come.
     """
     if lacks_srun():
         raise UserError(
@@ -94,10 +95,10 @@ def join_processes() -> Processes:
     if not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if cuda else "gloo",
-            store=_meet(place),
+            store=_meet(place, min(timeout, RENDEZVOUS_TIMEOUT), timeout),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=PROCESS_GROUP_TIMEOUT,
+            timeout=timeout,
             device_id=device if cuda else None,
         )
     return Processes(place.rank, place.local_rank, place.world_size, device)
@@ -115,20 +116,20 @@ def _gpu_of(local_rank: int, visible: int) -> int:
     )
 
 
-def _meet(place: Place) -> dist.Store:
-    """The store through which the processes of this launch find each other, once all have come."""
+def _meet(place: Place, patience: timedelta, timeout: timedelta) -> dist.Store:
+    """The store through which the processes of this launch find each other, once all have come within `patience`."""
     if place.world_size == 1:
         return dist.HashStore()
     try:
         url = f"env://?rank={place.rank}&world_size={place.world_size}"
-        store, _, _ = next(dist.rendezvous(url, timeout=RENDEZVOUS_TIMEOUT))
+        store, _, _ = next(dist.rendezvous(url, timeout=patience))
     except (RuntimeError, ValueError) as error:  # ValueError: a variable is missing
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RendezvousError(
             f"rank {place.rank} on {host_of_environment()} did not meet all {place.world_size} processes at {where} "
-            f"(MASTER_ADDR:MASTER_PORT) within {RENDEZVOUS_TIMEOUT}: {str(error).splitlines()[0]}"
+            f"(MASTER_ADDR:MASTER_PORT) within {patience}: {str(error).splitlines()[0]}"
         ) from error
-    store.set_timeout(PROCESS_GROUP_TIMEOUT)
+    store.set_timeout(timeout)
     return dist.PrefixStore("npp_ds", store)
 
 

@@ -1,0 +1,195 @@
+"""The examination from top to bottom: meet, look at this process, compare, then what only all can try together.
+
+Every process goes through the same rounds and tells the first one what it found, through the rendezvous store: what is
+wrong on one of them is told once, and nobody waits for a process that has given up.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from npp_ds.config_checks import load_config
+from npp_ds.doctor import machine, run, together
+from npp_ds.doctor.context import Context
+from npp_ds.doctor.exchange import PATIENCE_SECONDS, Exchange
+from npp_ds.doctor.outcome import FAILURE, NOT_RUN, OK, WARNING, Answer, Check, Outcome, Row, merged
+from npp_ds.doctor.table import print_json, print_rows
+from npp_ds.doctor.trial_steps import TrialSteps
+from npp_ds.errors import UserError
+from npp_ds.place import host_of_environment, place_of_environment
+from npp_ds.training.launch import Processes, join_processes, leave_processes
+
+JOIN_SECONDS = 60
+STEP_PATIENCE_SECONDS = 900.0
+EXIT_CODES = {OK: 0, WARNING: 0, FAILURE: 2}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to look at: without recipe and file the machine alone, with `step` also a step of the model."""
+
+    recipe: str | None = None
+    file: Path | None = None
+    overrides: tuple[str, ...] = ()
+    step: bool = False
+    as_json: bool = False
+
+    @property
+    def names_run(self) -> bool:
+        return self.recipe is not None or self.file is not None
+
+
+def examine(request: Request) -> int:
+    """Prints the findings on the first process and returns the exit code, the same on all: 0, or 2 for a failure.
+
+    Raises UserError for a request that names no run and asks for one.
+    """
+    if not request.names_run and (request.step or request.overrides):
+        raise UserError("--step and key=value are about a run: add --recipe NAME or --config FILE", on_all_ranks=True)
+    began = time.perf_counter()
+    # A collective that nobody answers is then an exception here, and not the end of the process.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    try:
+        processes = join_processes(timedelta(seconds=JOIN_SECONDS))
+    except (UserError, RuntimeError) as error:
+        return _report_alone(_why_not_met(error), request.as_json)
+    seconds = time.perf_counter() - began
+    try:
+        examination = Examination(request, processes)
+        code = examination.run(seconds)
+    except RuntimeError as error:  # of the store: the first process has gone, and says why itself
+        return _report_alone(f"the first process does not answer ({error})", request.as_json)
+    if examination.is_broken and processes.device.type == "cuda":
+        os._exit(code)  # to leave a group whose collectives hang could hang too
+    leave_processes()
+    return code
+
+
+class Examination:
+    """One process's part; `is_broken` is set when a check that all make together has failed."""
+
+    def __init__(self, request: Request, processes: Processes):
+        self.request, self.processes = request, processes
+        self.exchange = Exchange(processes)
+        self.nodes: list[str] = self.exchange.tell(self.exchange.collect(host_of_environment()))
+        self.context = Context(processes, self.nodes)
+        self.rows: list[Row] = []
+        self.is_broken = False
+
+    def run(self, seconds_to_meet: float) -> int:
+        has_failed = self._round([Check("processes", lambda _: self._met(seconds_to_meet)), *self._local_checks()])
+        for check, patience in self._checks_together(has_failed):
+            if has_failed:
+                self.rows.append(Row(check.name, NOT_RUN, "mend what has failed first"))
+            else:
+                has_failed = self.is_broken = self._round([check], patience)
+        result = FAILURE if has_failed else OK
+        if self.processes.is_first:
+            result = _print(self.rows, self.processes.world_size, len(set(self.nodes)), self.request.as_json)
+        self.exchange.tell(None)  # launchers kill all once one has ended badly: not before the findings are printed
+        self.exchange.part()
+        return EXIT_CODES[result]
+
+    def _met(self, seconds: float) -> Outcome:
+        if self.processes.world_size == 1:
+            return Outcome("one, alone")
+        return Outcome(f"{self.processes.world_size} met at {_address()} in {seconds:.1f} s", margin=-seconds)
+
+    def _local_checks(self) -> list[Check]:
+        if not self.request.names_run:
+            return list(machine.CHECKS)
+        config = Check("config", self._read_config)
+        return [*machine.CHECKS, config, *(_if_read(check) for check in run.CHECKS)]
+
+    def _checks_together(self, has_failed: bool) -> list[tuple[Check, float]]:
+        checks = [*together.CHECKS, *(together.CHECKS_OF_RUN if self.request.names_run else ())]
+        timed = [(check, PATIENCE_SECONDS) for check in checks]
+        if self.request.step and not has_failed:
+            stages = self.processes.on_first(lambda: self.context.schedule).stages
+            timed += [(check, STEP_PATIENCE_SECONDS) for check in TrialSteps(self.context, stages).checks()]
+        return timed
+
+    def _read_config(self, context: Context) -> Outcome | None:
+        request = self.request
+        context.config = load_config(request.recipe, request.file, request.overrides)
+        return None
+
+    def _round(self, checks: Sequence[Check[Context]], patience: float = PATIENCE_SECONDS) -> bool:
+        """Makes the checks and adds their rows on the first process; whether one has failed anywhere, on all."""
+        outcomes = [check.outcome(self.context) for check in checks]
+        told = self.exchange.collect([asdict(outcome) if outcome else None for outcome in outcomes], patience)
+        silent = [rank for rank, answer in enumerate(told) if answer is None]
+        for index, check in enumerate(checks):
+            answers = [
+                Answer(rank, self.nodes[rank], Outcome(**answer[index]))
+                for rank, answer in enumerate(told)
+                if answer is not None and answer[index] is not None
+            ]
+            if row := merged(check, answers):
+                self.rows.append(row)
+        for rank in silent:
+            reason = f"no answer within {patience:g} s: it has died or hangs"
+            self.rows.append(Row(checks[-1].name, FAILURE, f"rank {rank}: {reason}", reason, self.nodes[rank], rank))
+        return self.exchange.tell(any(row.state == FAILURE for row in self.rows), patience + PATIENCE_SECONDS)
+
+
+def _if_read(check: Check[Context]) -> Check[Context]:
+    """The check, once the config could be read."""
+    return Check(check.name, lambda context: check.examine(context) if context.config else None, check.differing)
+
+
+def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> str:
+    """The findings and the last line; returns the worst state."""
+    failures, warnings = ([row for row in rows if row.state == state] for state in (FAILURE, WARNING))
+    result = FAILURE if failures else WARNING if warnings else OK
+    if as_json:
+        print_json(rows, result, processes, nodes)
+    else:
+        print_rows(rows)
+    if failures:
+        _print_error(failures)
+    elif not as_json:
+        count = f"{len(warnings)} warning{'s' * (len(warnings) > 1)}"
+        verdict = f"{count}, nothing that stops a run" if warnings else "all well"
+        print(f"{verdict}: {machine.counted(processes, nodes)}", flush=True)
+    return result
+
+
+def _print_error(failures: Sequence[Row]) -> None:
+    first, more = failures[0], len(failures) - 1
+    others = f" (and {more} more failure{'s' * (more > 1)} above)" if more else ""
+    sys.stdout.flush()
+    text = f"error: host {first.node} (rank {first.rank}): {first.name}: {first.reason}{others}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def _report_alone(reason: str, as_json: bool) -> int:
+    """What a process says that cannot ask the others."""
+    place = place_of_environment()
+    row = Row("processes", FAILURE, reason, reason, host_of_environment(), place.rank)
+    if place.rank == 0:
+        _print([row], place.world_size, 1, as_json)
+    else:
+        _print_error([row])
+    return EXIT_CODES[FAILURE]
+
+
+def _why_not_met(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if "EADDRINUSE" in text:
+        return f"{_address()}: the port is taken by another program; set MASTER_PORT to a free one"
+    count = place_of_environment().world_size
+    return (
+        f"{count} processes have not met at {_address()} within {JOIN_SECONDS} s ({text[:300]}); see that all were "
+        "started, and that this address and port can be reached from every node"
+    )
+
+
+def _address() -> str:
+    return f"{os.environ.get('MASTER_ADDR', 'this process')}:{os.environ.get('MASTER_PORT', '')}".rstrip(":")

@@ -1,0 +1,176 @@
+"""Checks of the run that is to start, each by one process for itself: settings, shards, room on disks, kernel."""
+
+import os
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+from npp_ds.config import CheckpointSection, RunConfig
+from npp_ds.config_checks import problems_of
+from npp_ds.data import remote
+from npp_ds.data.shards import Manifest, ShardInfo, read_shard
+from npp_ds.data.store import find_staged, place_to_stage
+from npp_ds.doctor.context import Context, gigabytes
+from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
+from npp_ds.errors import UserError
+from npp_ds.files import nearest_folder
+from npp_ds.model.attention import check_attention, flash_attn_importable
+from npp_ds.schedule import Schedule
+from npp_ds.training.partitions import MOMENTS
+from npp_ds.training.run_folder import check_settings
+from npp_ds.weights.checkpoint import saved_steps
+
+SAMPLED_SHARDS = 3
+
+
+def settings(context: Context) -> Outcome | None:
+    """Everything between config, number of processes and data that a start would refuse; once for all."""
+    if not context.is_first:
+        return None
+    config, world_size = context.config, context.processes.world_size
+    if problems := problems_of(config, world_size):
+        return Outcome("; ".join(problems), FAILURE)
+    check_settings(config)
+    if not _shards_are_known(context):
+        return Outcome(f"{config.name}: batches fit a world size of {world_size}")
+    stages = ", ".join(
+        f"side {s.patch_side}: {s.steps:,} steps of {s.batch_size} images ({s.micro_batch_size} at a time)"
+        for s in context.schedule.stages
+    )
+    return Outcome(f"{config.name}: {stages}")
+
+
+def attention(context: Context) -> Outcome | None:
+    if not context.is_first_of_node:
+        return None
+    choice = context.config.model.attention
+    check_attention(choice)
+    if choice == "flash_attn" and not context.has_gpu:
+        return Outcome("flash_attn was asked for and there is no GPU; set model.attention to auto or sdpa", FAILURE)
+    kernel = "flash-attn" if choice != "sdpa" and context.has_gpu and flash_attn_importable() else "SDPA"
+    text = kernel if choice != "auto" else f"{kernel} (auto)"
+    return Outcome(text, alike=text)
+
+
+def shards(context: Context) -> Outcome | None:
+    """That this node reads one manifest with all others, and every shard file in it; no hashes, few samples."""
+    if not context.is_first_of_node:
+        return None
+    found, fingerprints = [], []
+    for source in context.sources:
+        manifest = context.manifest(source)
+        note = _note_on_files(source, manifest, context.config.data.cache_dir)
+        found.append(f"{source}: {manifest.num_samples:,} images, shards: {len(manifest.shards)}{note}")
+        fingerprints.append(f"{manifest.fingerprint()[:12]} in {source}")
+    return Outcome(", ".join(found), alike=f"manifest {' and '.join(fingerprints)}")
+
+
+def _note_on_files(source: str, manifest: Manifest, cache_dir: str | None) -> str:
+    """Why the files of a set were not looked at; empty when they were and are as they should be, else UserError."""
+    if find_staged(manifest, cache_dir):
+        return " (staged already)"
+    if remote.is_remote(source):
+        return " (to be fetched)"
+    _check_files(Path(source), manifest)
+    return ""
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Raises UserError naming the first file that is not as the manifest says, and how many there are."""
+    problems = [problem for shard in manifest.shards if (problem := _problem_of(folder / shard.file, shard))]
+    if problems:
+        more = f" (and {len(problems) - 1} more of {len(manifest.shards)} shards)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}; restore them, or name a folder that every node sees whole")
+    step = -(-len(manifest.shards) // SAMPLED_SHARDS)
+    for shard in manifest.shards[::step]:
+        with closing(read_shard(folder / shard.file)) as samples:
+            next(samples, None)
+
+
+def _problem_of(path: Path, shard: ShardInfo) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if size != shard.bytes:
+        return f"{path}: {size:,} bytes, expected {shard.bytes:,}"
+    return None if os.access(path, os.R_OK) else f"{path}: not readable by this user"
+
+
+def staging(context: Context) -> Outcome | None:
+    """Room on this node for the sets that training will map."""
+    if not context.is_first_of_node or not _shards_are_known(context):
+        return None
+    cache_dir, needed_in, margins = context.config.data.cache_dir, {}, []
+    for source in context.sources:
+        manifest = context.manifest(source)
+        if not find_staged(manifest, cache_dir):
+            root, needed = place_to_stage(source, manifest, cache_dir)
+            needed_in[root] = needed_in.get(root, 0) + needed
+    for root, needed in needed_in.items():
+        place = nearest_folder(root)
+        margins.append(shutil.disk_usage(place).free - needed)
+        if margins[-1] < 0 or not os.access(place, os.W_OK):
+            what = f"{gigabytes(-margins[-1])} too little" if margins[-1] < 0 else "not writable"
+            text = f"{root}: {what} to stage {gigabytes(needed)}"
+            return Outcome(f"{text}; set data.cache_dir to a local disk with room", FAILURE)
+    if not needed_in:
+        return Outcome("staged already")
+    text = ", ".join(f"{gigabytes(needed)} to write into {root}" for root, needed in needed_in.items())
+    return Outcome(f"{text}, {gigabytes(min(margins))} left then", margin=min(margins))
+
+
+def checkpoint_room(context: Context) -> Outcome | None:
+    """A failure when the checkpoints of the first stage have no room, a warning when only the later ones have none."""
+    if not context.is_first or not _shards_are_known(context):
+        return None
+    if problems_of(context.config, context.processes.world_size):  # told by `settings`
+        return None
+    config, folder = context.config, context.config.directory
+    size, have = checkpoint_bytes(config), len(saved_steps(folder / "checkpoints"))
+    first, most = most_checkpoints(context.schedule, config.checkpoint)
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    text = f"{gigabytes(size)} each, {most} at most, {have} there; {gigabytes(free)} free in {folder}"
+    advice = "; free some, lower checkpoint.keep_last, or set run_dir to a larger disk"
+    if free < max(first - have, 1) * size:
+        return Outcome(text + advice, FAILURE)
+    if free < (most - have) * size:
+        return Outcome(f"{text}: too little for the whole run{advice}", WARNING)
+    return Outcome(text)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Weights, Adam's moments and the average where there is one, in float32."""
+    return config.model.parameters() * 4 * (1 + len(MOMENTS) + bool(config.optimizer.ema_decay))
+
+
+def most_checkpoints(schedule: Schedule, checkpoint: CheckpointSection) -> tuple[int, int]:
+    """How many are on disk at most in the first stage and in the whole run, one in the making included."""
+    ends = {stage.end_step for stage in schedule.stages}
+    counts = []
+    for last in (schedule.stages[0].end_step, schedule.total_steps):
+        due = range(checkpoint.every, last + 1, checkpoint.every) if checkpoint.every else ()
+        saves = sorted({*due, *(end for end in ends if end <= last)})
+        kept = {step for step in saves if checkpoint.keep_every and step % checkpoint.keep_every == 0}
+        kept |= {*saves[-checkpoint.keep_last :], *ends.intersection(saves)}
+        counts.append(min(len(kept) + 1, len(saves)))
+    return counts[0], counts[1]
+
+
+def _shards_are_known(context: Context) -> bool:
+    """Whether the manifests can be read here; if not, the check of the shards says why."""
+    try:
+        for source in context.sources:
+            context.manifest(source)
+    except UserError:
+        return False
+    return True
+
+
+CHECKS = (
+    Check("settings", settings),
+    Check("shards", shards),
+    Check("staging", staging),
+    Check("checkpoints", checkpoint_room),
+    Check("attention", attention, differing=WARNING),
+)

@@ -1,0 +1,89 @@
+"""`--step`: real optimizer steps of the run's model at each patch side, with random codes, at the run's batch sizes."""
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from npp_ds.doctor.context import Context, gigabytes
+from npp_ds.doctor.outcome import FAILURE, Check, Outcome
+from npp_ds.model.patches import group
+from npp_ds.schedule import Stage
+from npp_ds.training.engine import TrainingEngine
+
+MICRO_BATCHES = 2  # from the second on, gradients of the first are held too
+
+
+class TrialSteps:
+    """The checks of `--step`, to be made in order: the engine, then each stage on it."""
+
+    def __init__(self, context: Context, stages: Sequence[Stage]):
+        self.context, self.stages = context, stages
+        self.engine: TrainingEngine | None = None
+
+    def checks(self) -> list[Check]:
+        steps = [Check(f"step, side {s.patch_side}", partial(self._guarded, self._step, s)) for s in self.stages]
+        return [Check("engine", partial(self._guarded, self._build, self.stages[0])), *steps]
+
+    def _guarded(self, action: Callable[[Stage], Outcome], stage: Stage, _: Context) -> Outcome:
+        try:
+            return action(stage)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        total = gigabytes(_total_bytes(self.context))
+        return Outcome(
+            f"out of memory ({total}) at patch side {stage.patch_side} with {stage.micro_batch_size} images at a time; "
+            f"lower schedule.micro_batch_size, set deepspeed.config=zero3, use more processes or a smaller model",
+            FAILURE,
+        )
+
+    def _build(self, stage: Stage) -> Outcome:
+        config = self.context.config
+        quiet = config.logging.model_copy(update={"monitors": []})  # they would write into the run folder
+        self.engine = TrainingEngine(config.model_copy(update={"logging": quiet}), stage, self.context.processes)
+        return self._fits(f"{config.model.parameters() / 1e6:.1f}M parameters, {config.deepspeed.config}")
+
+    def _step(self, stage: Stage) -> Outcome:
+        if self.context.has_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        accumulated = stage.batch_size // (stage.micro_batch_size * self.context.processes.world_size)
+        batches = [self._random_batch(stage)] * min(MICRO_BATCHES, accumulated)
+        self.engine.set_batch_sizes(stage)
+        self.engine.step(0, batches, 0.0)  # the first one also makes buffers
+        began = time.perf_counter()
+        result = self.engine.step(1, batches, 0.0)
+        loss = result.loss.item()  # waits for the device
+        seconds = (time.perf_counter() - began) * accumulated / len(batches)
+        if not result.was_applied:
+            return Outcome(f"the loss is {loss}, the gradient norm {result.grad_norm}, expected finite ones", FAILURE)
+        most = "at most " if accumulated > len(batches) else ""
+        at_a_time = f"{stage.micro_batch_size} images at a time"
+        return self._fits(f"{most}{seconds:.2f} s for {stage.batch_size} images, {at_a_time}")
+
+    def _fits(self, text: str) -> Outcome:
+        peak, total = _peak_bytes(self.context), _total_bytes(self.context)
+        return Outcome(f"{text}; {gigabytes(peak)} of {gigabytes(total)} at the peak", margin=total - peak)
+
+    def _random_batch(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        """codes[b, N, k] and labels[b] of one micro-batch."""
+        model, count = self.context.config.model, stage.micro_batch_size
+        codes = torch.randint(model.vocab_size, (count, model.grid_size**2))
+        return group(codes, stage.patch_side), torch.randint(model.num_classes + 1, (count,))
+
+
+def _peak_bytes(context: Context) -> int:
+    """Of the stage on a GPU, with what the allocator keeps; on the CPU of the process so far."""
+    if context.has_gpu:
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _total_bytes(context: Context) -> int:
+    if context.has_gpu:
+        return torch.cuda.mem_get_info(context.processes.device)[1]
+    with open("/proc/meminfo") as file:
+        return int(file.readline().split()[1]) * 1024
