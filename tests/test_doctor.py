@@ -108,7 +108,14 @@ def test_without_a_run_the_machine_alone_is_examined(pair):
 def _sets_of_two_nodes(shards: Path, tmp_path: Path) -> list[str]:
     for node in ("n0", "n1"):
         shutil.copytree(shards / "train", tmp_path / node / "train")
-    return [f"data.train={tmp_path}/{{node}}/train"]
+    return [f"data.train={tmp_path}/$SLURMD_NODENAME/train"]
+
+
+def test_each_node_may_have_its_own_copy_of_the_shards(pair, config_file, shards, tmp_path):
+    (code, out, err), _ = pair.run(examined, *_sets_of_two_nodes(shards, tmp_path), file=config_file)
+    assert (code, err) == (0, "")
+    for node in ("n0", "n1"):
+        assert f"{node}: {tmp_path}/{node}/train: 160 images" in rows_of(out)["shards"][1]
 
 
 def test_a_node_without_a_shard_is_named_and_nobody_waits(pair, config_file, shards, tmp_path):
@@ -145,9 +152,9 @@ def test_nodes_that_see_different_sets_are_found(pair, config_file, shards, tmp_
     ours, theirs = (Manifest.load(tmp_path / n / "train").fingerprint()[:12] for n in ("n0", "n1"))
     (code, out, err), _ = pair.run(examined, *overrides, file=config_file)
     assert code == 2
-    assert err.startswith(f"error: host n1 (rank 1): shards: manifest {theirs} in")
+    assert err.startswith(f"error: host n1 (rank 1): shards: manifests {theirs}, ")
     assert ours in err
-    assert rows_of(out)["shards"][1].startswith("not alike: n0: manifest")
+    assert rows_of(out)["shards"][1].startswith(f"not alike: n0: manifests {ours}, ")
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_told_once(pair, config_file):

@@ -51,7 +51,7 @@ def stage(
     `cache_dir` it is /dev/shm/npp_ds-<uid> when the set takes at most half of what is free there, else
     ~/.cache/npp_ds. UserError for a missing or bad set, an empty one, and a full disk.
     """
-    shard_dir = _here(shard_dir)
+    shard_dir = here(shard_dir)
     manifest = load_manifest(shard_dir)
     name, source = manifest.fingerprint(), _source(shard_dir)
     needed = _bytes_needed(manifest, source)
@@ -87,7 +87,7 @@ def load_manifest(shard_dir: str | Path) -> Manifest:
 
     UserError when there is no good one, or it is that of an empty set.
     """
-    shard_dir = _here(shard_dir)
+    shard_dir = here(shard_dir)
     manifest = remote.load_manifest(shard_dir) if remote.is_remote(shard_dir) else Manifest.load(shard_dir)
     if manifest.num_samples == 0:
         raise UserError(f"{shard_dir}: holds no samples; expected at least one. Tokenize some images into it.")
@@ -104,20 +104,20 @@ def place_to_stage(shard_dir: str | Path, manifest: Manifest, cache_dir: str | P
 
     UserError when there is no room.
     """
-    needed = _bytes_needed(manifest, _source(shard_dir))
+    needed = _bytes_needed(manifest, _source(here(shard_dir)))
     return _choose_root(_roots(cache_dir), manifest.fingerprint(), needed), needed
 
 
 def manifest_at_hand(shard_dir: str | Path, cache_dir: str | Path | None = None) -> Manifest | None:
     """What `load_manifest` finds, yet without the network: in the folder, else in the copy staged last; or None."""
-    shard_dir = _here(shard_dir)
+    shard_dir = here(shard_dir)
     if not remote.is_remote(shard_dir) and (Path(shard_dir) / MANIFEST_NAME).is_file():
         return Manifest.load(shard_dir)
     staged = _staged_from(_source(shard_dir), _roots(cache_dir))
     return Manifest.load(staged[-1]) if staged else None
 
 
-def _here(place: str | Path) -> str | Path:
+def here(place: str | Path) -> str | Path:
     """`place` with the environment variables of this machine filled in; the shell of a pipe fills in its own."""
     return place if remote.is_remote(place) else os.path.expandvars(place)
 
@@ -172,7 +172,7 @@ def _bytes_needed(manifest: Manifest, source: str) -> int:
 
 
 def _roots(cache_dir: str | Path | None) -> list[Path]:
-    return [Path(_here(cache_dir))] if cache_dir is not None else _default_roots()
+    return [Path(here(cache_dir))] if cache_dir is not None else _default_roots()
 
 
 def _default_roots() -> list[Path]:

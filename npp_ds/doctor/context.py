@@ -8,7 +8,7 @@ from pathlib import Path
 
 from npp_ds.config import RunConfig
 from npp_ds.data.shards import Manifest
-from npp_ds.data.store import load_manifest
+from npp_ds.data.store import here, load_manifest
 from npp_ds.errors import UserError
 from npp_ds.schedule import Schedule
 from npp_ds.training.launch import Processes
@@ -53,8 +53,8 @@ class Context:
 
     @property
     def sources(self) -> list[str]:
-        """The sets of shards of the run."""
-        return [source for source in (self.config.data.train, self.config.data.val) if source]
+        """The sets of shards of the run, where this node has them."""
+        return [str(here(source)) for source in (self.config.data.train, self.config.data.val) if source]
 
     @cached_property
     def schedule(self) -> Schedule:

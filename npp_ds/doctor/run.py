@@ -61,8 +61,8 @@ def shards(context: Context) -> Outcome | None:
         manifest = context.manifest(source)
         note = _note_on_files(source, manifest, context.config.data.cache_dir)
         found.append(f"{source}: {manifest.num_samples:,} images, shards: {len(manifest.shards)}{note}")
-        fingerprints.append(f"{manifest.fingerprint()[:12]} in {source}")
-    return Outcome(", ".join(found), alike=f"manifest {' and '.join(fingerprints)}")
+        fingerprints.append(manifest.fingerprint()[:12])
+    return Outcome(", ".join(found), alike=f"manifests {', '.join(fingerprints)}")
 
 
 def _note_on_files(source: str, manifest: Manifest, cache_dir: str | None) -> str:
