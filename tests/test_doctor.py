@@ -330,7 +330,7 @@ def test_a_row_names_the_nodes_where_they_differ():
     least = merged(
         check, _answers(Outcome("9 free", margin=9), Outcome("8 free", margin=8), Outcome("7 free", margin=7))
     )
-    assert least.detail == "7 free (the least, on n1)"
+    assert least.detail == "7 free (the worst, on n1)"
     bad = merged(check, _answers(Outcome("fine"), Outcome("slow", WARNING), Outcome("gone", FAILURE)))
     assert (bad.state, bad.detail, bad.reason, bad.node, bad.rank) == (FAILURE, "n1: gone", "gone", "n1", 2)
     odd = merged(check, _answers(*(Outcome("", alike=v) for v in ("2.1", "2.6", "2.6"))))

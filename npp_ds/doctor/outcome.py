@@ -81,7 +81,7 @@ def merged(check: Check, answers: Sequence[Answer]) -> Row | None:
         speaker = min(of_worst, key=lambda a: a.outcome.margin)
         detail = _one_line(speaker.outcome.detail)
         if len({a.node for a in of_worst}) > 1 and len({a.outcome.detail for a in of_worst}) > 1:
-            detail += f" (the least, on {speaker.node})"
+            detail += f" (the worst, on {speaker.node})"
     elif worst == OK and len({a.outcome.detail for a in of_worst}) == 1:
         detail = _one_line(speaker.outcome.detail)
     return Row(check.name, worst, detail, _one_line(speaker.outcome.detail), speaker.node, speaker.rank)
