@@ -123,12 +123,11 @@ def test_a_process_takes_the_gpu_of_its_number_or_the_only_one_that_slurm_shows_
 
 
 def test_who_waits_in_vain_says_who_and_where(no_launcher):
-    no_launcher.setattr(launch, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
     port = free_port()
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         no_launcher.setenv(name, value)
     with pytest.raises(RendezvousError, match=rf"rank 0 on \S+ did not meet all 2 processes at 127\.0\.0\.1:{port} "):
-        launch._meet(Place(0, 0, 2))
+        launch._meet(Place(0, 0, 2), timedelta(seconds=1), timedelta(minutes=1))
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ from npp_ds.errors import UserError
 from npp_ds.place import host_of_environment, place_of_environment
 from npp_ds.training.launch import Processes, join_processes, leave_processes
 
-JOIN_SECONDS = 60
+JOIN_SECONDS = 180  # imports from a busy shared file system may take one node so much longer than another
 STEP_PATIENCE_SECONDS = 900.0
 EXIT_CODES = {OK: 0, WARNING: 0, FAILURE: 2}
+NOT_MET = 1  # another start may do better
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Request:
 def examine(request: Request) -> int:
     """Prints the findings on the first process and returns the exit code, the same on all: 0, or 2 for a failure.
 
+    1 when the processes have not met, or lost each other.
+
     Raises UserError for a request that names no run and asks for one.
     """
     if not request.names_run and (request.step or request.overrides):
@@ -55,14 +58,19 @@ def examine(request: Request) -> int:
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
         processes = join_processes(timedelta(seconds=JOIN_SECONDS))
-    except (UserError, RuntimeError) as error:
-        return _report_alone(_why_not_met(error), request.as_json)
+    except UserError as error:
+        _report_alone(str(error), request.as_json)
+        return EXIT_CODES[FAILURE]
+    except RuntimeError as error:
+        _report_alone(_why_not_met(error), request.as_json)
+        return NOT_MET
     seconds = time.perf_counter() - began
     try:
         examination = Examination(request, processes)
         code = examination.run(seconds)
     except RuntimeError as error:  # of the store: the first process has gone, and says why itself
-        return _report_alone(f"the first process does not answer ({error})", request.as_json)
+        _report_alone(f"the first process does not answer ({error})", request.as_json)
+        return NOT_MET
     if examination.is_broken and processes.device.type == "cuda":
         os._exit(code)  # to leave a group whose collectives hang could hang too
     leave_processes()
@@ -167,7 +175,7 @@ def _print_error(failures: Sequence[Row]) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _report_alone(reason: str, as_json: bool) -> int:
+def _report_alone(reason: str, as_json: bool) -> None:
     """What a process says that cannot ask the others."""
     place = place_of_environment()
     row = Row("processes", FAILURE, reason, reason, host_of_environment(), place.rank)
@@ -175,13 +183,10 @@ def _report_alone(reason: str, as_json: bool) -> int:
         _print([row], place.world_size, 1, as_json)
     else:
         _print_error([row])
-    return EXIT_CODES[FAILURE]
 
 
-def _why_not_met(error: Exception) -> str:
+def _why_not_met(error: RuntimeError) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
     if "EADDRINUSE" in text:
         return f"{_address()}: the port is taken by another program; set MASTER_PORT to a free one"
     count = place_of_environment().world_size
