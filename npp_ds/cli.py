@@ -83,7 +83,7 @@ def train(
         int | None, typer.Option(help="go on from the checkpoint of this step; later ones are set aside")
     ] = None,
 ) -> None:
-    """Train a run, or go on with it; start several processes with torchrun -m npp_ds train ..."""
+    """Train a run, or go on with it; start several processes with torchrun -m npp_ds train ..., or srun (slurm/)."""
     try:
         with StopRequests() as stop:  # before the imports, which take seconds
             _train(recipe, config, overrides or (), from_step, stop)

@@ -29,8 +29,7 @@ PYTHON=${NPP_PYTHON:-$NPP_HOME/.venv/bin/python}
 export PYTHONPATH=$NPP_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not take it from sbatch
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
-# The warnings of torch and NCCL come once for each task; their errors stay.
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} NCCL_DEBUG=${NCCL_DEBUG:-ERROR}
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # its warnings come once for each task
 
 notes=$RUNS_DIR/.slurm/$SLURM_JOB_ID
 code=0 step_options=()
@@ -107,7 +106,7 @@ finish() {
   local state
   case $code in
     0) say "done" ;;
-    2 | 3 | 4) say "ended with $code, which another start would not mend: not requeued" ;;
+    2 | 3) say "ended with $code, which another start would not mend: not requeued" ;;
     *)
       state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -oE '\b(JobState|Reason)=\w+' | paste -sd ' ')
       if ((starts >= MOST_STARTS)) && [[ $("${progress[@]}") == "$progress_at_start" ]]; then
@@ -147,7 +146,8 @@ train() { # RECIPE [key=value ...]
   [[ -z ${NPP_CACHE_DIR:-} ]] || overrides+=(data.cache_dir="$NPP_CACHE_DIR")
   overrides+=("$@")
   begin newest_checkpoint "$run"
-  # To be enabled when it is there: run_step "$PYTHON" -m npp_ds doctor --recipe "$recipe" "${overrides[@]}"; ((code == 0)) || finish
+  run_step "$PYTHON" -m npp_ds doctor --recipe "$recipe" "${overrides[@]}"
+  ((code == 0)) || finish
   run_step "$PYTHON" -m npp_ds train --recipe "$recipe" "${overrides[@]}"
   finish
 }

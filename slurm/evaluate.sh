@@ -33,6 +33,8 @@ files() {
 }
 
 begin files
+run_step "$PYTHON" -m npp_ds doctor
+((code == 0)) || finish
 run_step "$PYTHON" -m npp_ds sample "$run" --per-class 50 --out "$samples" "$@"
 ((code == 0)) || finish
 say "sampled into $samples"

@@ -30,6 +30,8 @@ shards() {
 }
 
 begin shards
+run_step "$PYTHON" -m npp_ds doctor
+((code == 0)) || finish
 for split in ${SPLITS:-train val}; do
   crops=center
   [[ $split != train ]] || crops=ten
