@@ -110,7 +110,7 @@ def summarize(
 ) -> RunSummary:
     """The figures of a run from its events (`read_events`), its stage table and what is known beside them.
 
-    `evaluation` is what `npp_ds.evaluation.fid.evaluate_samples` returned; `files` are (what it is, where it lies).
+    `evaluation` is what `npp_ds.evaluation.evaluate.evaluate_images` returned; `files` are (what it is, where it lies).
     """
     summaries = _stage_summaries(events, stages)
     saves, evaluations = of_kind(events, "checkpoint"), of_kind(events, "evaluation")
