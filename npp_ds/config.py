@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from npp_ds.schedule import Schedule, Stage, stage_ends
+from npp_ds.schedule import Schedule, Stage, coarse_batch_factor, stage_ends
 from npp_ds.sizes import SIZES, parameter_count, training_flops
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -47,6 +47,11 @@ class ModelSection(_Section):
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention weights")
     attention: Literal["auto", "flash_attn", "sdpa"] = _free(
         "auto", "attention kernel; auto: flash-attn where it applies, else SDPA"
+    )
+    activation_checkpointing: Literal["none", "selective", "block"] = _free(
+        "none",
+        "what the backward pass computes again to save memory, with equal results: nothing, all but products and "
+        "attention (selective), or whole blocks",
     )
 
     def shape(self) -> dict[str, int | None]:
@@ -110,6 +115,12 @@ class ScheduleSection(_Section):
         "most images per forward pass and process: the largest divisor of batch_size / processes up to it is used; "
         "null: batch_size / processes",
         ge=1,
+    )
+    coarse_batch_scale: int = Field(
+        1,
+        ge=1,
+        description="a stage of patch_sides with side p takes batches min(this, p * p) times as large and both of its "
+        "learning rates times the square root of that; 1: the same batch everywhere",
     )
     warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up at the start of each stage, in epochs")
     decay_fraction: float = Field(
@@ -246,12 +257,7 @@ class RunConfig(_Section):
         if stages is None:
             ends = [0, *stage_ends(s.epochs, len(s.patch_sides), s.ratio)]
             lengths = [b - a for a, b in pairwise(ends)]
-            stages = [
-                StageSection.model_construct(
-                    **{**StageSection(patch_side=1).model_dump(), "patch_side": side, "epochs": n}
-                )
-                for side, n in zip(s.patch_sides, lengths, strict=True)
-            ]
+            stages = [self._stage_of(side, n) for side, n in zip(s.patch_sides, lengths, strict=True)]
         inherited = {
             "batch_size": s.batch_size,
             "micro_batch_size": s.micro_batch_size,
@@ -264,6 +270,18 @@ class RunConfig(_Section):
             stage.model_copy(update={k: v for k, v in inherited.items() if getattr(stage, k) is None})
             for stage in stages
         ]
+
+    def _stage_of(self, patch_side: int, epochs: int) -> StageSection:
+        """A stage of the schedule's `patch_sides`, also when it is too short to be valid."""
+        s, o, keys = self.schedule, self.optimizer, StageSection(patch_side=1).model_dump()
+        keys.update(patch_side=patch_side, epochs=epochs)
+        if (factor := coarse_batch_factor(patch_side, s.coarse_batch_scale)) > 1:
+            keys.update(
+                batch_size=s.batch_size * factor,
+                learning_rate=o.learning_rate * factor**0.5,
+                final_learning_rate=o.final_learning_rate * factor**0.5,
+            )
+        return StageSection.model_construct(**keys)
 
     def build_schedule(self, num_samples: int, world_size: int = 1) -> Schedule:
         """The run's steps on `num_samples` training images; `config_checks.problems_of` must have found none."""

@@ -254,6 +254,11 @@ def _stage_problems(config: RunConfig) -> list[str]:
                     f"schedule.epochs: {s.epochs} epochs over {len(sides)} stages at ratio {s.ratio} leave stage {i} "
                     f"(side {stage.patch_side}) empty; use more epochs, fewer patch_sides or a larger ratio"
                 )
+    if s.stages is not None and s.coarse_batch_scale > 1:
+        problems.append(
+            f"schedule.coarse_batch_scale: {s.coarse_batch_scale} has no effect on listed stages; give these "
+            "batch_size and learning_rate of their own, or drop schedule.stages"
+        )
     o = config.optimizer
     for name, beta in zip(("first", "second"), o.betas, strict=True):
         if not 0 <= beta < 1:

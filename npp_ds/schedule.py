@@ -14,6 +14,14 @@ def stage_ends(epochs: int, levels: int, ratio: float) -> list[int]:
     return [int(epochs * ratio**i) for i in range(levels - 1, -1, -1)]
 
 
+def coarse_batch_factor(patch_side: int, most: int) -> int:
+    """How many times the batch a stage of this side takes: at most so many that a step has the positions of side 1.
+
+    The learning rate goes with its square root, the rule of Adam (Malladi et al., arXiv 2205.10287).
+    """
+    return min(most, patch_side * patch_side)
+
+
 @dataclass(frozen=True)
 class Stage:
     """Steps `start_step` .. `end_step - 1` at one patch side, beginning with a fresh epoch."""

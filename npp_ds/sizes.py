@@ -9,6 +9,9 @@ SIZES: dict[str, dict[str, int]] = {
     "2B": {"n_layers": 48, "n_heads": 28, "dim": 1792},
 }
 
+LOGITS_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+"""Size of the patch loss's chunk of float32 logits: on a CPU what its cache holds, on a GPU what fills the device."""
+
 
 def ffn_hidden(dim: int, multiple_of: int = 256) -> int:
     """Width of the SwiGLU layer: two thirds of 4 x dim, rounded up to a multiple."""

@@ -63,6 +63,11 @@ def test_every_problem_is_reported_at_once_with_key_value_expectation_and_fix(tm
         ({"stages": [{"patch_side": 1, "epochs": 0}]}, "schedule.stages.0.epochs: found 0, expected greater than 0"),
         ({"stages": []}, "schedule.stages: found [], expected"),
         ({"ratio": 1.0}, "schedule.ratio: found 1.0, expected less than 1"),
+        (
+            {"coarse_batch_scale": 4, "stages": [{"patch_side": 1, "epochs": 1}]},
+            "schedule.coarse_batch_scale: 4 has no effect on listed stages",
+        ),
+        ({"coarse_batch_scale": 0}, "schedule.coarse_batch_scale: found 0, expected greater than or equal to 1"),
     ],
 )
 def test_impossible_stages_are_refused(tmp_path, schedule, expected):

@@ -35,7 +35,7 @@ def value_and_gradients(function, hidden, weight, targets):
 @pytest.mark.parametrize("k", [1, 4, 16, 64])
 @pytest.mark.parametrize("chunk_bytes", [1 << 14, 1 << 30], ids=["chunks", "whole"])
 def test_value_and_gradients_agree_with_float64(k, chunk_bytes, monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setitem(loss_module.LOGITS_CHUNK_BYTES, "cpu", chunk_bytes)
     hidden, weight, targets = problem(37, k)
     expected = value_and_gradients(by_definition, hidden.double(), weight.double(), targets)
     for found, exact in zip(value_and_gradients(patch_cross_entropy, hidden, weight, targets), expected, strict=True):

@@ -96,3 +96,22 @@ def test_epochs_of_a_stage_count_on_from_the_stage_before():
     _, schedule = schedule_of(num_samples=2600, schedule={"epochs": 8, "patch_sides": [4, 2, 1]})
     positions = [schedule.stage_at(s).epoch_at(s) for s in range(80)]
     assert positions == [(s // 10, s % 10) for s in range(80)]
+
+
+def test_larger_coarse_batches_keep_positions_per_step_and_scale_rates_by_the_square_root():
+    sides = {"patch_sides": [8, 4, 2, 1], "epochs": 80, "warmup_epochs": 1}
+    _, plain = schedule_of(num_samples=25600, schedule=sides)
+    _, enlarged = schedule_of(num_samples=25600, schedule={**sides, "coarse_batch_scale": 16})
+    assert [s.batch_size for s in enlarged.stages] == [4096, 4096, 1024, 256]
+    assert [s.peak_learning_rate for s in enlarged.stages] == pytest.approx([4e-4, 4e-4, 2e-4, 1e-4])
+    assert [s.final_learning_rate for s in enlarged.stages] == pytest.approx([4e-5, 4e-5, 2e-5, 1e-5])
+    assert [s.steps_per_epoch for s in enlarged.stages] == [6, 6, 25, 100]
+    assert [s.steps for s in enlarged.stages] == [10 * 6, 10 * 6, 20 * 25, 40 * 100]
+    assert [s.warmup_steps for s in enlarged.stages] == [6, 6, 25, 100]
+    assert plain.stages[-1].batch_size == enlarged.stages[-1].batch_size, "side 1 keeps its batch"
+    assert plain.token_cost() == pytest.approx(enlarged.token_cost(), rel=0.01)
+
+
+def test_coarse_batches_stay_as_they_are_unless_asked_for():
+    _, schedule = schedule_of(schedule={"patch_sides": [8, 4, 2, 1]})
+    assert {(s.batch_size, s.peak_learning_rate) for s in schedule.stages} == {(256, 1e-4)}

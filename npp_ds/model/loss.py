@@ -8,9 +8,7 @@ are at hand: never do more than a chunk of logits exist, and the backward pass h
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 16 << 20}
-"""Size of a chunk's float32 logits by device type: on a CPU what its cache holds, elsewhere what fills the device."""
-CHUNK_BYTES_ELSEWHERE = 256 << 20
+from npp_ds.sizes import LOGITS_CHUNK_BYTES
 
 
 class _LinearPatchCrossEntropy(torch.autograd.Function):
@@ -24,7 +22,8 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk = max(1, min(rows, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE) // (4 * weight.shape[0])))
+        chunk_bytes = LOGITS_CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
+        chunk = max(1, min(rows, chunk_bytes // (4 * weight.shape[0])))
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             h, t = hidden[part].to(dtype), targets[part]

@@ -15,6 +15,7 @@ from npp_ds.model.attention import Attention, KeyValueCache, rotary_table
 from npp_ds.model.layers import Embedding, Linear, RMSNorm
 from npp_ds.model.loss import patch_cross_entropy
 from npp_ds.model.patches import PatchEmbedding
+from npp_ds.model.recomputing import recomputing
 from npp_ds.sizes import ffn_hidden
 
 
@@ -35,6 +36,7 @@ class ModelConfig:
     ffn_dropout: float = 0.0
     attention_dropout: float = 0.0
     attention: str = "auto"
+    activation_checkpointing: str = "none"
 
     def __post_init__(self):
         if self.n_kv_heads is None:
@@ -152,7 +154,7 @@ class Transformer(nn.Module):
         x = torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(codes[:, :-1])], dim=1)
         x = self.token_dropout(x)
         for layer in self.layers:
-            x = layer(x, rotary)
+            x = recomputing(self.config.activation_checkpointing, layer, x, rotary)
         return self.output(self.norm(x), codes if output == "loss" else None)
 
     def new_cache(self, batch: int, grid: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
