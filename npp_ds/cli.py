@@ -127,6 +127,34 @@ def doctor(
 
 
 @app.command()
+def plan(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as schedule.epochs=100")] = None,
+    recipe: Annotated[str | None, typer.Option(help="a shipped recipe")] = None,
+    config: Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="processes, one GPU each")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="a100-40, a100-80, h100, h200, b200, l40s, rtx4090, or another's name")
+    ] = "h100",
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="its memory in GB")] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(min=0.1, help="its peak of dense bf16 products, TFLOP/s")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=0.01, help="GB/s that each GPU sends to the others")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="training images; of the shards, or ImageNet's, when left out")
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="share of the peak that the model's FLOPs reach")] = 0.4,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Tell what a run will take before it starts: FLOPs, memory per GPU, micro-batches, days."""
+    from npp_ds.config_checks import load_config
+    from npp_ds.reporting.gpus import find_gpu
+    from npp_ds.reporting.plan import make_plan
+    from npp_ds.reporting.plan_table import print_plan
+
+    run = load_config(recipe, config, overrides or (), gpus)
+    print_plan(make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images), json_)
+
+
+@app.command()
 def sample(
     source: Annotated[Path, typer.Argument(help="a run folder, an exported file or a published checkpoint")],
     classes: Annotated[str | None, typer.Option(help="numbers or names with commas between; all when left out")] = None,

@@ -53,17 +53,19 @@ def training_memory(
     rows = micro_batch_size * (config.model.grid_size // patch_side) ** 2
     share = -(-config.model.parameters() // world_size)
     optimizer, ema = 3 * FP32 * share, FP32 * share if config.optimizer.ema_decay else 0
-    kept, (head, logits) = activations(config, rows, device), _head(config, rows, device)
+    kept = activations(config, rows, device, keeps_casts=zero["stage"] != 3)
+    head, logits = _head(config, rows, device)
     partitioning = {1: _zero1, 2: _zero2, 3: _zero3}[zero["stage"]]
     held = partitioning(config, zero, world_size, accumulates, kept.backward)
     moments = [
         held.before + kept.forward + head + logits,
         held.before + kept.backward + 2 * head + held.staging,  # the head's gradient is scaled into a new tensor
-        held.before + kept.recomputing + held.staging,
+        held.before + kept.backward + kept.block + held.staging,
+        held.late + kept.block + held.staging,
         *held.later,
     ]
     peak = held.always + optimizer + ema + max(moments)
-    most = max(kept.forward, kept.recomputing)
+    most = max(kept.forward, kept.backward + kept.block)
     return Memory(held.weights, held.gradients, optimizer, ema, most, head + logits, held.buffers, peak)
 
 
@@ -72,7 +74,8 @@ class _Partitioned:
     """Bytes of weights and gradients under a ZeRO stage, and when they are there.
 
     `always`: between steps too; `before`: from before the forward pass on; `staging`: buffers from the first gradient
-    on; `later`: everything besides `always` at moments in which few activations are left.
+    on; `late`: gradients that are there while the first block, the last to be computed again, is; `later`: everything
+    besides `always` at moments in which few activations are left.
     """
 
     weights: int
@@ -81,6 +84,7 @@ class _Partitioned:
     always: int
     before: int
     staging: int
+    late: int
     later: list[int]
 
 
@@ -97,8 +101,11 @@ def _zero1(
     """All gradients exist until the last micro-batch is done; then this process's are copied, and copied flat."""
     weights, own, bucket, sent = _sizes(config, zero, world_size)
     before, staging = (weights + bucket, 0) if accumulates else (0, bucket)
+    model, dim = config.model, config.model.shape()["dim"]
+    tables = weight_bytes(config.precision) * dim * (model.vocab_size + model.num_classes + 1)
+    late = max(before, weights - tables)
     later = [weights + own, weights + bucket, bucket + sent + own, 2 * own]
-    return _Partitioned(weights, weights + own, bucket + sent, weights, before, staging, later)
+    return _Partitioned(weights, weights + own, bucket + sent, weights, before, staging, late, later)
 
 
 def _zero2(
@@ -118,7 +125,7 @@ def _zero2(
         count, largest = config.model.parameters(), config.model.vocab_size * config.model.shape()["dim"]
         left = activations * (FP32 * count - sent) // (FP32 * count)
         gradients, later = own, [own + staging + sent + left, own + 2 * FP32 * largest]
-    return _Partitioned(weights, gradients, staging + sent, weights, before, staging, later)
+    return _Partitioned(weights, gradients, staging + sent, weights, before, staging, gradients, later)
 
 
 def _zero3(
@@ -128,36 +135,39 @@ def _zero3(
     weights, own, bucket, sent = _sizes(config, zero, world_size)
     part, live = -(-weights // world_size), zero.get("stage3_max_live_parameters", MAX_LIVE)
     gathered = min(weights, weight_bytes(config.precision) * live) if world_size > 1 else 0
-    return _Partitioned(part + gathered, own, bucket + sent, part + own + bucket, gathered, sent, [own])
+    return _Partitioned(part + gathered, own, bucket + sent, part + own + bucket, gathered, sent, 0, [own])
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass, the head apart: as the forward pass ends, as the backward pass begins, and at
-    most while the backward pass computes one block again."""
+    """Bytes kept for the backward pass, the head apart: as the forward pass ends, as the backward pass begins, and what
+    a block that the backward pass computes again adds."""
 
     forward: int
     backward: int
-    recomputing: int
+    block: int
 
 
-def activations(config: RunConfig, rows: int, device: str) -> Activations:
-    """What the blocks and the norm behind them keep of `rows` positions."""
+def activations(config: RunConfig, rows: int, device: str, keeps_casts: bool = True) -> Activations:
+    """What the blocks and the norm behind them keep of `rows` positions.
+
+    Under autocast a bf16 copy of a matrix lives to the end of the forward pass, and longer where the graph needs it;
+    not so under ZeRO-3, whose own linear layer (memory_efficient_linear) casts again.
+    """
     model = config.model
     stored, computed = _widths(config.precision)
     dim, layers = model.shape()["dim"], model.shape()["n_layers"]
     mask = _mask(stored, device) * dim if model.token_dropout else 0
     around = rows * (_norm(dim, device) + mask)
     block, inputs = rows * block_bytes(model, config.precision, device), rows * stored * dim
-    # Under autocast a bf16 copy of a matrix lives to the end of the forward pass, and longer where the graph needs it.
     cast = block_parameters(dim, model.shape()["n_heads"], model.n_kv_heads, model.ffn_multiple_of)
-    cast = computed * cast if stored != computed else 0
+    cast = computed * cast if stored != computed and keeps_casts else 0
     if model.activation_checkpointing == "none":
         kept = around + layers * (block + cast)
         return Activations(kept, kept, 0)
     products = rows * products_bytes(model, config.precision) if model.activation_checkpointing == "selective" else 0
     kept = around + layers * (inputs + products)
-    return Activations(kept + layers * cast, kept, kept + block - products + cast + inputs)
+    return Activations(kept + layers * cast, kept, block - products + cast + inputs)
 
 
 def block_bytes(model: ModelSection, precision: str, device: str) -> int:

@@ -1,0 +1,67 @@
+"""What `npp plan` knows of GPUs: memory, dense bf16 rate, and how fast they talk. Pure: no torch."""
+
+from dataclasses import dataclass
+
+from npp_ds.errors import UserError
+
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Memory in 10^9 bytes, peak of dense bf16 products in TFLOP/s, and how fast GPUs talk in GB/s, one direction.
+
+    `within_node` is what one GPU sends to others of its node, `between_nodes` what a whole node sends to another.
+    """
+
+    name: str
+    memory_gb: float
+    tflops: float
+    within_node: float
+    between_nodes: float
+
+    def bandwidth(self, gpus: int) -> float:
+        """GB/s that each of `gpus` GPUs sends in a collective of them all.
+
+        Over several nodes NCCL runs a ring for every network adapter, each with its part of the data through every GPU:
+        so the whole node's network counts, up to what a GPU sends within the node.
+        """
+        return self.within_node if gpus <= GPUS_PER_NODE else min(self.within_node, self.between_nodes)
+
+
+# NVIDIA's data sheets, dense rates (without sparsity), NVLink or PCIe in one direction (half of the total they name).
+# Between nodes: eight adapters as in DGX A100 (200 Gbit/s each) and DGX H100, H200, B200 (400 Gbit/s each); one of
+# 100 Gbit/s for a node of PCIe cards is an assumption.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("a100-40", 40, 312, 300, 200),  # A100 data sheet, SXM: 312 TFLOP/s, NVLink 600 GB/s
+        GPU("a100-80", 80, 312, 300, 200),
+        GPU("h100", 80, 989.4, 450, 400),  # H100 data sheet, SXM: 1,979 with sparsity, NVLink 900 GB/s
+        GPU("h200", 141, 989.4, 450, 400),  # H200 data sheet, SXM: the same chip
+        GPU("b200", 180, 2250, 900, 400),  # DGX B200 data sheet: 1,440 GB in 8, 36 PFLOP/s dense FP8, NVLink 1.8 TB/s
+        GPU("l40s", 48, 362, 32, 12.5),  # L40S data sheet: 733 with sparsity (362.05 dense), PCIe 4 x16 64 GB/s
+        GPU("rtx4090", 24, 165.2, 32, 12.5),  # Ada architecture paper, appendix A: bf16 with fp32 sums, PCIe 4 x16
+    )
+}
+
+
+def find_gpu(name: str, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> GPU:
+    """A GPU of the table with its figures replaced where others are given. Raises UserError.
+
+    A GPU outside the table needs memory and rate; its bandwidth is then that of a100-80.
+    """
+    known = GPUS.get(name)
+    if known is None and (memory_gb is None or tflops is None):
+        raise UserError(
+            f"--gpu {name}: not one of {', '.join(GPUS)}; name one of these, or give also --gpu-memory (GB) "
+            "and --gpu-tflops (dense bf16)"
+        )
+    base = known or GPUS["a100-80"]
+    return GPU(
+        name,
+        memory_gb or base.memory_gb,
+        tflops or base.tflops,
+        bandwidth or base.within_node,
+        bandwidth or base.between_nodes,
+    )
