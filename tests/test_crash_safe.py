@@ -15,9 +15,9 @@ import torch
 
 from launches import Launch, finish
 from npp_ds.errors import UserError
-from npp_ds.place import host_of_environment
 from npp_ds.events import read_events
 from npp_ds.files import sha256
+from npp_ds.place import host_of_environment
 from npp_ds.training import saving
 from npp_ds.training.launch import Processes
 from npp_ds.training.saving import CheckpointSaver
@@ -309,8 +309,8 @@ def test_crash_safe_one_rank_that_cannot_read_ends_all_with_one_error(pair, shar
     config = tiny_config(shards, tmp_path / "run", deepspeed={"config": f"zero{zero_stage}"})
     pair.run(run_and_stop_after, config, 3)
     texts = pair.run(_unreadable_on_one_rank, config, timeout=30)
-    where = f"rank 1, host {host_of_environment()}"
-    assert texts == [f"{where}: rank-00001-of-00002.safetensors: Input/output error; mend that or name another place"] * 2
+    problem = "rank-00001-of-00002.safetensors: Input/output error; mend that or name another place"
+    assert texts == [f"rank 1, host {host_of_environment()}: {problem}"] * 2
 
 
 def test_crash_safe_an_unreadable_checkpoint_is_not_taken_for_torn(pair, shards, tmp_path, monkeypatch):
