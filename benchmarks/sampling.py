@@ -107,9 +107,7 @@ def ways_of(model: Transformer, batch: int, cfg_scale: float, device: str) -> di
     return {
         PUBLISHED: lambda: PublishedWay(model).generate(labels, cfg_scale),
         NO_COPY: lambda: PublishedWay(model, copy_keys=False).generate(labels, cfg_scale),
-        HERE: lambda: generate(
-            model, labels, indices, seed=0, cfg_scale=cfg_scale, capture=True if device == "cuda" else None
-        ),
+        HERE: lambda: generate(model, labels, indices, seed=0, cfg_scale=cfg_scale, capture=device == "cuda"),
     }
 
 

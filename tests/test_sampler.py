@@ -7,6 +7,7 @@ import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ from npp_ds.errors import UserError
 from npp_ds.files import sha256
 from npp_ds.model.patches import group
 from npp_ds.sampling import folder as sample_folder
+from npp_ds.sampling import job as job_module
 from npp_ds.sampling.folder import load_samples, map_array, repeated_images, write_samples
 from npp_ds.sampling.grid import sample_grid
 from npp_ds.sampling.job import Sampling
 from npp_ds.sampling.request import Request, companions, default_folder, image_count, parse_classes, stage_warning
 from npp_ds.sampling.sampler import Options, labels_of, resize, sample_images
+from npp_ds.sampling.steps import worth_recording
 from npp_ds.tokenizer import loading, vq
 from npp_ds.weights.exported import export_weights
 from npp_ds.weights.source import open_weights
@@ -344,6 +347,33 @@ def test_bf16_draws_with_a_model_in_bf16(weights, tokenizer, tmp_path):
     job.run()
     assert job.finish()["dtype"] == "bf16"
     assert repeated_images(load_samples(tmp_path)[0]) == 0
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 64])
+def test_recorded_steps_make_the_same_bytes_in_one_job_and_in_two_that_were_cut_off(
+    weights, tokenizer, tmp_path, monkeypatch, batch_size
+):
+    """In bf16, where plain and recorded steps draw other images: none may depend on what a process did before."""
+    monkeypatch.setattr(job_module, "worth_recording", lambda model, images, batch: images > batch)
+    request, files = twelve(dtype="bf16", options=Options(cfg_scale=2.0)), []
+    for name in ("one", "two"):
+        jobs = [Sampling(weights, tokenizer, request, tmp_path / name, batch_size=batch_size) for _ in name[1:]]
+        if name == "two":  # two processes, one of them killed in its second part
+            with pytest.raises(KeyboardInterrupt):
+                jobs[0].run(progress=lambda done, total: done > 5 and raise_(KeyboardInterrupt))
+        jobs[1].run()
+        jobs[1].finish()
+        files.append((tmp_path / name / "samples.npz").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_steps_are_recorded_for_more_than_one_batch_on_a_gpu_and_never_where_hooks_gather_weights():
+    model = tiny_model()
+    assert not worth_recording(model, 65, 64), "on the CPU nothing is gained"
+    on_gpu = SimpleNamespace(modules=lambda: [model], parameters=lambda: iter([SimpleNamespace(is_cuda=True)]))
+    assert worth_recording(on_gpu, 65, 64) and not worth_recording(on_gpu, 64, 64)
+    model.register_forward_hook(lambda *_: None)
+    assert not worth_recording(on_gpu, 65, 64)
 
 
 def test_impossible_requests_are_refused_before_anything_is_drawn(weights, tokenizer, tmp_path):

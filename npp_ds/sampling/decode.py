@@ -1,7 +1,5 @@
 """Decoding: class labels in, VQ codes out, one patch after the other with a key-value cache."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -34,19 +32,6 @@ def _check(model: Transformer, labels: Tensor, guidance: tuple, temperature, top
         raise UserError("sampling options: " + "; ".join(problems))
 
 
-def _steps(
-    model: Transformer, size: int, guided: bool, drawing: Drawing, device: torch.device, capture: bool | None
-) -> tuple[Batch, Callable[[Transformer, int, bool], None]]:
-    """A batch with room for `size` images, and what takes a step of it."""
-    hooked = any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-    if capture or (capture is None and device.type == "cuda" and not hooked):
-        recorded = recorded_steps(model, size, guided, drawing, device, at_once=bool(capture))
-        if recorded:
-            return recorded.batch, recorded.step
-    batch = Batch(model, size, guided, drawing, device)
-    return batch, batch.step
-
-
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -62,7 +47,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     patch_side: int = 1,
-    capture: bool | None = None,
+    capture: bool = False,
 ) -> Tensor:
     """labels[B] and image numbers indices[B], int64 -> codes int64 [B, grid_size**2] in raster order.
 
@@ -76,9 +61,9 @@ def generate(
     half run as one batch of 2B. `patch_side` > 1 samples a model of an early stage on its coarse grid and shows every
     patch as one code repeated.
 
-    On CUDA, steps are compiled, recorded as graphs and replayed (`steps.py`) from the second batch of its kind on: for
-    a single one that would take longer than it saves. `capture` True records at once, False never; weights that hooks
-    gather (ZeRO-3) are never recorded unasked. Raises UserError for options out of range, all named at once.
+    With `capture`, steps take the form that on CUDA is compiled, recorded as graphs and replayed (`steps.py`), for
+    batches of exactly this size: worth it from the second one on (`worth_recording`). Its logits differ from the plain
+    ones in their last bits. Raises UserError for options out of range, all named at once.
     """
     guidance = (cfg_scale, cfg_schedule, cfg_power, cfg_interval)
     _check(model, labels, guidance, temperature, top_k, top_p, patch_side)
@@ -88,9 +73,14 @@ def generate(
     scales = guidance_scales(positions, *guidance)
     guided = max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
     drawing = Drawing(temperature, top_k, top_p, patch_side)
-    batch, step = _steps(model, len(labels), guided > 0, drawing, labels.device, capture)
+    if capture:
+        recorded = recorded_steps(model, len(labels), guided > 0, drawing, labels.device)
+        batch, step = recorded.batch, recorded.step
+    else:
+        batch = Batch(model, len(labels), guided > 0, drawing, labels.device)
+        step = batch.step
     batch.fill(labels, noise_keys(seed, indices, positions), scales)
     for position in range(positions):
         step(model, position, position < guided)
-    codes = batch.codes[:, : len(labels)].t().clone()
+    codes = batch.codes.t().clone()
     return ungroup(repeat_code(codes, patch_side**2), patch_side)

@@ -1,7 +1,8 @@
 """Samples in numbers: drawn in parts by any number of processes, resumable, put together by whoever is last.
 
-A part owns a fixed range of the images and batches never cross parts, so the images depend neither on the number of
-processes nor on interruptions. Processes share nothing but the output folder.
+A part owns a fixed range of the images, batches never cross parts, and the form that decoding takes follows from the
+request, so the images depend neither on the number of processes nor on interruptions. Processes share nothing but the
+output folder.
 """
 
 import json
@@ -25,6 +26,7 @@ from npp_ds.model import Transformer
 from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, write_npy, write_pngs, write_samples
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
+from npp_ds.sampling.steps import worth_recording
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.weights.opened import Weights
 
@@ -136,6 +138,7 @@ class Sampling:
     def _draw(self, part: int, progress: Callable[[int, int], None]) -> None:
         request, numbers = self.request, self._numbers(part)
         before = sum(len(self._numbers(int(file.stem))) for file in self.work.glob("[0-9]*.npy"))
+        batch_size = min(self.batch_size, request.part_size)
         model, started = self.model, time.perf_counter()
         images = sample_images(
             model,
@@ -143,8 +146,9 @@ class Sampling:
             self._labels(numbers),
             numbers,
             request.options,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             image_size=request.image_size,
+            capture=worth_recording(model, request.count, batch_size),
             progress=lambda done, total: progress(min(before + done, request.count), request.count),
         )
         self._seconds += time.perf_counter() - started

@@ -12,6 +12,7 @@ from npp_ds.errors import UserError
 from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sampling.decode import generate
+from npp_ds.sampling.steps import worth_recording
 from npp_ds.tokenizer import vq
 from npp_ds.weights.opened import Weights
 
@@ -66,19 +67,26 @@ def sample_images(
     *,
     batch_size: int = 64,
     image_size: int | None = None,
+    capture: bool | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """labels and image numbers, int64 [N] -> images uint8 [N, H, W, 3]; `decode` maps codes [B, T] to float images in
     [-1, 1].
 
-    Image i is the same whatever other numbers are asked for and however they are batched.
+    Image i is the same whatever other numbers are asked for and however they are batched, up to the rounding of logits.
+    With the same `batch_size` and `capture` that is the same too where every batch is full or `capture` is True: short
+    batches are then filled up. `capture` is that of `generate`; None decides by `worth_recording` of these images, so
+    who draws a larger set in several calls decides for the set.
     """
     device = next(model.parameters()).device
+    if capture is None:
+        capture = worth_recording(model, len(labels), batch_size)
     images = None
     for start in range(0, len(labels), batch_size):
         part = slice(start, min(start + batch_size, len(labels)))
-        classes, numbers = (torch.from_numpy(a[part]).to(device) for a in (labels, indices))
-        codes = generate(model, classes, numbers, **asdict(options))
+        fill = batch_size - (part.stop - start) if capture else 0
+        classes, numbers = (torch.from_numpy(np.pad(a[part], (0, fill), "edge")).to(device) for a in (labels, indices))
+        codes = generate(model, classes, numbers, **asdict(options), capture=capture)[: part.stop - start]
         pixels = vq.to_uint8(resize(decode(codes), image_size)).cpu().numpy()
         if images is None:
             images = np.empty((len(labels), *pixels.shape[1:]), dtype=np.uint8)

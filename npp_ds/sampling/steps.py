@@ -5,7 +5,6 @@ replayed for the following batches.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from weakref import WeakKeyDictionary
 
@@ -34,9 +33,9 @@ class Batch:
         self.codes = torch.zeros((self.positions, size), dtype=torch.int64, device=device)
 
     def fill(self, labels: Tensor, keys: Tensor, scales: list[float]) -> None:
-        """Takes labels[n], keys int32 [n, positions, 2] of n <= B images and the guidance scale at each position."""
-        self.labels[: len(labels)] = labels
-        self.keys[:, : len(labels)] = keys.transpose(0, 1)
+        """Takes labels[B], keys int32 [B, positions, 2] and the guidance scale at each position."""
+        self.labels[: self.size] = labels
+        self.keys.copy_(keys.transpose(0, 1))
         self.scales.copy_(torch.tensor(scales))
 
     def step(
@@ -117,34 +116,26 @@ class Recorded:
         self._replay[length, guided]()
 
 
-@dataclass(frozen=True)
-class _Latest:
-    """The latest kind of batch of a model, the largest one's size, and its recorded steps from the second one on."""
-
-    kind: tuple
-    size: int
-    recorded: Recorded | None
+_kept: WeakKeyDictionary[Transformer, tuple[tuple, Recorded]] = WeakKeyDictionary()
 
 
-_latest: WeakKeyDictionary[Transformer, _Latest] = WeakKeyDictionary()
-
-
-def recorded_steps(
-    model: Transformer, size: int, guided: bool, drawing: Drawing, device: torch.device, at_once: bool
-) -> Recorded | None:
-    """Recorded steps of a batch with room for `size` images; None for the first batch of its kind unless `at_once`.
-
-    One recording is kept per model, as long as the model lives. A smaller batch uses a part of a larger one's.
-    """
+def recorded_steps(model: Transformer, size: int, guided: bool, drawing: Drawing, device: torch.device) -> Recorded:
+    """Recorded steps of batches of exactly `size` images; the latest of each model are kept as long as it lives."""
     addresses = tuple((p.data_ptr(), p.dtype) for p in model.parameters())  # where a recording reads the weights
-    kind = (guided, drawing, device, addresses)
-    latest = _latest.pop(model, None)
-    if latest is None or latest.kind != kind or size > latest.size:
-        latest = _Latest(kind, size, None)
-        wanted = at_once
-    else:
-        wanted = True
-    if wanted and latest.recorded is None:
-        latest = replace(latest, recorded=Recorded(model, latest.size, guided, drawing, device))
-    _latest[model] = latest
-    return latest.recorded
+    kind = (size, guided, drawing, device, addresses)
+    found, recorded = _kept.pop(model, (None, None))
+    if found != kind:
+        recorded = None  # before the next one takes memory
+        recorded = Recorded(model, size, guided, drawing, device)
+    _kept[model] = kind, recorded
+    return recorded
+
+
+def worth_recording(model: Transformer, images: int, batch_size: int) -> bool:
+    """Whether to record the steps of `images` drawn in batches: on CUDA, when they are more than one batch.
+
+    For a single batch recording takes longer than it saves, and where hooks gather weights (ZeRO-3) it is impossible.
+    The last bits of the logits depend on the answer, so it may depend only on what all processes of a job agree on.
+    """
+    hooked = any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    return images > batch_size and not hooked and next(model.parameters()).is_cuda
