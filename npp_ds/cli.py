@@ -34,6 +34,14 @@ shards = typer.Typer(help="Look after folders of code shards.", no_args_is_help=
 app.add_typer(shards, name="shards")
 
 RunDirectory = Annotated[Path, typer.Argument(help="a run folder")]
+Heads = Annotated[
+    int | None,
+    typer.Option(min=1, help="attention heads of a published checkpoint; dim / 64 when the file does not tell"),
+]
+GridSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="side of a published checkpoint's code map: 16 at 256 px (when left out), 24 at 384 px"),
+]
 
 
 def main() -> None:
@@ -63,6 +71,11 @@ def _tell(text: str) -> None:
     sys.stderr.flush()
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
+
+
+def _warn(text: str | None) -> None:
+    if text:
+        print(text, file=sys.stderr, flush=True)
 
 
 @app.callback()
@@ -175,6 +188,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="image i is the same for any batch size and number of images")] = 0,
     step: Annotated[int | None, typer.Option(help="checkpoint; the newest complete one when left out")] = None,
     weights: Annotated[str, typer.Option(help="raw, or ema: their moving average")] = "raw",
+    heads: Heads = None,
+    grid_size: GridSize = None,
     patch_side: Annotated[int, typer.Option(help="sample a coarse model, one code shown per patch")] = 1,
     image_size: Annotated[int | None, typer.Option(help="resize to this many pixels (bicubic)")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="its name or file; that of the run when left out")] = None,
@@ -197,7 +212,7 @@ def sample(
 
     place = place_of_environment()
     device = choose_device(device, place.local_rank)
-    found = open_weights(source, step=step, kind=weights)
+    found = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size)
     decoder, class_names = companions(found, tokenizer)
     wanted = [name.strip() for name in classes.split(",")] if classes else None
     chosen = parse_classes(wanted, found.model.num_classes, class_names)
@@ -220,10 +235,14 @@ def sample(
         dtype=("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype,
         part_size=part_size,
     )
-    if place.rank == 0 and (warning := stage_warning(found, request.options)):
-        print(warning, file=sys.stderr, flush=True)
     how = {"class_names": class_names, "device": device, "batch_size": batch_size, "png": png}
-    _draw(Sampling(found, decoder, request, out or default_folder(found, request), **how), place)
+    job = Sampling(found, decoder, request, out or default_folder(found, request), **how)
+    if place.rank == 0:
+        if not found.config:
+            print(f"{source}: {found.describe()}", flush=True)
+        _warn(found.guess_warning())
+        _warn(stage_warning(found, request.options))
+    _draw(job, place)
 
 
 def _draw(job: "Sampling", place: "Place") -> None:
@@ -421,6 +440,8 @@ def export(
     out: Annotated[Path, typer.Option(help="the file to write: .safetensors, or .pt for the published format")],
     step: Annotated[int | None, typer.Option(help="checkpoint; the newest complete one when left out")] = None,
     weights: Annotated[str, typer.Option(help="raw, or ema: their moving average")] = "raw",
+    heads: Heads = None,
+    grid_size: GridSize = None,
     layout: Annotated[
         str, typer.Option("--format", help="safetensors, or published: what the published sampling scripts load")
     ] = "safetensors",
@@ -431,19 +452,19 @@ def export(
     from npp_ds.weights.exported import export_weights
     from npp_ds.weights.source import open_weights
 
-    opened = open_weights(source, step=step, kind=weights)
+    opened = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size)
     export_weights(opened, out, layout=layout, dtype=dtype, force=force)
     print(f"{out}: {opened.describe()}")
+    if layout == "safetensors":  # the published format has no place for a grid
+        _warn(opened.guess_warning())
 
 
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="a published checkpoint, such as c2i_B_256.pt")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
-    heads: Annotated[int | None, typer.Option(help="attention heads; dim / 64 when the file does not tell")] = None,
-    grid_size: Annotated[
-        int | None, typer.Option(help="side of the code map: 16 at 256 px (when the file does not tell), 24 at 384 px")
-    ] = None,
+    heads: Heads = None,
+    grid_size: GridSize = None,
     weights: Annotated[str, typer.Option(help="raw, or ema: their moving average")] = "raw",
     force: Annotated[bool, typer.Option("--force", help="replace a file that exists")] = False,
 ) -> None:
@@ -454,6 +475,7 @@ def import_(
     opened = open_weights(file, kind=weights, n_heads=heads, grid_size=grid_size)
     export_weights(opened, out, force=force)
     print(f"{out}: {opened.describe()}")
+    _warn(opened.guess_warning())
 
 
 @shards.command()

@@ -1,5 +1,7 @@
 """Decoding: class labels in, VQ codes out, one patch after the other with a key-value cache."""
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -12,24 +14,36 @@ from npp_ds.sampling.noise import noise_keys
 from npp_ds.sampling.steps import Batch, recorded_steps
 
 
-def _check(model: Transformer, labels: Tensor, guidance: tuple, temperature, top_k, top_p, patch_side) -> None:
-    c = model.config
-    problems = check_guidance(*guidance)
+def option_problems(
+    grid_size: int,
+    *,
+    cfg_scale: float = 1.0,
+    cfg_schedule: str = "constant",
+    cfg_power: float = 1.0,
+    cfg_interval: int = -1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    patch_side: int = 1,
+) -> list[str]:
+    """What is wrong with these options of `generate` for a model of this grid, one sentence each."""
+    problems = check_guidance(cfg_scale, cfg_schedule, cfg_power, cfg_interval)
     if not temperature >= 0:
         problems.append(f"temperature: found {temperature}, expected a number >= 0 (0 takes the most likely code)")
     if top_k < 0:
         problems.append(f"top_k: found {top_k}, expected a whole number >= 0 (0 keeps all codes)")
     if not 0 < top_p <= 1:
         problems.append(f"top_p: found {top_p}, expected a number in (0, 1] (1 keeps all codes)")
-    if patch_side < 1 or c.grid_size % patch_side:
-        problems.append(f"patch_side: found {patch_side}, expected a divisor of the grid size {c.grid_size}")
-    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) <= c.num_classes):
-        problems.append(
-            f"labels: found {int(labels.min())}..{int(labels.max())}, "
-            f"expected classes 0..{c.num_classes - 1} ({c.num_classes} is the null class)"
-        )
-    if problems:
-        raise UserError("sampling options: " + "; ".join(problems))
+    if patch_side < 1 or grid_size % patch_side:
+        problems.append(f"patch_side: found {patch_side}, expected a divisor of the grid size {grid_size}")
+    return problems
+
+
+def _label_problems(labels: Tensor, num_classes: int) -> list[str]:
+    if not labels.numel() or (int(labels.min()) >= 0 and int(labels.max()) <= num_classes):
+        return []
+    found = f"{int(labels.min())}..{int(labels.max())}"
+    return [f"labels: found {found}, expected classes 0..{num_classes - 1} ({num_classes} is the null class)"]
 
 
 @torch.no_grad()
@@ -65,14 +79,18 @@ def generate(
     batches of exactly this size: worth it from the second one on (`worth_recording`). Its logits differ from the plain
     ones in their last bits. Raises UserError for options out of range, all named at once.
     """
-    guidance = (cfg_scale, cfg_schedule, cfg_power, cfg_interval)
-    _check(model, labels, guidance, temperature, top_k, top_p, patch_side)
+    guidance = {
+        "cfg_scale": cfg_scale, "cfg_schedule": cfg_schedule, "cfg_power": cfg_power, "cfg_interval": cfg_interval
+    }  # fmt: skip
+    drawing = Drawing(temperature, top_k, top_p, patch_side)
+    problems = option_problems(model.config.grid_size, **guidance, **asdict(drawing))
+    if problems := problems + _label_problems(labels, model.config.num_classes):
+        raise UserError("sampling options: " + "; ".join(problems))
     positions = (model.config.grid_size // patch_side) ** 2
     if not len(labels):
         return labels.new_zeros((0, model.config.grid_size**2), dtype=torch.int64)
-    scales = guidance_scales(positions, *guidance)
+    scales = guidance_scales(positions, **guidance)
     guided = max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
-    drawing = Drawing(temperature, top_k, top_p, patch_side)
     if capture:
         recorded = recorded_steps(model, len(labels), guided > 0, drawing, labels.device)
         batch, step = recorded.batch, recorded.step

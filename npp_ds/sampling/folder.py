@@ -96,11 +96,23 @@ def load_samples(directory: str | Path) -> tuple[np.ndarray, np.ndarray, dict[st
     try:
         record = json.loads((directory / RECORD_FILE).read_text())
         images, labels = (map_array(directory / SAMPLES_FILE, name) for name in ("arr_0", "labels"))
+        _check_samples(images, labels, record)
         return images, np.array(labels), record
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{directory}: no finished samples ({error}); expected {SAMPLES_FILE} and {RECORD_FILE}, run `npp sample`"
         ) from None
+
+
+def _check_samples(images: np.ndarray, labels: np.ndarray, record: Any) -> None:
+    """ValueError for what `write_samples` cannot have written."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{RECORD_FILE} is no record but {str(record)[:40]!r}")
+    tokenizer = record.get("tokenizer", {"name": ""})
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("name"), str):
+        raise ValueError(f"{RECORD_FILE} has a tokenizer without a name: {str(tokenizer)[:40]!r}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or labels.shape != images.shape[:1]:
+        raise ValueError(f"{SAMPLES_FILE} has arr_0 {images.dtype} {images.shape} and labels {labels.shape}")
 
 
 def newest_samples(run_dir: str | Path) -> Path:

@@ -213,8 +213,14 @@ class Sampling:
         for file in (self.work / SETTINGS_FILE, self.out / RECORD_FILE):
             try:
                 found = json.loads(file.read_text())
+                if not isinstance(found, dict):
+                    raise ValueError(f"found {str(found)[:40]!r}, expected settings")
             except FileNotFoundError:
                 continue
+            except NotADirectoryError:
+                raise UserError(f"{self.out}: found a file, expected a folder; name another one with --out") from None
+            except OSError as error:
+                raise UserError(f"{file}: {error.strerror}; mend that, or name another folder with --out") from None
             except ValueError as error:
                 raise UserError(
                     f"{file}: damaged ({error}); remove {self.out} and run the same command again"

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from npp_ds.errors import UserError
+from npp_ds.sampling.decode import option_problems
 from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES, Options
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
@@ -36,6 +37,8 @@ class Request:
             for name in ("count", "image_size", "part_size")
             if (value := getattr(self, name)) is not None and value < 1
         ]
+        options = {name: value for name, value in asdict(self.options).items() if name != "seed"}
+        problems += option_problems(weights.model.grid_size, **options)
         if self.labels not in LABEL_CHOICES:
             problems.append(f"labels: found {self.labels!r}, expected one of {', '.join(LABEL_CHOICES)}")
         if self.dtype not in DTYPES:

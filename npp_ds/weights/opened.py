@@ -34,6 +34,7 @@ class Weights:
     `name` and `step` are for people (None: not known); `kind` is "raw", or "ema" for the moving average; `shapes` are
     the parameters'. `config` is that of the run, for weights in a run folder, and `patch_side` that of the stage that
     they were last trained in; `config_hash`, `tokenizer` and `class_names` are None or empty where nothing tells them.
+    `grid_is_guessed` where neither the file nor the caller told the grid size.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Weights:
     config_hash: str | None = None
     tokenizer: TokenizerId | None = None
     class_names: tuple[str, ...] = ()
+    grid_is_guessed: bool = False
 
     @cached_property
     def sha256(self) -> str:
@@ -65,6 +67,13 @@ class Weights:
             f"{shape['n_layers']} layers of {shape['n_heads']} heads{grouped}, dim {shape['dim']}, "
             f"{model.vocab_size} codes, grid {model.grid_size}x{model.grid_size}, {model.num_classes} classes"
         )
+
+    def guess_warning(self) -> str | None:
+        """What to say when the grid size is a guess: another one samples and trains without any error."""
+        if not self.grid_is_guessed:
+            return None
+        grid = self.model.grid_size
+        return f"WARNING: {self.path} does not tell its grid; taken as {grid}x{grid}, give --grid-size to say otherwise"
 
     @contextmanager
     def reading(self) -> Iterator[Reader]:

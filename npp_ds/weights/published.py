@@ -38,8 +38,8 @@ def open_published(path: Path, kind: str, n_heads: int | None = None, grid_size:
     content = read_torch(path)
     tensors, buffers = _tensors_of(path, content, kind)
     told_heads = _told_heads(buffers, tensors) or n_heads
-    grid_size = _told_grid_size(content, buffers) or grid_size or GRID_SIZE
-    model = _infer_model(path, tensors, told_heads, grid_size)
+    grid_size = _told_grid_size(content, buffers) or grid_size
+    model = _infer_model(path, tensors, told_heads, grid_size or GRID_SIZE)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     steps = content.get("steps")
     return Weights(
@@ -51,6 +51,7 @@ def open_published(path: Path, kind: str, n_heads: int | None = None, grid_size:
         shapes=fitting_shapes(path, shapes, model),
         fingerprinted=path,
         open_reader=partial(_reading, path, kind),
+        grid_is_guessed=grid_size is None,
     )
 
 
