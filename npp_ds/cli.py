@@ -452,7 +452,7 @@ def export(
     from npp_ds.weights.exported import export_weights
     from npp_ds.weights.source import open_weights
 
-    opened = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size)
+    opened = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size, verify=True)
     export_weights(opened, out, layout=layout, dtype=dtype, force=force)
     print(f"{out}: {opened.describe()}")
     if layout == "safetensors":  # the published format has no place for a grid

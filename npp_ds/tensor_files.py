@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 BLOCK = 1 << 24  # bytes written at a time
+_FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")  # what torch says of an object that it refuses
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -32,9 +34,14 @@ def read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged, or no PyTorch checkpoint of tensors ({reason}); fetch it again") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
+        # torch's own text is not shown: it advises to load the file with weights_only=False, which runs what it holds
+        if foreign := _FOREIGN.search(str(error)):
+            raise UserError(
+                f"{path}: holds more than tensors and plain values ({foreign[1]}); it was not loaded, because loading "
+                "such things can run code: ask its maker for a file of tensors alone"
+            ) from None
+        raise UserError(f"{path}: damaged, or no PyTorch checkpoint; fetch it again") from None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from npp_ds.weights.exported import METADATA_KEY, export_weights
 from npp_ds.weights.opened import Weights
 from npp_ds.weights.source import open_weights
 from published_models import published_model
+from sample_sets import tiny_run
 
 HEADS = {"gpt_small": 4, "gpt_gqa": 6}
 GRIDS = {"gpt_small": 8, "gpt_gqa": 16}
@@ -236,9 +237,22 @@ class Surprise:
 
 def test_nothing_but_tensors_and_plain_values_is_unpickled(tmp_path):
     torch.save({"model": Surprise()}, tmp_path / "wrong.pt")
-    with pytest.raises(UserError, match=r"wrong\.pt: damaged, or no PyTorch checkpoint of tensors"):
+    with pytest.raises(UserError, match=r"wrong\.pt: holds more than tensors and plain values \(getattr\)") as refused:
         open_weights(tmp_path / "wrong.pt")
+    assert "weights_only" not in str(refused.value), "no advice to run it all the same"
     assert not Path("/tmp/npp-ds-test-weights-were-unpickled").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_published_files_are_told_from_those_that_hold_other_things(tmp_path, legacy):
+    path = tmp_path / "c2i.pt"
+    torch.save({"model": {"a": torch.ones(100)}}, path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"<html>not found</html>"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"c2i\.pt: damaged, or no PyTorch checkpoint; fetch it again") as refused:
+            open_weights(path)
+        assert "weights_only" not in str(refused.value)
 
 
 def test_damaged_and_foreign_safetensors_are_refused(tmp_path):
@@ -261,6 +275,23 @@ def test_damaged_and_foreign_safetensors_are_refused(tmp_path):
     save_file(state, out)
     with pytest.raises(UserError, match="expected a file made by npp export or npp import"):
         open_weights(out)
+
+
+def test_a_checkpoint_is_opened_by_its_record_and_sizes_and_read_whole_only_to_verify_it(tmp_path, monkeypatch):
+    run_dir = tiny_run(tmp_path / "run")
+    (victim,) = (run_dir / "checkpoints/step-00000120").glob("*.safetensors")
+    whole = victim.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("npp_ds.weights.checkpoint.sha256", lambda path: pytest.fail(f"{path} was read whole"))
+        assert open_weights(run_dir).step == open_weights(run_dir, step=120).step == 120
+    victim.write_bytes(whole[:-4] + bytes(4))
+    with pytest.raises(UserError, match=r"asked for, but torn: .* its SHA-256 is not the recorded one"):
+        open_weights(run_dir, step=120, verify=True)
+    done = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(tmp_path / "out.safetensors")])
+    assert isinstance(done.exception, UserError) and "no complete checkpoint" in str(done.exception)
+    victim.write_bytes(whole[:-4])
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        open_weights(run_dir)
 
 
 def test_asking_for_what_a_file_does_not_have_is_an_error(tmp_path):

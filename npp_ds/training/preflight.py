@@ -47,7 +47,7 @@ def initial_weights(config: RunConfig) -> Weights | None:
     """
     if config.init_from is None or saved_steps(config.directory / "checkpoints"):
         return None
-    return open_weights(config.init_from, n_heads=config.model.shape()["n_heads"])
+    return open_weights(config.init_from, n_heads=config.model.shape()["n_heads"], verify=True)
 
 
 def _init_problems(config: RunConfig) -> list[str]:

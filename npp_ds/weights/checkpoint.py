@@ -62,10 +62,11 @@ def folder_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
-def what_is_wrong(folder: Path) -> str | None:
+def what_is_wrong(folder: Path, verify: bool = True) -> str | None:
     """None for a complete checkpoint, else the first thing that shows it torn: a missing, short or changed file.
 
-    Reads every file whole, several at a time. Raises UserError for one that cannot be read, and for another format.
+    With `verify` it reads every file whole, several at a time; without, a change that keeps the size goes unseen.
+    Raises UserError for one that cannot be read, and for another format.
     """
     try:
         record = read_record(folder)
@@ -74,15 +75,17 @@ def what_is_wrong(folder: Path) -> str | None:
     if folder.name != folder_of(folder.parent, record.step).name:
         return f"{folder}: its record is that of step {record.step}"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        found = threads.map(lambda item: _what_is_wrong_with(folder / item[0], item[1]), record.files.items())
+        found = threads.map(lambda item: _what_is_wrong_with(folder / item[0], item[1], verify), record.files.items())
         return next((wrong for wrong in found if wrong), None)
 
 
-def _what_is_wrong_with(path: Path, expected: dict[str, Any]) -> str | None:
+def _what_is_wrong_with(path: Path, expected: dict[str, Any], verify: bool) -> str | None:
     try:
         if (size := path.stat().st_size) != expected["bytes"]:
             return f"{path}: {size} bytes, expected {expected['bytes']}"
-        return None if sha256(path) == expected["sha256"] else f"{path}: its SHA-256 is not the recorded one"
+        return (
+            None if not verify or sha256(path) == expected["sha256"] else f"{path}: its SHA-256 is not the recorded one"
+        )
     except FileNotFoundError:
         return f"{path}: missing"
     except OSError as error:
@@ -129,37 +132,42 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted((int(m.group(1)) for m in names if m), reverse=True)
 
 
-def newest_complete(checkpoints: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint whose files agree with its record; torn ones are named to `warn` and passed over."""
+def newest_complete(checkpoints: Path, warn: Callable[[str], None] = print, verify: bool = True) -> Path | None:
+    """The newest checkpoint whose files agree with its record; torn ones are named to `warn` and passed over.
+
+    `verify` as in `what_is_wrong`.
+    """
     for step in saved_steps(checkpoints):
         folder = folder_of(checkpoints, step)
-        wrong = what_is_wrong(folder)
+        wrong = what_is_wrong(folder, verify)
         if wrong is None:
             return folder
         warn(f"WARNING: checkpoint {folder.name} is torn and passed over: {wrong}")
     return None
 
 
-def asked_for(checkpoints: Path, step: int) -> Path:
+def asked_for(checkpoints: Path, step: int, verify: bool = True) -> Path:
     """The checkpoint of exactly this step. Raises UserError when it is missing or torn."""
     folder = folder_of(checkpoints, step)
     if not folder.is_dir():
         steps = ", ".join(map(str, saved_steps(checkpoints))) or "none"
         raise UserError(f"{folder}: no such checkpoint; saved steps: {steps}")
-    if wrong := what_is_wrong(folder):
+    if wrong := what_is_wrong(folder, verify):
         raise UserError(
             f"{folder}: asked for, but torn: {wrong}; name another step, or none for the newest complete one"
         )
     return folder
 
 
-def checkpoint_of(run_dir: str | Path, step: int | None = None, kind: str = MASTER) -> tuple[Path, CheckpointRecord]:
-    """The newest complete checkpoint of a run, or that of `step`, and its record.
+def checkpoint_of(
+    run_dir: str | Path, step: int | None = None, kind: str = MASTER, verify: bool = True
+) -> tuple[Path, CheckpointRecord]:
+    """The newest complete checkpoint of a run, or that of `step`, and its record; `verify` as in `what_is_wrong`.
 
     Raises UserError when there is none, or none that holds weights of this `kind` ("ema": averaged ones).
     """
     checkpoints = Path(run_dir) / "checkpoints"
-    folder = newest_complete(checkpoints) if step is None else asked_for(checkpoints, step)
+    folder = newest_complete(checkpoints, verify=verify) if step is None else asked_for(checkpoints, step, verify)
     if folder is None:
         raise UserError(f"{checkpoints}: no complete checkpoint; train the run first, or name another run folder")
     record = read_record(folder)

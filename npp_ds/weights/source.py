@@ -24,18 +24,21 @@ def open_weights(
     kind: str = "raw",
     n_heads: int | None = None,
     grid_size: int | None = None,
+    verify: bool = False,
 ) -> Weights:
     """The weights of a run folder, of a file that `npp export` or `npp import` wrote, or of a published checkpoint.
 
     A run folder has those of its newest complete checkpoint, or of that of `step`; `kind` is "raw", or "ema" for the
     moving average. An exported file has one kind only, which "raw" does not ask about. `n_heads` and `grid_size` say
-    what published checkpoints leave out. Raises UserError when there are no such weights.
+    what published checkpoints leave out. A checkpoint's record, which holds its own hash, and the sizes of its files
+    are believed unless `verify` asks for their SHA-256 too, which reads all of them whole, moments included. Raises
+    UserError when there are no such weights.
     """
     path = Path(path)
     if kind not in KINDS:
         raise UserError(f"weights: found {kind!r}, expected one of {', '.join(KINDS)}")
     if path.is_dir():
-        weights = _open_run(path, step, kind)
+        weights = _open_run(path, step, kind, verify)
     elif not path.is_file():
         raise UserError(
             f"{path}: not found; expected the folder of a run, as `npp train` makes it, a .safetensors file of "
@@ -59,12 +62,12 @@ def _check_what_was_asked(weights: Weights, kind: str, n_heads: int | None, grid
             raise UserError(f"{weights.path}: its {name} is {value}, found {asked} asked for; ask for {value}")
 
 
-def _open_run(path: Path, step: int | None, kind: str) -> Weights:
+def _open_run(path: Path, step: int | None, kind: str, verify: bool) -> Weights:
     config_file = path / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{config_file}: not found; expected the folder of a run, as `npp train` makes it")
     config = load_config(file=config_file)
-    folder, record = checkpoint_of(path, step, KINDS[kind])
+    folder, record = checkpoint_of(path, step, KINDS[kind], verify)
     manifest = _manifest_of(config, record)
     return Weights(
         path=path,
