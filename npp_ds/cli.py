@@ -206,7 +206,15 @@ def sample(
     """
     from npp_ds.place import choose_device
     from npp_ds.sampling.job import Sampling
-    from npp_ds.sampling.request import Request, companions, default_folder, image_count, parse_classes, stage_warning
+    from npp_ds.sampling.request import (
+        Request,
+        companions,
+        default_folder,
+        image_count,
+        parse_classes,
+        split_classes,
+        stage_warning,
+    )
     from npp_ds.sampling.sampler import Options
     from npp_ds.weights.source import open_weights
 
@@ -214,7 +222,7 @@ def sample(
     device = choose_device(device, place.local_rank)
     found = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size)
     decoder, class_names = companions(found, tokenizer)
-    wanted = [name.strip() for name in classes.split(",")] if classes else None
+    wanted = split_classes(classes, class_names) if classes else None
     chosen = parse_classes(wanted, found.model.num_classes, class_names)
     request = Request(
         classes=chosen,

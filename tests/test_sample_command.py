@@ -11,7 +11,7 @@ from image_sets import save_tiny_tokenizer
 from npp_ds.cli import app
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.sampling.folder import load_samples
+from npp_ds.sampling.folder import load_samples, newest_samples
 from sample_sets import MODEL, tiny_run
 
 
@@ -71,6 +71,16 @@ def test_bad_options_are_refused_before_anything_is_read_written_or_warned_about
     out = tmp_path / "out"
     assert f"{option.replace('-', '_')}: found" in refusal("sample", run_dir, f"--{option}", value, "--out", out)
     assert not out.exists()
+
+
+def test_samples_of_a_file_are_found_by_its_name(run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert npp("export", run_dir, "--out", "tiny.safetensors").exit_code == 0
+    with pytest.raises(UserError, match=r"tiny\.safetensors: has no samples; expected some in samples/tiny"):
+        newest_samples("tiny.safetensors")
+    for source in ("tiny.safetensors", run_dir):
+        done = npp("sample", source, "--tokenizer", run_dir / "vq.safetensors", "--count", "3")
+        assert f"3 images of step 120 in {newest_samples(source)}: " in done.output
 
 
 def test_an_out_that_is_no_folder_is_named(run_dir, tmp_path):

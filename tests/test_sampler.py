@@ -24,7 +24,15 @@ from npp_ds.sampling import job as job_module
 from npp_ds.sampling.folder import load_samples, map_array, repeated_images, write_samples
 from npp_ds.sampling.grid import sample_grid
 from npp_ds.sampling.job import Sampling
-from npp_ds.sampling.request import Request, companions, default_folder, image_count, parse_classes, stage_warning
+from npp_ds.sampling.request import (
+    Request,
+    companions,
+    default_folder,
+    image_count,
+    parse_classes,
+    split_classes,
+    stage_warning,
+)
 from npp_ds.sampling.sampler import Options, labels_of, resize, sample_images
 from npp_ds.sampling.steps import worth_recording
 from npp_ds.tokenizer import loading, vq
@@ -84,6 +92,20 @@ def test_classes_are_numbers_or_names_and_unknown_ones_are_all_named():
     assert parse_classes(None, 3, names) == [0, 1, 2]
     with pytest.raises(UserError, match=r"found cow, 7, expected numbers 0\.\.2 or one of cat, dog"):
         parse_classes(["dog", "cow", 7], 3, names)
+
+
+def test_names_of_several_classes_are_refused_and_names_with_commas_are_taken_whole():
+    names = ["tench, Tinca tinca", "crane", "dog", "crane", "dog, small,wild", "Tinca tinca"]
+    with pytest.raises(UserError, match="crane is the name of 1 and 3; give the number of the one you mean"):
+        parse_classes(["dog", "crane"], 6, names)
+    assert parse_classes(["3", "dog"], 6, names) == [3, 2]
+    texts = {
+        "tench, Tinca tinca": [0], "tench,Tinca tinca,2": [0, 2], "dog,3,dog, small, wild": [2, 3, 4],
+        "Tinca tinca, dog": [5, 2],
+    }  # fmt: skip
+    for text, expected in texts.items():
+        assert parse_classes(split_classes(text, names), 6, names) == expected
+    assert split_classes("207, 360", []) == ["207", "360"]
 
 
 def test_pixels_are_truncated_by_the_published_rule_after_resizing():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ WRAPPINGS = {
     "DeepSpeed": lambda state: {"module": state, "ds_version": "0.14", "optimizer": None},
     "state_dict": lambda state: {"state_dict": state},
     "FSDP": lambda state: state,
+    "FSDP, wrapped by layer": lambda state: {
+        "_fsdp_wrapped_module." + re.sub(r"^(layers\.\d+)\.", r"\1._fsdp_wrapped_module._orig_mod.", name): value
+        for name, value in state.items()
+    },
     "DDP, compiled": lambda state: {"model": {f"module._orig_mod.{name}": value for name, value in state.items()}},
 }
 

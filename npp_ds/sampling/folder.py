@@ -115,12 +115,18 @@ def _check_samples(images: np.ndarray, labels: np.ndarray, record: Any) -> None:
         raise ValueError(f"{SAMPLES_FILE} has arr_0 {images.dtype} {images.shape} and labels {labels.shape}")
 
 
-def newest_samples(run_dir: str | Path) -> Path:
-    """The folder under <run_dir>/samples that was finished last. Raises UserError when there is none."""
-    records = Path(run_dir).glob(f"samples/*/{RECORD_FILE}")
-    newest = max(records, key=lambda path: path.stat().st_mtime, default=None)
+def samples_of(source: str | Path) -> Path:
+    """Where samples of a run folder go, its samples/, and those of a file of weights: samples/<its name> here."""
+    source = Path(source)
+    return source / "samples" if source.is_dir() else Path("samples", source.stem)
+
+
+def newest_samples(source: str | Path) -> Path:
+    """The folder of samples of a run or a file that was finished last. Raises UserError when there is none."""
+    folder = samples_of(source)
+    newest = max(folder.glob(f"*/{RECORD_FILE}"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
-        raise UserError(f"{run_dir}: holds no samples; expected some under samples/, run `npp sample {run_dir}`")
+        raise UserError(f"{source}: has no samples; expected some in {folder}, run `npp sample {source}`")
     return newest.parent
 
 

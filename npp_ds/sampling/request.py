@@ -6,6 +6,7 @@ from pathlib import Path
 
 from npp_ds.errors import UserError
 from npp_ds.sampling.decode import option_problems
+from npp_ds.sampling.folder import samples_of
 from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES, Options
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
@@ -73,15 +74,38 @@ def image_count(num_classes: int, per_class: int | None, count: int | None) -> i
 
 
 def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_names: Sequence[str]) -> list[int]:
-    """Class numbers from numbers or names, None meaning all. Raises UserError naming every one that does not exist."""
+    """Class numbers from numbers or names, None meaning all.
+
+    Raises UserError naming every one that does not exist, and names that several classes have with their numbers.
+    """
     if wanted is None:
         return list(range(num_classes))
-    numbers = {name: i for i, name in enumerate(class_names)}
-    found = [numbers.get(str(w), int(w) if str(w).isdecimal() else -1) for w in wanted]
+    numbers: dict[str, list[int]] = {}
+    for i, name in enumerate(class_names):
+        numbers.setdefault(name, []).append(i)
+    choices = [numbers.get(str(w), [int(w) if str(w).isdecimal() else -1]) for w in wanted]
+    shared = [(w, choice) for w, choice in zip(wanted, choices, strict=True) if len(choice) > 1]
+    if shared:
+        texts = [f"{w} is the name of {' and '.join(map(str, choice))}" for w, choice in shared]
+        raise UserError(f"classes: {'; '.join(texts)}; give the number of the one you mean")
+    found = [choice[0] for choice in choices]
     unknown = [str(w) for w, c in zip(wanted, found, strict=True) if not 0 <= c < num_classes]
     if unknown or not found:
         names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
         raise UserError(f"classes: found {', '.join(unknown) or 'none'}, expected numbers 0..{num_classes - 1}{names}")
+    return found
+
+
+def split_classes(text: str, class_names: Sequence[str]) -> list[str]:
+    """The numbers and names of a list with commas between; a name that has commas itself is kept whole."""
+    words, found = [word.strip() for word in text.split(",")], []
+    names = {", ".join(map(str.strip, name.split(","))): name for name in class_names}
+    longest = max((name.count(",") for name in names), default=0) + 1
+    while words:
+        size = next((n for n in range(min(longest, len(words)), 0, -1) if ", ".join(words[:n]) in names), 1)
+        joined = ", ".join(words[:size])
+        found.append(names.get(joined, joined))
+        words = words[size:]
     return found
 
 
@@ -96,7 +120,7 @@ def companions(weights: Weights, tokenizer: str | Path | None = None) -> tuple[V
 
 
 def default_folder(weights: Weights, request: Request) -> Path:
-    """<run folder>/samples/<settings>, or samples/<name of the file>/<settings> here for weights that are a file.
+    """A folder of `samples_of` these weights, named by the settings.
 
     The settings are step, guidance, seed and number of images, then whatever else differs from the usual: what people
     change does not share a folder.
@@ -112,8 +136,7 @@ def default_folder(weights: Weights, request: Request) -> Path:
         parts.append("-".join(["classes", *map(str, request.classes[:8]), *([f"and-{n - 8}-more"] if n > 8 else [])]))
     if request.image_size:
         parts.append(f"{request.image_size}-pixels")
-    folder = weights.path / "samples" if weights.config else Path("samples", weights.path.stem)
-    return folder / "-".join(parts)
+    return samples_of(weights.path) / "-".join(parts)
 
 
 def stage_warning(weights: Weights, options: Options) -> str | None:

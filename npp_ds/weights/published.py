@@ -24,7 +24,12 @@ WRAPPINGS = ("model", "module", "state_dict")
 HEAD_DIM = 64
 OTHER_HEADS = {(24, 3200): 32, (32, 4096): 32}  # LlamaGen's 3B and 7B: (n_layers, dim) whose head width is not 64
 GRID_SIZE = 16
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_WRAPPERS = {  # DistributedDataParallel, torch.compile, FSDP, activation checkpointing: no part of a plain name
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 _BUFFERS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")  # computed when the published code samples
 
 
@@ -81,9 +86,8 @@ def _tensors_of(path: Path, content: Any, kind: str) -> tuple[dict[str, Tensor],
 
 
 def _plain(name: str) -> str:
-    while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
-        name = name.removeprefix(prefix)
-    return name
+    """The name without those that wrappers add, also around single layers."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _some(content: dict) -> str:
