@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import tracemalloc
+import weakref
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,7 @@ from npp_ds.sampling.request import (
     split_classes,
     stage_warning,
 )
-from npp_ds.sampling.sampler import Options, labels_of, resize, sample_images
+from npp_ds.sampling.sampler import Options, build_model, labels_of, resize, sample_images
 from npp_ds.sampling.steps import worth_recording
 from npp_ds.tokenizer import loading, vq
 from npp_ds.weights.exported import export_weights
@@ -419,6 +421,28 @@ def test_impossible_requests_are_refused_before_anything_is_drawn(weights, token
     for arguments, text in (((3, 5, 15), "expected one of them"), ((3, 0, None), "per_class: found 0")):
         with pytest.raises(UserError, match=text):
             image_count(*arguments)
+
+
+def test_a_model_is_filled_tensor_by_tensor(weights):
+    """Of the float32 tensors that were read, never more than the one before is still alive."""
+    alive = []
+
+    @contextmanager
+    def reading():
+        with weights.reading() as tensor:
+
+            def watched(name):
+                assert sum(reference() is not None for reference in alive) <= 1
+                values = tensor(name)
+                alive.append(weakref.ref(values))
+                return values
+
+            yield watched
+
+    model = build_model(replace(weights, open_reader=reading), "cpu", "bf16")
+    assert len(alive) == len(weights.shapes) == len(model.state_dict())
+    for name, values in weights.read().items():
+        assert torch.equal(model.state_dict()[name], values.bfloat16())
 
 
 def test_weights_of_another_model_are_refused(weights, tokenizer, tmp_path):

@@ -155,7 +155,7 @@ def likelihood_of(
     positions = store.manifest.num_tokens // patch_side**2 or 1
     batch_size = images_at_a_time(positions, source.model.vocab_size)
     loader = EvalLoader(store, patch_side, batch_size, rank=0, world_size=1, limit=limit)
-    model = build_model(source, source.read(), device)
+    model = build_model(source, device)
     started = time.perf_counter()
     with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
         found = likelihood_by_position(model, _counted(loader, progress), device)

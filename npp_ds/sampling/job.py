@@ -133,7 +133,7 @@ class Sampling:
     @cached_property
     def model(self) -> Transformer:
         self.tokenizer.to(self.device)
-        return build_model(self.weights, self.weights.read(), self.device, self.request.dtype)
+        return build_model(self.weights, self.device, self.request.dtype)
 
     def _draw(self, part: int, progress: Callable[[int, int], None]) -> None:
         request, numbers = self.request, self._numbers(part)

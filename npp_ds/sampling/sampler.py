@@ -95,15 +95,15 @@ def sample_images(
     return images
 
 
-def build_model(
-    weights: Weights, state_dict: dict[str, Tensor], device: str | torch.device, dtype: str = "fp32"
-) -> Transformer:
-    """The model of `weights` with these tensors, in `dtype` (a key of DTYPES), in eval mode. Raises UserError when
-    names or shapes do not fit.
+def build_model(weights: Weights, device: str | torch.device, dtype: str = "fp32") -> Transformer:
+    """The model of `weights` on a device, in `dtype` (a key of DTYPES), in eval mode.
+
+    Beyond the model itself one float32 tensor is in memory at a time. UserError when names or shapes do not fit.
     """
     with torch.device("meta"):
         model = Transformer(ModelConfig(**weights.model.arguments()))
-    tensors = {name: tensor.to(device, DTYPES[dtype]) for name, tensor in state_dict.items()}
+    with weights.reading() as tensor:
+        tensors = {name: tensor(name).to(device, DTYPES[dtype]) for name in weights.shapes}
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
