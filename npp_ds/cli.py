@@ -204,7 +204,7 @@ def sample(
 
     Several processes share the work: accelerate launch -m npp_ds sample ..., torchrun or srun.
     """
-    from npp_ds.place import choose_device
+    from npp_ds.place import choose_device, choose_dtype
     from npp_ds.sampling.job import Sampling
     from npp_ds.sampling.request import (
         Request,
@@ -240,7 +240,7 @@ def sample(
             patch_side=patch_side,
         ),
         image_size=image_size,
-        dtype=("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype,
+        dtype=choose_dtype(dtype, device),
         part_size=part_size,
     )
     how = {"class_names": class_names, "device": device, "batch_size": batch_size, "png": png}

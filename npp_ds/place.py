@@ -57,6 +57,11 @@ def choose_device(name: str, local_rank: int) -> str:
     return name
 
 
+def choose_dtype(name: str, device: str) -> str:
+    """The dtype in which a model is sampled: "auto" is bf16 on a GPU and fp32 elsewhere."""
+    return ("bf16" if device.startswith("cuda") else "fp32") if name == "auto" else name
+
+
 def is_srun_task(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether srun has started this process.
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 BLOCK = 1 << 24  # bytes written at a time
 _FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")  # what torch says of an object that it refuses
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as people name them
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 

@@ -7,7 +7,6 @@ output folder.
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, wri
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.sampling.steps import worth_recording
+from npp_ds.source_version import git_commit
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.weights.opened import Weights
 
@@ -234,17 +234,3 @@ class Sampling:
             return
         if (self.out / SAMPLES_FILE).exists():
             raise UserError(f"{self.out}: holds {SAMPLES_FILE} but no record; choose another folder or remove that one")
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree this runs from, with "+" when it was changed; None outside of one."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-        return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

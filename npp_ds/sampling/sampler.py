@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npp_ds import tensor_files
 from npp_ds.errors import UserError
 from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
@@ -18,7 +19,7 @@ from npp_ds.weights.opened import Weights
 
 _LABEL_STREAM = int.from_bytes(b"labels", "big")
 LABEL_CHOICES = ("balanced", "random")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {name: tensor_files.DTYPES[name] for name in ("fp32", "bf16")}
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ import npp_ds
 from npp_ds.config import ModelSection
 from npp_ds.errors import UserError
 from npp_ds.files import write_atomic
-from npp_ds.tensor_files import Entry, bytes_of, opened_safetensors, safetensors_blocks
+from npp_ds.tensor_files import DTYPES, Entry, bytes_of, opened_safetensors, safetensors_blocks
 from npp_ds.weights.opened import Reader, TokenizerId, Weights, fitting_shapes
 
 METADATA_KEY = "npp_weights"  # one entry, because safetensors writes several in no fixed order
 FORMAT = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUFFIXES = {"safetensors": ".safetensors", "published": ".pt"}
 
 
@@ -96,7 +95,7 @@ def _write_plainly(weights: Weights, dtype: torch.dtype, file: BinaryIO) -> dict
 
 
 def _description(weights: Weights) -> dict[str, Any]:
-    """What an exported file says of itself; the same for the same weights."""
+    """What an exported file says of itself: nothing of where its source lay, or when it was made."""
     return {
         "format": FORMAT,
         "name": weights.name,
@@ -106,7 +105,7 @@ def _description(weights: Weights) -> dict[str, Any]:
         "tokenizer": weights.tokenizer._asdict() if weights.tokenizer else None,
         "class_names": list(weights.class_names),
         "config_hash": weights.config_hash,
-        "source": {"path": str(weights.path), "sha256": weights.sha256},
+        "source": {"sha256": weights.sha256},
         "npp_ds": npp_ds.__version__,
     }
 
