@@ -79,7 +79,7 @@ def test_two_processes_of_a_launcher_make_the_bytes_of_one(launcher, run_dir, ex
         if launcher in launchers:
             started = [subprocess.Popen([python, "-m", *launchers[launcher], *command], env=ENVIRONMENT, **streams)]
         else:  # what srun sets for its tasks
-            places = [{"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r), "SLURM_NTASKS": "2"} for r in range(2)]
+            places = [{"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r), "SLURM_STEP_NUM_TASKS": "2"} for r in range(2)]
             started = [subprocess.Popen([python, *command], env=ENVIRONMENT | place, **streams) for place in places]
         try:
             codes = [process.wait(timeout=120) for process in started]
