@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from npp_ds.cli import app
 from npp_ds.errors import UserError
 from npp_ds.evaluation.classifier import ClassifierExtractor
 from npp_ds.evaluation.evaluate import describe, evaluate_images, open_extractor, write_result
-from npp_ds.evaluation.features import load_extractor, measure
+from npp_ds.evaluation.features import Features, load_extractor, measure
 from npp_ds.evaluation.images import open_images, shard_paths
 from npp_ds.evaluation.reference import load_reference, make_reference, recorded_extractor
-from npp_ds.sampling.folder import write_samples
+from npp_ds.sampling.folder import write_pngs, write_samples
 from npp_ds.tokenizer.sources import load_images, open_source
 
 SHIPPED_IMAGES = Path(__file__).parent.parent / "data_prep/fashion_mnist"
@@ -118,6 +119,52 @@ def test_one_pass_keeps_evenly_spaced_features_and_hashes_the_pixels(images, tmp
     expected = np.concatenate([extractor(images[i : i + 1]).pool for i in rows])
     np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-5)
     assert steps == [(n, 80) for n in (16, 32, 48, 64, 80)]
+
+
+class Wordy(Projection):
+    """Judges 4000 classes: image i of a set shows class i."""
+
+    def __call__(self, images):
+        first, found = self.seen, super().__call__(images)
+        return Features(found.pool, None, (np.arange(4000) == np.arange(first, self.seen)[:, None]).astype(np.float32))
+
+
+def test_of_a_reference_no_probabilities_are_held_only_which_class_each_image_shows(tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=random_images(2000, 0))
+    peaks = []
+    for keep in (100, None):
+        tracemalloc.start()
+        found = measure(open_images(tmp_path / "images.npz"), Wordy(), keep)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        np.testing.assert_array_equal(found.predicted, np.arange(2000))
+        assert (found.probabilities is None) == (keep is not None)
+    assert peaks[0] < 2000 * 4000 * 4 / 4 < peaks[1]
+
+
+def test_samples_npz_stands_for_its_folder_with_the_record(images, tmp_path):
+    write_samples(tmp_path / "samples", images, np.repeat([0, 1], 40), {"seed": 3})
+    found = open_images(tmp_path / "samples/samples.npz")
+    assert found.record["seed"] == 3 and found.labels.tolist() == [0] * 40 + [1] * 40
+    assert found.path == str(tmp_path / "samples")
+    (tmp_path / "samples/samples.json").rename(tmp_path / "record.json")
+    assert open_images(tmp_path / "samples/samples.npz").record == {}
+
+
+def test_samples_that_are_not_finished_are_refused(images, tmp_path):
+    write_samples(tmp_path / "a", images, np.arange(80), {})
+    write_pngs(tmp_path / "a", images[:3], range(3))
+    (tmp_path / "a/.unfinished").mkdir()
+    assert open_images(tmp_path / "a").count == 80, "with its record it is finished"
+    (tmp_path / "a/samples.json").unlink()
+    for name in ("a", "a/images", "a/samples.npz"):
+        with pytest.raises(UserError, match="a: these samples are not finished; run the same `npp sample` again"):
+            open_images(tmp_path / name)
+    (tmp_path / "a/.unfinished").rmdir()
+    with pytest.raises(UserError, match="not finished"):
+        open_images(tmp_path / "a")
+    (tmp_path / "a/samples.npz").unlink()
+    assert open_images(tmp_path / "a/images").count == 3
 
 
 def test_samples_equal_to_the_reference_are_at_distance_zero_and_agree_as_their_labels_do(images, shards, tmp_path):

@@ -82,7 +82,7 @@ def _metrics(images: ImageSet, measured: Measurement, reference: Reference, extr
         precision, recall = precision_recall(reference.features, measured.features, device=device)
         found |= {"precision": precision, "recall": recall, "num_manifold_images": len(reference.features)}
     if extractor.judges_classes and images.labels is not None:
-        found |= class_agreement(measured.probabilities.argmax(-1), images.labels)
+        found |= class_agreement(measured.predicted, images.labels)
         if reference.source.class_agreement is not None:
             found["reference_class_agreement"] = reference.source.class_agreement
     return found

@@ -67,7 +67,8 @@ def load_extractor(name: str, weights: str | Path | None = None, device: str | t
 class Measurement:
     """One pass over `count` images: their statistics, and features [M, d] of those that were kept, in order.
 
-    `image_size` is [height, width]; `sha256` that of the pixels of all images in order.
+    `image_size` is [height, width]; `sha256` that of the pixels of all images in order. `predicted` int64 [N] are the
+    likeliest classes where the extractor judges them, `probabilities` [N, C] those of images that are scored.
     """
 
     count: int
@@ -76,14 +77,16 @@ class Measurement:
     pool: Statistics
     spatial: Statistics | None
     features: np.ndarray
+    predicted: np.ndarray | None
     probabilities: np.ndarray | None
 
 
 def measure(
     images: ImageSet, extractor: Extractor, keep: int | None = None, progress: Progress = lambda done, total: None
 ) -> Measurement:
-    """Runs the extractor over all images, in batches; keeps the pool features of `keep` of them (None: of all), evenly
-    spaced.
+    """Runs the extractor over all images, in batches. Samples are measured without `keep`, and all is kept of them. Of
+    a reference the pool features of `keep` images are kept, evenly spaced, and no probabilities: of ImageNet's training
+    images these would take 5 GB.
 
     Raises UserError for fewer than 2 images.
     """
@@ -91,7 +94,7 @@ def measure(
     if keep is not None and keep < images.count:
         wanted = np.linspace(0, images.count - 1, keep).round().astype(np.int64)
     pool, spatial, digest, done = Moments(), Moments(), hashlib.sha256(), 0
-    kept, probabilities, size = [], [], [0, 0]
+    kept, predicted, probabilities, size = [], [], [], [0, 0]
     for batch in images.batches(extractor.batch_size):
         found = extractor(batch)
         digest.update(np.ascontiguousarray(batch))
@@ -100,7 +103,10 @@ def measure(
         if found.spatial is not None:
             spatial.add(found.spatial)
         if found.probabilities is not None:
-            probabilities.append(found.probabilities)
+            if extractor.judges_classes:
+                predicted.append(found.probabilities.argmax(-1))
+            if keep is None:
+                probabilities.append(found.probabilities)
         kept.append(found.pool[wanted[(wanted >= done) & (wanted < done + len(batch))] - done])
         done += len(batch)
         progress(done, images.count)
@@ -111,5 +117,6 @@ def measure(
         pool=pool.statistics(),
         spatial=spatial.statistics() if spatial.count else None,
         features=np.concatenate(kept),
+        predicted=np.concatenate(predicted) if predicted else None,
         probabilities=np.concatenate(probabilities) if probabilities else None,
     )

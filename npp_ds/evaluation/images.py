@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from npp_ds.errors import UserError
-from npp_ds.sampling.folder import RECORD_FILE, load_samples, map_array
+from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, load_samples, map_array
+from npp_ds.sampling.job import WORK_FOLDER
 from npp_ds.tokenizer.crops import crop
 from npp_ds.tokenizer.listing import FOLDER_EXTENSIONS, list_shards
 from npp_ds.tokenizer.sources import SHARD_SUFFIXES, ImageItem, decoded_images
@@ -39,9 +40,13 @@ def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
     `val-*.tar.gz`, or a folder of them), or a folder with images at any depth.
 
     Encoded images (of shards and folders) must have one size; with `image_size` they are centre-cropped to it as ADM
-    does. Raises UserError when there is no image.
+    does. samples.npz stands for its folder. Raises UserError when there is no image, and for samples that are not
+    finished.
     """
     path = Path(source)
+    if path.name == SAMPLES_FILE and (path.parent / RECORD_FILE).exists():
+        path = path.parent
+    _check_finished(path)
     if path.suffix == ".npz":
         return _npz(path)
     if (path / RECORD_FILE).exists():
@@ -52,6 +57,14 @@ def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
     items = list_shards([Path(p) for p in shard_paths(source)])
     labels = np.array([item.label for item in items], dtype=np.int64)
     return _encoded(str(source), "shards", items, labels, image_size)
+
+
+def _check_finished(path: Path) -> None:
+    """UserError for the folder of an `npp sample` that was stopped, or what lies in it: its PNGs, its samples.npz."""
+    for folder in (path, path.parent):
+        stopped = (folder / WORK_FOLDER).exists() or (folder == path and (folder / SAMPLES_FILE).exists())
+        if stopped and not (folder / RECORD_FILE).exists():
+            raise UserError(f"{folder}: these samples are not finished; run the same `npp sample` again, it goes on")
 
 
 def shard_paths(source: str | Path) -> list[str]:

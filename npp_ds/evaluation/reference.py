@@ -113,7 +113,7 @@ def _source_of(images: ImageSet, measured: Measurement, extractor: Extractor) ->
 
     agreement = None
     if extractor.judges_classes and images.labels is not None:
-        agreement = class_agreement(measured.probabilities.argmax(-1), images.labels)["class_agreement"]
+        agreement = class_agreement(measured.predicted, images.labels)["class_agreement"]
     return Source(
         images=images.path,
         num_images=measured.count,
