@@ -310,13 +310,20 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of a sweep")] = 0,
     step: Annotated[int | None, typer.Option(help="of a sweep over cfg: checkpoint; the newest when left out")] = None,
     weights: Annotated[str, typer.Option(help="of a sweep: raw or ema")] = "raw",
+    patch_side: Annotated[
+        int | None,
+        typer.Option(min=1, help="of a sweep: of the samples; that of each checkpoint's stage when left out"),
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="of a sweep: its name or file; that of the run")] = None,
     dtype: Annotated[str, typer.Option(help="of a sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     batch_size: Annotated[int, typer.Option(help="of a sweep: images decoded at a time")] = 64,
 ) -> None:
-    """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement."""
+    """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement.
 
-    if place_of_environment().rank:  # one process does it all
+    One process measures; several (accelerate launch, torchrun or srun) share the sampling of a sweep.
+    """
+    place = place_of_environment()
+    if place.rank and (sweep is None or make_reference is not None):
         return
     if make_reference is not None:
         _make_reference(make_reference, reference, extractor, inception_weights, image_size)
@@ -327,8 +334,11 @@ def evaluate(
         from npp_ds.sampling.sampler import Options
 
         options = Options(seed=seed, cfg_scale=cfg_scale)
-        settings = Settings(per_class, labels, options, step, weights, dtype, batch_size, image_size, tokenizer)
-        _sweep(open_sweep(source, sweep, settings), reference, extractor, inception_weights, image_size, out)
+        settings = Settings(
+            per_class, labels, options, step, weights, dtype, batch_size, image_size, tokenizer, patch_side
+        )
+        swept = open_sweep(source, sweep, settings, place.local_rank)
+        _sweep(swept, place, reference, extractor, inception_weights, image_size, out)
     else:
         _evaluate(source, samples, reference, extractor, inception_weights, image_size, out)
 
@@ -375,6 +385,7 @@ def _evaluate(
 
 def _sweep(
     swept: "Sweep",
+    place: "Place",
     reference: str,
     extractor: str,
     inception_weights: Path | None,
@@ -383,12 +394,15 @@ def _sweep(
 ) -> None:
     from npp_ds.evaluation.evaluate import open_extractor
     from npp_ds.evaluation.reference import load_reference
-    from npp_ds.evaluation.sweep import run_sweep, table
+    from npp_ds.evaluation.sweep import draw_share, run_sweep, table
 
-    network = open_extractor(extractor, reference, swept.jobs[0].tokenizer.name, inception_weights)
+    if place.rank:
+        draw_share(swept, place)
+        return
+    network = open_extractor(extractor, reference, swept.tokenizer.name, inception_weights)
     with _progress("reference") as progress:
         loaded = load_reference(reference, network, image_size, progress)
-    results, folder = run_sweep(swept, loaded, network, out, _progress)
+    results, folder = run_sweep(swept, loaded, network, out, _progress, place)
     print(f"{table(swept.name, results)}written to {folder}")
 
 

@@ -1,7 +1,13 @@
 """`npp evaluate --sweep`: a table and a plot over guidance scales or checkpoints, from samples that are used again."""
 
+import gc
 import json
+import shutil
+import threading
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -10,14 +16,18 @@ from typer.testing import CliRunner
 
 from extractors import Projection, random_images
 from image_sets import save_tiny_tokenizer
+from npp_ds.claims import Claims
 from npp_ds.cli import app
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images
 from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.reference import load_reference
-from npp_ds.evaluation.sweep import Settings, open_sweep, run_sweep
+from npp_ds.evaluation.sweep import Settings, draw_share, open_sweep, run_sweep
+from npp_ds.place import Place
+from npp_ds.sampling import job
 from npp_ds.sampling.job import Sampling
 from npp_ds.sampling.sampler import Options
+from npp_ds.weights.source import open_weights
 from sample_sets import tiny_run
 
 SETTINGS = Settings(per_class=6, options=Options(seed=4), batch_size=7)
@@ -75,13 +85,88 @@ def test_all_checkpoints_means_every_complete_one(run_dir, reference):
     torn = tiny_run(run_dir, step=200) / "checkpoints/step-00000200"
     next(torn.glob("*.safetensors")).write_bytes(b"torn")
     sweep = open_sweep(run_dir, "checkpoint=all", SETTINGS)
-    assert sweep.values == (60, 120)
+    assert [point.value for point in sweep.points] == [60, 120]
     results, folder = run_sweep(sweep, reference, Projection(16))
     assert [r["samples"]["checkpoint_step"] for r in results] == [60, 120]
     assert results[0]["samples_sha256"] != results[1]["samples_sha256"]
     assert folder.name == "sweep-checkpoint" and "| checkpoint |" in (folder / "sweep.md").read_text()
     with pytest.raises(UserError, match="torn"):
         open_sweep(run_dir, "checkpoint=60,200", SETTINGS)
+
+
+def test_every_checkpoint_is_sampled_at_the_side_of_its_stage_and_table_and_warnings_say_so(tmp_path, reference):
+    for step, stage in ((60, 0), (120, 1)):
+        tiny_run(tmp_path / "run", seed=step, step=step, stage=stage)
+    results, folder = run_sweep(open_sweep(tmp_path / "run", "checkpoint=all", SETTINGS), reference, Projection(16))
+    assert [(r["samples"]["patch_side"], r["samples"]["weights_patch_side"]) for r in results] == [(2, 2), (1, 1)]
+    lines = (folder / "sweep.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [row[:2] for row in cells] == [["checkpoint", "patch side"], ["---", "---"], ["60", "2"], ["120", "1"]]
+    coarse = "the samples are of patch side 2, blocks of one code repeated: not comparable"
+    assert [sum(text.startswith(coarse) for text in r["warnings"]) for r in results] == [1, 0]
+    forced = replace(SETTINGS, patch_side=1)
+    (fine,), _ = run_sweep(open_sweep(tmp_path / "run", "checkpoint=60", forced), reference, Projection(16))
+    assert fine["samples_sha256"] != results[0]["samples_sha256"]
+    (warning,) = [text for text in fine["warnings"] if "patch side" in text]
+    assert warning.startswith("the samples were drawn at patch side 1 from weights of a stage of patch side 2")
+    scales, _ = run_sweep(
+        open_sweep(tmp_path / "run", "cfg=1,2", replace(SETTINGS, step=60)), reference, Projection(16)
+    )
+    assert [r["samples"]["patch_side"] for r in scales] == [2, 2]
+
+
+@pytest.mark.parametrize("text", ["cfg=1,1.5,2", "checkpoint=all"])
+def test_no_more_than_one_model_is_alive_and_none_while_its_samples_are_judged(run_dir, reference, monkeypatch, text):
+    alive, most, judged = WeakSet(), [], []
+    build = job.build_model
+
+    def counted(*arguments):
+        alive.add(model := build(*arguments))
+        gc.collect()
+        most.append(len(alive))
+        return model
+
+    class Judge(Projection):
+        def __call__(self, images):
+            gc.collect()
+            judged.append(len(alive))
+            return super().__call__(images)
+
+    monkeypatch.setattr(job, "build_model", counted)
+    results, _ = run_sweep(open_sweep(run_dir, text, SETTINGS), reference, Judge(16))
+    assert most == [1] * len(results) and set(judged) == {0}
+
+
+def test_guidance_scales_are_of_one_checkpoint_though_the_run_goes_on(run_dir, reference, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "npp_ds.evaluation.sweep.open_weights", lambda *a, **k: opened.append(open_weights(*a, **k)) or opened[-1]
+    )
+    sweep = open_sweep(run_dir, "cfg=1,2,3", SETTINGS)
+    tiny_run(run_dir, seed=1, step=180)
+    results, _ = run_sweep(sweep, reference, Projection(16))
+    assert len(opened) == 1 and {r["samples"]["checkpoint_step"] for r in results} == {120}
+
+
+def test_what_other_processes_draw_is_waited_for_and_what_they_leave_is_drawn_here(
+    run_dir, reference, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("npp_ds.evaluation.sweep.POLL_SECONDS", 0.05)
+    shutil.copytree(run_dir, tmp_path / "run of one process")
+    expected, _ = run_sweep(open_sweep(tmp_path / "run of one process", "cfg=1,2", SETTINGS), reference, Projection(16))
+    sweep, places = open_sweep(run_dir, "cfg=1,2", SETTINGS), [Place(rank, rank, 2) for rank in range(2)]
+    other = sweep.sampling(sweep.points[0])
+    with Claims(other.work, 1, 2) as claims:
+        assert list(islice(claims.take(1, lambda part: False), 1)) == [0]
+        died = threading.Timer(0.5, claims.release, [0])
+        died.start()
+        first, _ = run_sweep(replace(sweep, points=sweep.points[:1]), reference, Projection(16), place=places[0])
+        died.join()
+    draw_share(sweep, places[1])
+    no_drawing(monkeypatch)
+    results, _ = run_sweep(sweep, reference, Projection(16), place=places[0])
+    digests = [[result["samples_sha256"] for result in some] for some in (expected, results)]
+    assert digests[0] == digests[1] and first[0]["samples_sha256"] == digests[0][0]
 
 
 def test_a_sweep_that_was_interrupted_has_its_first_rows_and_goes_on(run_dir, reference, monkeypatch):
@@ -96,7 +181,7 @@ def test_a_sweep_that_was_interrupted_has_its_first_rows_and_goes_on(run_dir, re
     sweep = open_sweep(run_dir, "cfg=1,2", SETTINGS)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, reference, Interrupting(16))
-    folder = sweep.jobs[0].out.parent / "sweep-cfg"
+    folder = run_dir / "samples/sweep-cfg"
     assert [r["value"] for r in json.loads((folder / "sweep.json").read_text())["results"]] == [1]
     no_drawing(monkeypatch)
     results, _ = run_sweep(open_sweep(run_dir, "cfg=1,2", SETTINGS), reference, extractor)
@@ -131,7 +216,8 @@ def test_the_command_sweeps_and_prints_the_table(run_dir, reference, monkeypatch
         npp("--sweep", "cfg=1")
     for variable, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(variable, value)
-    assert npp(run_dir, "--sweep", "cfg=1") == ""
+    assert npp(run_dir, "--sweep", "cfg=1", "--seed", "8") == ""
+    assert list(run_dir.glob("samples/*cfg-1-seed-8*/.unfinished/000000.npy")), "its share of the samples"
 
 
 @pytest.mark.parametrize("text", ["cfg", "cfg=", "cfg=1,x", "seed=1,2", "checkpoint=1.5", "checkpoint="])

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from npp_ds.evaluation.features import INCEPTION, Extractor, Measurement
 from npp_ds.evaluation.images import ImageSet
@@ -14,6 +15,7 @@ _VALIDATION = re.compile(r"(?<![a-z])val(idation)?(?![a-z])", re.IGNORECASE)
 def warnings_of(images: ImageSet, measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
     """One sentence for each reason why the numbers are not what others mean by them; empty when none is known."""
     found = _of_counts(measured, reference, extractor) + _of_kinds(measured, reference, extractor)
+    found += _of_sides(images.record)
     if repeated := images.record.get("repeated_images"):
         found.append(f"{repeated} of the samples are copies of others")
     if extractor.name == INCEPTION:
@@ -40,6 +42,21 @@ def _of_kinds(measured: Measurement, reference: Reference, extractor: Extractor)
         found.append(
             f"the reference was made with other weights of {extractor.name} (SHA-256 {source.extractor_sha256[:8]}, "
             f"here {extractor.sha256[:8]}): the distances mean nothing"
+        )
+    return found
+
+
+def _of_sides(record: dict[str, Any]) -> list[str]:
+    found, side, trained = [], record.get("patch_side", 1), record.get("weights_patch_side")
+    if trained not in (None, side):
+        found.append(
+            f"the samples were drawn at patch side {side} from weights of a stage of patch side {trained}: not what "
+            "that stage draws"
+        )
+    if side > 1:
+        found.append(
+            f"the samples are of patch side {side}, blocks of one code repeated: not comparable with samples at side "
+            "1, nor with published figures"
         )
     return found
 

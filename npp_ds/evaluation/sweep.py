@@ -1,11 +1,12 @@
 """The same evaluation for several guidance scales or checkpoints: a table and a plot."""
 
 import io
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
@@ -13,22 +14,29 @@ from npp_ds.evaluation.features import Extractor, Progress
 from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.reference import Reference
 from npp_ds.files import write_atomic, write_json_atomic, write_text_atomic
-from npp_ds.place import choose_device
+from npp_ds.place import Place, choose_device
 from npp_ds.sampling.job import Sampling
 from npp_ds.sampling.request import Request, companions, default_folder, image_count
 from npp_ds.sampling.sampler import Options
+from npp_ds.tokenizer.vq import VQModel
 from npp_ds.weights.checkpoint import folder_of, saved_steps, what_is_wrong
+from npp_ds.weights.opened import Weights
 from npp_ds.weights.source import open_weights
 
 CFG, CHECKPOINT, ALL = "cfg", "checkpoint", "all"
 LABELS = {CFG: "scale of classifier-free guidance", CHECKPOINT: "checkpoint, step"}
 TABLE_FILE, TEXT_FILE, PLOT_FILE = "sweep.json", "sweep.md", "sweep.png"
-COLOR = "#4878a8"
+COLORS = ("#4878a8", "#d1773a", "#5a9a5a", "#8d6aa8")
+POLL_SECONDS = 1.0
+ALONE = Place()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How samples are drawn at every value, as `npp sample` takes it; what is swept replaces its own entry."""
+    """How samples are drawn at every value, as `npp sample` takes it; what is swept replaces its own entry.
+
+    `patch_side`, instead of that of `options`; None: that of the stage the weights were last trained in.
+    """
 
     per_class: int | None = None
     labels: str = "balanced"
@@ -39,22 +47,45 @@ class Settings:
     batch_size: int = 64
     image_size: int | None = None
     tokenizer: str | None = None
+    patch_side: int | None = None
+
+
+class Point(NamedTuple):
+    """A guidance scale or a step, and what is sampled there."""
+
+    value: float
+    weights: Weights
+    request: Request
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is varied, "cfg" or "checkpoint", its values (guidance scales or steps), and the sampling at each."""
+    """What is varied, "cfg" or "checkpoint", the points in order, and what the sampling of all of them shares."""
 
     name: str
-    values: tuple[float, ...]
-    jobs: tuple[Sampling, ...]
+    points: tuple[Point, ...]
+    tokenizer: VQModel
+    class_names: Sequence[str]
+    device: str
+    batch_size: int
+
+    @property
+    def folder(self) -> Path:
+        """Where table and plot lie by default: beside the samples."""
+        return default_folder(self.points[0].weights, self.points[0].request).parent / f"sweep-{self.name}"
+
+    def sampling(self, point: Point) -> Sampling:
+        """A new one, which loads a model of its own when it draws: let go of one before taking the next."""
+        how = {"class_names": self.class_names, "device": self.device, "batch_size": self.batch_size}
+        out = default_folder(point.weights, point.request)
+        return Sampling(point.weights, self.tokenizer, point.request, out, **how)
 
 
-def open_sweep(source: str | Path, text: str, settings: Settings) -> Sweep:
+def open_sweep(source: str | Path, text: str, settings: Settings, local_rank: int = 0) -> Sweep:
     """A sweep from `cfg=1.5,1.75`, `checkpoint=1000,2000` or `checkpoint=all`: every complete one of the run `source`.
 
-    Samples lie where `npp sample` would put them: those that are there already are used. Raises UserError for anything
-    that could not be sampled.
+    All guidance scales are of one checkpoint, found once. Samples lie where `npp sample` would put them: those that are
+    there already are used. Raises UserError for anything that could not be sampled.
     """
     name, _, listed = text.partition("=")
     number = {CFG: float, CHECKPOINT: int}.get(name)
@@ -67,7 +98,17 @@ def open_sweep(source: str | Path, text: str, settings: Settings) -> Sweep:
         ) from None
     if not values:
         raise UserError(f"{source}: found no checkpoint to sweep over; train first, or sweep over {CFG}")
-    return Sweep(name, values, tuple(_sampling(source, name, value, settings) for value in values))
+    if name == CFG:
+        weights = [open_weights(source, step=settings.step, kind=settings.weights)] * len(values)
+    else:
+        weights = [open_weights(source, step=step, kind=settings.weights) for step in values]
+    tokenizer, class_names = companions(weights[-1], settings.tokenizer)
+    device = choose_device("auto", local_rank)
+    points = (Point(v, w, _request(w, v, name, settings, device)) for v, w in zip(values, weights, strict=True))
+    sweep = Sweep(name, tuple(points), tokenizer, class_names, device, settings.batch_size)
+    for point in sweep.points:
+        sweep.sampling(point)  # refuses what cannot be drawn
+    return sweep
 
 
 def _complete_steps(source: str | Path) -> list[int]:
@@ -75,23 +116,26 @@ def _complete_steps(source: str | Path) -> list[int]:
     return [step for step in saved_steps(checkpoints) if what_is_wrong(folder_of(checkpoints, step)) is None]
 
 
-def _sampling(source: str | Path, name: str, value: float, settings: Settings) -> Sampling:
-    step = value if name == CHECKPOINT else settings.step
-    weights = open_weights(source, step=step, kind=settings.weights)
-    tokenizer, class_names = companions(weights, settings.tokenizer)
-    device, dtype = choose_device("auto", 0), settings.dtype
+def _request(weights: Weights, value: float, name: str, settings: Settings, device: str) -> Request:
+    options, dtype = (
+        replace(settings.options, patch_side=settings.patch_side or weights.patch_side or 1),
+        settings.dtype,
+    )
     classes = range(weights.model.num_classes)
-    request = Request(
+    return Request(
         classes=classes,
         count=image_count(len(classes), settings.per_class, None),
         labels=settings.labels,
         image_size=settings.image_size,
-        options=settings.options if name == CHECKPOINT else replace(settings.options, cfg_scale=value),
+        options=replace(options, cfg_scale=value) if name == CFG else options,
         dtype=("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype,
     )
-    out = default_folder(weights, request)
-    how = {"class_names": class_names, "device": device, "batch_size": settings.batch_size}
-    return Sampling(weights, tokenizer, request, out, **how)
+
+
+def draw_share(sweep: Sweep, place: Place) -> None:
+    """Draws what nobody else does of the samples of all values: the part in a sweep of all processes but the first."""
+    for point in sweep.points:
+        sweep.sampling(point).run(place.rank, place.world_size)
 
 
 def run_sweep(
@@ -100,26 +144,25 @@ def run_sweep(
     extractor: Extractor,
     out: str | Path | None = None,
     progress: Callable[[str], AbstractContextManager[Progress]] = lambda what: nullcontext(lambda done, total: None),
+    place: Place = ALONE,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Samples what is missing, evaluates every value, and writes sweep.json, sweep.md and sweep.png into `out`, by
-    default a folder beside the samples.
+    default a folder beside the samples. Waits for samples that other processes draw.
 
     Returns the results, each with its `value`, and the folder. The files are there, and grow, from the first value on;
     a sweep that was killed goes on with the samples it had.
     """
-    folder = Path(out) if out else sweep.jobs[0].out.parent / f"sweep-{sweep.name}"
+    folder = Path(out) if out else sweep.folder
     folder.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
-    for value, job in zip(sweep.values, sweep.jobs, strict=True):
-        what = f"{sweep.name} {value:g}"
+    for point in sweep.points:
+        what = f"{sweep.name} {point.value:g}"
         with progress(f"sampling, {what}") as shown:
-            job.run(progress=shown)
-        if job.finish() is None:
-            raise UserError(f"{job.out}: other processes are still drawing these samples; run again when they are done")
+            samples = _completed(sweep.sampling(point), place, shown)
         with progress(f"evaluating, {what}") as shown:
-            result = evaluate_images(open_images(job.out), reference, extractor, shown)
+            result = evaluate_images(open_images(samples), reference, extractor, shown)
         write_result(result)
-        results.append({"value": value, **result})
+        results.append({"value": point.value, **result})
         write_json_atomic(folder / TABLE_FILE, {"sweep": sweep.name, "results": results})
         write_text_atomic(folder / TEXT_FILE, table(sweep.name, results))
         picture = plot(sweep.name, results)
@@ -127,9 +170,21 @@ def run_sweep(
     return results, folder
 
 
+def _completed(job: Sampling, place: Place, progress: Progress) -> Path:
+    """The folder of the samples, once they are finished. Parts that other processes let go of are drawn here."""
+    job.run(place.rank, place.world_size, progress)
+    while job.finish() is None:
+        time.sleep(POLL_SECONDS)
+        job.run(place.rank, place.world_size, progress)
+    return job.out
+
+
 def table(name: str, results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row for each value, then what all of them rest on and every warning."""
     rows = [{metric: text for _, metric, text in rows_of(result)} for result in results]
+    sides = [result["samples"]["patch_side"] for result in results]
+    if set(sides) != {1}:
+        rows = [{"patch side": str(side), **row} for side, row in zip(sides, rows, strict=True)]
     columns = list(rows[0])
     lines = [f"| {' | '.join([name, *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
     for result, row in zip(results, rows, strict=True):
@@ -142,15 +197,21 @@ def table(name: str, results: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(name: str, results: Sequence[dict[str, Any]]) -> bytes:
-    """PNG with a panel for each metric over the values."""
+    """PNG with a panel for each metric over the values, and in it a line for each patch side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = [(key, title) for key, title, _ in rows_of(results[0]) if not key.startswith("reference")]
+    sides = sorted({result["samples"]["patch_side"] for result in results})
     figure = Figure(figsize=(3.6 * len(panels), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        axis.plot([r["value"] for r in results], [r[key] for r in results], color=COLOR, marker="o", markersize=4)
+        for number, side in enumerate(sides):
+            there = [r for r in results if r["samples"]["patch_side"] == side]
+            style = {"color": COLORS[number % len(COLORS)], "marker": "osDv^"[number % 5], "markersize": 4}
+            axis.plot([r["value"] for r in there], [r[key] for r in there], label=f"patch side {side}", **style)
+        if sides != [1]:
+            axis.legend(frameon=False, fontsize=9)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel(LABELS[name])
         axis.spines[["top", "right"]].set_visible(False)

@@ -164,6 +164,7 @@ class Sampling:
             "run": self.weights.name,
             "source": str(self.weights.path),
             **self.identity,
+            "weights_patch_side": self.weights.patch_side,
             "per_class": per_class if self.request.labels == "balanced" else None,
             "batch_size": self.batch_size,
             "processes": self._processes,
