@@ -364,7 +364,7 @@ def _evaluate(
     image_size: int | None,
     out: Path | None,
 ) -> None:
-    from npp_ds.evaluation.evaluate import describe, evaluate_images, open_extractor, write_result
+    from npp_ds.evaluation.evaluate import describe, evaluate_images, open_extractor, result_file, write_result
     from npp_ds.evaluation.images import open_images
     from npp_ds.evaluation.reference import load_reference
     from npp_ds.sampling.folder import newest_samples
@@ -374,13 +374,14 @@ def _evaluate(
             raise UserError("nothing to evaluate: give a run folder, --samples, or --make-reference OUT.npz")
         samples = newest_samples(source)
     images = open_images(samples)
+    path = result_file(images.path, out)
     network = open_extractor(extractor, reference, images.record.get("tokenizer", {}).get("name"), inception_weights)
     with _progress("reference") as progress:
         loaded = load_reference(reference, network, image_size, progress)
     with _progress("samples") as progress:
         result = evaluate_images(images, loaded, network, progress)
     print(describe(result))
-    print(f"written to {write_result(result, out)}")
+    print(f"written to {write_result(result, path)}")
 
 
 def _sweep(
@@ -424,7 +425,10 @@ def likelihood(
     ] = None,
 ) -> None:
     """Measure held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure."""
+    if place_of_environment().rank:  # one process does it all
+        return
     from npp_ds.evaluation.likelihood import likelihood_of
+    from npp_ds.evaluation.targets import try_target, writing
     from npp_ds.reporting.likelihood import write_likelihood
     from npp_ds.weights.source import open_weights
 
@@ -432,12 +436,14 @@ def likelihood(
     shards = data or (opened.config.data.val if opened.config else None)
     if shards is None:
         raise UserError(f"--data: missing, and {source} names no held-out shards (data.val); give code shards")
+    usual = source / "likelihood.json" if source.is_dir() else source.with_suffix(".likelihood.json")
+    path = try_target(out or usual)
     cache_dir = opened.config.data.cache_dir if opened.config else None
     options = {"limit": limit, "patch_side": patch_side, "precision": precision, "cache_dir": cache_dir}
     with _progress("measuring") as progress:
         result = likelihood_of(opened, shards, **options, progress=progress)
-    path = out or (source / "likelihood.json" if source.is_dir() else source.with_suffix(".likelihood.json"))
-    picture = write_likelihood(path, result)
+    with writing(path):
+        picture = write_likelihood(path, result)
     print(
         f"{result['images']} images at patch side {patch_side}: {result['nats_per_code']:.4f} nats per code, "
         f"{result['bits_per_image']:.1f} bits per image, top-1 {result['top1_accuracy']:.2%}, "

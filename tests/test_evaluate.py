@@ -25,6 +25,7 @@ from npp_ds.evaluation.images import open_images, shard_paths
 from npp_ds.evaluation.reference import load_reference, make_reference, recorded_extractor
 from npp_ds.sampling.folder import write_pngs, write_samples
 from npp_ds.tokenizer.sources import load_images, open_source
+from shard_sets import files_limited_to
 
 SHIPPED_IMAGES = Path(__file__).parent.parent / "data_prep/fashion_mnist"
 
@@ -349,6 +350,27 @@ def test_the_command_evaluates_the_newest_samples_of_a_run_and_makes_references(
         assert again[key] == result[key]
     with pytest.raises(UserError, match="give a run folder, --samples, or --make-reference"):
         npp("--reference", made)
+
+
+def test_where_nothing_can_be_written_is_said_before_measuring(images, tmp_path, monkeypatch):
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("npp_ds.evaluation.evaluate.load_extractor", lambda name, weights: Projection())
+    (tmp_path / "folder.npz").mkdir()
+    measured = []
+    monkeypatch.setattr(Projection, "__call__", lambda *_: measured.append(1))
+    images_of = ["--reference", tmp_path / "images.npz"]
+    for target, text in (("file/ref.npz", "Not a directory|File exists"), ("folder.npz", "is a folder")):
+        out = tmp_path / target
+        for command in (["--make-reference", out], ["--samples", tmp_path / "images.npz", "--out", out]):
+            with pytest.raises(UserError, match=f"{target.split('/')[0]}.*({text})"):
+                CliRunner().invoke(app, ["evaluate", *map(str, images_of + command)], catch_exceptions=False)
+    assert not measured
+    monkeypatch.undo()
+    made = make_reference(tmp_path / "new/folder/ref.npz", tmp_path / "images.npz", Projection())
+    with files_limited_to(1000), pytest.raises(UserError, match=r"ref\.npz: .*too large; make room or name another"):
+        make_reference(tmp_path / "new/folder/ref.npz", tmp_path / "images.npz", Projection())
+    assert load_reference(tmp_path / "new/folder/ref.npz", Projection()).source == made.source, "the old one stays"
 
 
 def test_the_commands_of_the_guide_name_options_that_exist():

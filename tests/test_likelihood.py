@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from npp_ds.evaluation.likelihood import likelihood_by_position, likelihood_of, 
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.reporting.likelihood import likelihood_picture
 from npp_ds.reporting.report import report_run
+from npp_ds.weights.opened import TokenizerId
 from npp_ds.weights.source import open_weights
 from runs import metrics_of, run, tiny_config
 from shard_sets import write_set
@@ -137,6 +139,7 @@ def test_npp_likelihood_measures_what_validation_logged_and_the_report_shows_its
         assert result["bits_per_image"] == pytest.approx(16 * result["nats_per_code"] / math.log(2), rel=1e-9)
         assert np.mean(result["by_position"]["nats_per_code"]) == pytest.approx(result["nats_per_code"], rel=1e-9)
         assert np.shape(result["by_position"]["top5_accuracy"]) == (4 // side, 4 // side)
+        assert result["tokenizer"] == {"name": "random", "sha256": "0" * 64} and "git_commit" in result
         facts = result["images"], result["precision"], result["weights"]["kind"], result["weights"]["step"]
         assert facts == (50, "fp32", kind, 20)
         assert f"{result['nats_per_code']:.4f} nats per code" in done.output
@@ -145,6 +148,23 @@ def test_npp_likelihood_measures_what_validation_logged_and_the_report_shows_its
     assert json.loads((trained / "likelihood.json").read_text())["images"] == 7
     report_run(trained, show=False)
     assert "Where the model is unsure" in (trained / "report.html").read_text()
+
+
+@pytest.mark.processes
+def test_of_several_processes_the_first_one_measures(trained, tmp_path, monkeypatch):
+    for variable, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(variable, value)
+    done = CliRunner().invoke(app, ["likelihood", str(trained), "--out", str(tmp_path / "a.json")])
+    assert (done.exit_code, done.output, list(tmp_path.iterdir())) == (0, "", [])
+
+
+@pytest.mark.processes
+def test_where_no_result_can_be_written_is_said_before_measuring(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood, "likelihood_by_position", None)
+    (tmp_path / "file").write_text("")
+    for out, problem in ((tmp_path / "file/a.json", "file: File exists"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=problem):
+            CliRunner().invoke(app, ["likelihood", str(trained), "--out", str(out)], catch_exceptions=False)
 
 
 @pytest.mark.processes
@@ -164,6 +184,12 @@ def test_what_does_not_fit_is_named(trained, tmp_path, shards):
         likelihood_of(source, shards / "val", cache_dir=shards / "cache", patch_side=3)
     with pytest.raises(UserError, match="found 'fp8', expected one of fp32, bf16"):
         likelihood_of(source, shards / "val", cache_dir=shards / "cache", precision="fp8")
+    other = replace(source, tokenizer=TokenizerId("vq_ds16_c2i.pt", "1" * 64))
+    of_both = r"tokenizer random \(000000000000\.\.\), the model was trained on those of vq_ds16_c2i\.pt \(111111111111"
+    with pytest.raises(UserError, match=of_both):
+        likelihood_of(other, shards / "val", cache_dir=shards / "cache")
+    unknown = likelihood_of(replace(source, tokenizer=None), shards / "val", cache_dir=shards / "cache", limit=3)
+    assert unknown["images"] == 3
     source.model.vocab_size = 999
     with pytest.raises(UserError, match=r"not codes for the model of .*vocab_size 1000, the model has 999"):
         likelihood_of(source, shards / "val", cache_dir=shards / "cache")

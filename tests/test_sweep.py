@@ -109,9 +109,8 @@ def test_every_checkpoint_is_sampled_at_the_side_of_its_stage_and_table_and_warn
     assert fine["samples_sha256"] != results[0]["samples_sha256"]
     (warning,) = [text for text in fine["warnings"] if "patch side" in text]
     assert warning.startswith("the samples were drawn at patch side 1 from weights of a stage of patch side 2")
-    scales, _ = run_sweep(
-        open_sweep(tmp_path / "run", "cfg=1,2", replace(SETTINGS, step=60)), reference, Projection(16)
-    )
+    sweep = open_sweep(tmp_path / "run", "cfg=1,2", replace(SETTINGS, step=60))
+    scales, _ = run_sweep(sweep, reference, Projection(16))
     assert [r["samples"]["patch_side"] for r in scales] == [2, 2]
 
 

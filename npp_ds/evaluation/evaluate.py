@@ -23,6 +23,7 @@ from npp_ds.evaluation.images import ImageSet
 from npp_ds.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from npp_ds.evaluation.reference import Reference, recorded_extractor
 from npp_ds.evaluation.scores import class_agreement, inception_score
+from npp_ds.evaluation.targets import try_target, writing
 from npp_ds.files import write_json_atomic
 from npp_ds.source_version import git_commit
 
@@ -88,12 +89,17 @@ def _metrics(images: ImageSet, measured: Measurement, reference: Reference, extr
     return found
 
 
+def result_file(samples: str | Path, out: str | Path | None = None) -> Path:
+    """`out`, else evaluation.json in the samples' folder. UserError when nothing can be written there."""
+    samples = Path(samples)
+    return try_target(out or (samples if samples.is_dir() else samples.parent) / EVALUATION_FILE)
+
+
 def write_result(result: dict[str, Any], out: str | Path | None = None) -> Path:
-    """Writes to `out`, else to evaluation.json in the samples' folder; returns where."""
-    samples = Path(result["samples_dir"])
-    path = Path(out) if out else (samples if samples.is_dir() else samples.parent) / EVALUATION_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, result)
+    """Writes to `result_file`; returns where."""
+    path = result_file(result["samples_dir"], out)
+    with writing(path):
+        write_json_atomic(path, result)
     return path
 
 

@@ -18,6 +18,7 @@ from npp_ds.data.loader import EvalLoader
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import stage
 from npp_ds.errors import UserError
+from npp_ds.sampling.job import git_commit
 from npp_ds.sampling.sampler import DTYPES, build_model
 from npp_ds.weights.source import Weights
 
@@ -145,7 +146,7 @@ def likelihood_of(
     """The likelihood of held-out code shards (`limit`: of that many of their images) under trained weights, as JSON.
 
     Products are computed in `precision` from float32 weights, the softmax and all sums in float32 and float64. Raises
-    UserError when the shards do not fit the model.
+    UserError when the shards do not fit the model, or are of another tokenizer than the codes it was trained on.
     """
     if precision not in DTYPES:
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(DTYPES)}")
@@ -176,8 +177,10 @@ def likelihood_of(
             "sha256": source.sha256,
         },
         "shards": {"path": str(shards), "fingerprint": store.manifest.fingerprint(), "images": len(store)},
+        "tokenizer": {"name": store.manifest.tokenizer.name, "sha256": store.manifest.tokenizer.sha256},
         "seconds": round(time.perf_counter() - started, 3),
         "created_by": f"npp_ds {__version__}",
+        "git_commit": git_commit(),
     }
 
 
@@ -195,5 +198,9 @@ def _check_fit(source: Weights, manifest: Manifest, shards: str | Path) -> None:
         for name in ("grid_size", "vocab_size", "num_classes")
         if getattr(manifest, name) != getattr(source.model, name)
     ]
+    made_by, known = manifest.tokenizer, source.tokenizer
+    if known and known.sha256 != made_by.sha256:
+        found, expected = (f"{one.name} ({one.sha256[:12]}..)" for one in (made_by, known))
+        problems.append(f"codes of the tokenizer {found}, the model was trained on those of {expected}")
     if problems:
         raise UserError(f"{shards}: not codes for the model of {source.path}: {'; '.join(problems)}; name other shards")

@@ -13,6 +13,7 @@ from npp_ds.evaluation.features import INCEPTION, Extractor, Measurement, Progre
 from npp_ds.evaluation.fid import Statistics
 from npp_ds.evaluation.images import IMAGES_KEY, ImageSet, open_images
 from npp_ds.evaluation.scores import class_agreement
+from npp_ds.evaluation.targets import try_target, writing
 from npp_ds.files import sha256, write_atomic
 
 MANIFOLD_IMAGES = 10_000  # as many as ADM's reference files hold, for precision and recall
@@ -93,18 +94,20 @@ def make_reference(
     progress: Progress = lambda done, total: None,
 ) -> Reference:
     """Measures images once and writes an .npz for later: statistics under ADM's names, features for precision and
-    recall, and where they come from.
+    recall, and where they come from. Raises UserError, before it measures, where `out` cannot be written.
     """
     if Path(out).suffix != ".npz":
         raise UserError(f"{out}: found {Path(out).suffix or 'no suffix'}, expected a file name that ends in .npz")
     if recorded_extractor(source) is not None:
         raise UserError(f"{source}: holds statistics already; give images to make a reference of")
+    try_target(out)
     made = load_reference(source, extractor, image_size, progress)
     arrays = dict(zip(POOL_KEYS, made.pool, strict=True))
     if made.spatial is not None:
         arrays |= dict(zip(SPATIAL_KEYS, made.spatial, strict=True))
     arrays |= {FEATURES_KEY: made.features, METADATA_KEY: np.array(json.dumps(asdict(made.source)))}
-    write_atomic(out, lambda file: np.savez(file, **arrays))
+    with writing(out):
+        write_atomic(out, lambda file: np.savez(file, **arrays))
     return made
 
 

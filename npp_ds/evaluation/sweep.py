@@ -13,6 +13,7 @@ from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
 from npp_ds.evaluation.features import Extractor, Progress
 from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.reference import Reference
+from npp_ds.evaluation.targets import try_target, writing
 from npp_ds.files import write_atomic, write_json_atomic, write_text_atomic
 from npp_ds.place import Place, choose_device
 from npp_ds.sampling.job import Sampling
@@ -28,6 +29,7 @@ LABELS = {CFG: "scale of classifier-free guidance", CHECKPOINT: "checkpoint, ste
 TABLE_FILE, TEXT_FILE, PLOT_FILE = "sweep.json", "sweep.md", "sweep.png"
 COLORS = ("#4878a8", "#d1773a", "#5a9a5a", "#8d6aa8")
 POLL_SECONDS = 1.0
+KEPT = "the parts that are finished are kept, run the same command again"
 ALONE = Place()
 
 
@@ -117,10 +119,8 @@ def _complete_steps(source: str | Path) -> list[int]:
 
 
 def _request(weights: Weights, value: float, name: str, settings: Settings, device: str) -> Request:
-    options, dtype = (
-        replace(settings.options, patch_side=settings.patch_side or weights.patch_side or 1),
-        settings.dtype,
-    )
+    side, dtype = settings.patch_side or weights.patch_side or 1, settings.dtype
+    options = replace(settings.options, patch_side=side)
     classes = range(weights.model.num_classes)
     return Request(
         classes=classes,
@@ -135,7 +135,9 @@ def _request(weights: Weights, value: float, name: str, settings: Settings, devi
 def draw_share(sweep: Sweep, place: Place) -> None:
     """Draws what nobody else does of the samples of all values: the part in a sweep of all processes but the first."""
     for point in sweep.points:
-        sweep.sampling(point).run(place.rank, place.world_size)
+        job = sweep.sampling(point)
+        with writing(job.out, KEPT):
+            job.run(place.rank, place.world_size)
 
 
 def run_sweep(
@@ -153,7 +155,7 @@ def run_sweep(
     a sweep that was killed goes on with the samples it had.
     """
     folder = Path(out) if out else sweep.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try_target(folder / TABLE_FILE)
     results: list[dict[str, Any]] = []
     for point in sweep.points:
         what = f"{sweep.name} {point.value:g}"
@@ -163,19 +165,21 @@ def run_sweep(
             result = evaluate_images(open_images(samples), reference, extractor, shown)
         write_result(result)
         results.append({"value": point.value, **result})
-        write_json_atomic(folder / TABLE_FILE, {"sweep": sweep.name, "results": results})
-        write_text_atomic(folder / TEXT_FILE, table(sweep.name, results))
         picture = plot(sweep.name, results)
-        write_atomic(folder / PLOT_FILE, lambda file, picture=picture: file.write(picture))
+        with writing(folder):
+            write_json_atomic(folder / TABLE_FILE, {"sweep": sweep.name, "results": results})
+            write_text_atomic(folder / TEXT_FILE, table(sweep.name, results))
+            write_atomic(folder / PLOT_FILE, lambda file, picture=picture: file.write(picture))
     return results, folder
 
 
 def _completed(job: Sampling, place: Place, progress: Progress) -> Path:
     """The folder of the samples, once they are finished. Parts that other processes let go of are drawn here."""
-    job.run(place.rank, place.world_size, progress)
-    while job.finish() is None:
-        time.sleep(POLL_SECONDS)
+    with writing(job.out, KEPT):
         job.run(place.rank, place.world_size, progress)
+        while job.finish() is None:
+            time.sleep(POLL_SECONDS)
+            job.run(place.rank, place.world_size, progress)
     return job.out
 
 
