@@ -12,6 +12,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as ported
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from npp_ds.evaluation.features import Extractor, Features
+from npp_ds.evaluation.fid import Moments, Statistics
 
 
 class Projection:
@@ -56,6 +57,13 @@ def random_inception(path: Path, seed: int = 0) -> Path:
             value.normal_(0, 0.1, generator=generator)
     torch.save(weights, path)
     return path
+
+
+def statistics(features: np.ndarray) -> Statistics:
+    """Of features [N, d], all rows at once."""
+    moments = Moments(np.zeros(features.shape[1]))
+    moments.add(features)
+    return moments.statistics()
 
 
 class Pixels(torch.utils.data.Dataset):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from extractors import fidelity_distance
+from extractors import fidelity_distance, statistics
 from npp_ds.errors import UserError
 from npp_ds.evaluation.classifier import (
     SHIPPED,
@@ -17,7 +17,7 @@ from npp_ds.evaluation.classifier import (
     predict,
     save_classifier,
 )
-from npp_ds.evaluation.fid import frechet_distance, statistics
+from npp_ds.evaluation.fid import frechet_distance
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.sources import load_images, open_source
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from extractors import statistics
 from image_sets import save_tiny_tokenizer, shipped_images
 from npp_ds.config import RunConfig
 from npp_ds.config_checks import problems_of
 from npp_ds.data.shards import ShardWriter, TokenizerInfo, shard_name
 from npp_ds.errors import UserError
 from npp_ds.evaluation.classifier import ClassifierExtractor
-from npp_ds.evaluation.fid import Moments, frechet_distance, statistics
+from npp_ds.evaluation.fid import Moments, frechet_distance
 from npp_ds.evaluation.reference import load_reference, make_reference
 from npp_ds.files import sha256
 from npp_ds.reporting.report import report_run

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extractors import Projection, fidelity_distance, random_images
+from extractors import Projection, fidelity_distance, random_images, statistics
 from npp_ds.errors import UserError
-from npp_ds.evaluation.fid import Moments, frechet_distance, statistics
+from npp_ds.evaluation.fid import Moments, frechet_distance
 
 
 def test_it_equals_closed_forms_also_of_singular_covariances():

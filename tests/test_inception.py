@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch_fidelity import calculate_metrics
 
-from extractors import random_inception
+from extractors import random_inception, statistics
 from npp_ds.errors import UserError
 from npp_ds.evaluation import inception
 from npp_ds.evaluation.evaluate import describe, evaluate_images
 from npp_ds.evaluation.features import load_extractor
-from npp_ds.evaluation.fid import statistics
 from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.inception import Inception, find_weights
 from npp_ds.evaluation.precision_recall import precision_recall

@@ -54,16 +54,6 @@ class Moments:
         return (self._center + mean).numpy(), covariance.numpy()
 
 
-def statistics(features: np.ndarray) -> Statistics:
-    """features [N, d] -> mean float64 [d] and unbiased covariance float64 [d, d]. Raises UserError for fewer than 2
-    rows.
-    """
-    moments = Moments()
-    if len(features):
-        moments.add(features)
-    return moments.statistics()
-
-
 def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) in float64 (Dowson and Landau 1982; FID, arXiv 1706.08500).
 
