@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from extractors import statistics
 from image_sets import save_tiny_tokenizer, shipped_images
 from npp_ds.config import RunConfig
 from npp_ds.config_checks import problems_of
-from npp_ds.data.shards import ShardWriter, TokenizerInfo, shard_name
+from npp_ds.data.shards import Manifest, ShardWriter, TokenizerInfo, shard_name
 from npp_ds.errors import UserError
 from npp_ds.evaluation.classifier import ClassifierExtractor
 from npp_ds.evaluation.fid import Moments, frechet_distance
@@ -23,6 +24,7 @@ from npp_ds.files import sha256
 from npp_ds.reporting.report import report_run
 from npp_ds.sampling.sampler import Options, build_model, labels_of, sample_images
 from npp_ds.tokenizer import load_tokenizer
+from npp_ds.training import evaluation
 from npp_ds.training.evaluation import Budget
 from npp_ds.training.launch import Processes
 from npp_ds.training.metrics import Clock
@@ -139,6 +141,24 @@ def test_a_run_is_bit_for_bit_the_same_with_and_without(pair, folder, tmp_path, 
     found, expected = outcome_of(tmp_path / "with"), outcome_of(tmp_path / "without")
     assert [e["step"] for e in evaluations_of(tmp_path / "with")] == [5, 10, 12]
     assert_same(found._replace(metrics=[e for e in found.metrics if e["event"] != "evaluation"]), expected)
+
+
+def test_all_images_of_an_evaluation_decide_whether_steps_are_recorded(folder, tmp_path, monkeypatch):
+    asked, batches = [], []
+    monkeypatch.setattr(evaluation, "worth_recording", lambda model, *counts: asked.append(counts) or "as asked")
+
+    def drawn(model, decode, labels, indices, options, *, batch_size, capture):
+        batches.append((batch_size, capture, indices.tolist()))
+        return np.zeros((len(indices), 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(evaluation, "sample_images", drawn)
+    config = config_of(folder, tmp_path / "run", {"every": 1})
+    second = SimpleNamespace(rank=1, world_size=2, on_all=lambda f, *a: f(*a), device=torch.device("cpu"))
+    manifest = Manifest.load(folder / "train")
+    judged = evaluation.Evaluation(config, SimpleNamespace(total_steps=12), manifest.tokenizer, second)
+    judged.load(None)
+    judged._moments(None, 1, 6, lambda: None)
+    assert (asked, batches) == ([(12, 5)], [(5, "as asked", [5, 6, 7, 8, 9])])
 
 
 def _random_states(processes: Processes, config) -> list[bool]:

@@ -21,6 +21,7 @@ from npp_ds.files import write_atomic
 from npp_ds.model import Transformer
 from npp_ds.sampling.grid import tiled
 from npp_ds.sampling.sampler import Options, labels_of, sample_images
+from npp_ds.sampling.steps import worth_recording
 from npp_ds.schedule import Schedule, Stage
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
@@ -196,13 +197,14 @@ class Evaluation:
         moments = Moments(center=judge.reference.pool[0])
         options = Options(seed=s.seed, cfg_scale=s.cfg_scale, patch_side=patch_side)
         classes = range(self.config.model.num_classes)
+        how = {"batch_size": s.batch_size, "capture": worth_recording(model, s.images, s.batch_size)}
         for turn in range(ceil(s.images / (s.batch_size * self.processes.world_size))):
             before_batch()
             first = (turn * self.processes.world_size + self.processes.rank) * s.batch_size
             indices = np.arange(first, min(first + s.batch_size, s.images))
             if len(indices):
                 labels = labels_of(indices, classes, "balanced", s.seed)
-                images = sample_images(model, judge.tokenizer.decode, labels, indices, options, batch_size=s.batch_size)
+                images = sample_images(model, judge.tokenizer.decode, labels, indices, options, **how)
                 moments.add(judge.extractor(images).pool)
             if first == 0:
                 self._show(images[:SHOWN], done)
