@@ -6,7 +6,9 @@
 #   run_step COMMAND ...   runs it on all tasks of the job, or as the array `step_options` tells srun, and sets `code`
 #   finish                 ends the job with `code`, and asks SLURM for another start where that helps
 
-MOST_STARTS=3 # in a row in which the work does not get on
+MOST_FAILURES=3 # starts since the work last got on that ended without having been asked to
+MOST_STARTS=20  # of any kind since then: a signal that comes before the first step would come for ever
+: "${NPP_SLURM_PATIENCE:=600}" # seconds in which SLURM's controller may come back, when the job wants another start
 
 fail() {
   echo "error (job ${SLURM_JOB_ID:-none}): $*" >&2
@@ -18,6 +20,8 @@ need() { # NAME MEANING: a variable that must be set
 }
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "no SLURM job; start this script with sbatch"
+# What a shell has left over of another launch would be taken for this one's; site.env may set the last two.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 site=$NPP_HOME/slurm/site.env
 # shellcheck disable=SC1090
 [[ ! -r $site ]] || source "$site"
@@ -27,15 +31,19 @@ PYTHON=${NPP_PYTHON:-$NPP_HOME/.venv/bin/python}
 [[ -x $PYTHON ]] || fail "$PYTHON on $(hostname): no such program; run make install in $NPP_HOME, or set NPP_PYTHON in $site"
 
 export PYTHONPATH=$NPP_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export SLURM_EXPORT_ENV=ALL # else the tasks lack what is set here after sbatch --export=NONE
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not take it from sbatch
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # its warnings come once for each task
 
+# The number of a job array's last task is that of the whole array as well.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 notes=$RUNS_DIR/.slurm/$SLURM_JOB_ID
-code=0 step_options=()
+code=0 starts=0 step_options=()
 
 say() {
-  echo "== $(date '+%F %T') job $SLURM_JOB_ID: $*"
+  printf '== %(%F %T)T job %s: %s\n' -1 "$job" "$*"
 }
 
 # The first signal (the time limit is near, another job wants the nodes) goes on to all tasks: they save and end with 75.
@@ -44,6 +52,7 @@ asked_by='' heard='' step=''
 pass_on() {
   asked_by=$1 heard=yes
   say "got SIG$1"
+  forgive
   [[ -z $step ]] || kill -s "$1" "$step" 2>/dev/null
 }
 trap 'pass_on USR1' USR1
@@ -54,21 +63,33 @@ trap 'pass_on TERM' TERM
 begin() {
   progress=("$@")
   mkdir -p "$notes" || fail "$notes: cannot be made; set RUNS_DIR to a folder that you may write to"
-  local restart=${SLURM_RESTART_COUNT:-0} last_seen='' count=0
+  # A job cannot tell whether it is cancelled for good; the notes of those that were are swept up by later ones.
+  find "$RUNS_DIR/.slurm" -mindepth 1 -maxdepth 1 -mtime +90 -exec rm -rf {} + 2>/dev/null
+  local restart=${SLURM_RESTART_COUNT:-0} count=0 last_seen=''
+  failures_before=0
   progress_at_start=$("${progress[@]}")
   if ((restart > 0)) && [[ -r $notes/starts ]]; then
-    read -r count last_seen <"$notes/starts"
-    [[ $last_seen == "$progress_at_start" ]] || count=0
+    read -r count failures_before last_seen <"$notes/starts"
+    [[ $last_seen == "$progress_at_start" ]] || count=0 failures_before=0
   fi
+  failures=$((failures_before + 1))
+  count_starts $((count + 1)) || fail "$notes: cannot be written to; make room there"
   starts=$((count + 1))
-  if ! { echo "$starts $progress_at_start" >"$notes/starts.tmp" && mv "$notes/starts.tmp" "$notes/starts"; }; then
-    fail "$notes: cannot be written to; make room there"
-  fi
+  [[ -z $asked_by ]] || forgive
   say "$SLURM_JOB_NAME, start $((restart + 1)), on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), $SLURM_NTASKS tasks"
-  if ((starts > MOST_STARTS)); then
+  if ((failures > MOST_FAILURES || starts > MOST_STARTS)); then
     code=1
     finish
   fi
+}
+
+count_starts() { # STARTS
+  echo "$1 $failures $progress_at_start" >"$notes/starts.tmp" && mv "$notes/starts.tmp" "$notes/starts"
+}
+
+# This start was asked to stop: that it did not get on is no failure.
+forgive() {
+  ((starts == 0)) || { failures=$failures_before && count_starts "$starts"; }
 }
 
 # `code` becomes 0 when all tasks are done; 75 when they have saved because they were asked to stop; 2, 3 or 4 when a task
@@ -82,6 +103,7 @@ run_step() {
   fi
   srun --kill-on-bad-exit=1 "${step_options[@]}" "$NPP_HOME/slurm/task.sh" "$codes" "$@" &
   step=$!
+  [[ -z $asked_by ]] || kill -s "$asked_by" "$step" # the signal came before there was a step to pass it on to
   heard=yes status=''
   while [[ -n $heard ]]; do # wait returns early when a signal comes
     heard=''
@@ -104,17 +126,18 @@ run_step() {
 
 finish() {
   local state
+  ((code != 75)) || forgive
   case $code in
     0) say "done" ;;
     2 | 3) say "ended with $code, which another start would not mend: not requeued" ;;
     *)
-      state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -oE '\b(JobState|Reason)=\w+' | paste -sd ' ')
-      if ((starts >= MOST_STARTS)) && [[ $("${progress[@]}") == "$progress_at_start" ]]; then
-        say "ended with $code; started $MOST_STARTS times without getting on: not requeued"
-      elif [[ ! $state =~ JobState=RUNNING|Reason=TimeLimit ]]; then
+      state=$(patiently scontrol -o show job "$job" | grep -oE '\b(JobState|Reason)=\w+' | paste -sd ' ')
+      if [[ -n $state && ! $state =~ JobState=RUNNING|Reason=TimeLimit ]]; then
         say "ended with $code; SLURM itself cancels or requeues the job ($state)"
         exit "$code"
-      elif scontrol requeue "$SLURM_JOB_ID"; then
+      elif ((failures >= MOST_FAILURES || starts >= MOST_STARTS)) && [[ $("${progress[@]}") == "$progress_at_start" ]]; then
+        say "ended with $code; started $starts times without getting on: not requeued"
+      elif trap '' TERM USR1 && patiently scontrol requeue "$job"; then # SLURM ends this shell while it answers
         say "ended with $code: requeued"
         exit "$code"
       else
@@ -124,6 +147,19 @@ finish() {
   esac
   rm -rf "$notes"
   exit "$code"
+}
+
+# Repeats a question to SLURM's controller, which may be away for a while.
+patiently() { # COMMAND ...
+  local answer end=$((SECONDS + NPP_SLURM_PATIENCE))
+  until answer=$("$@" 2>&1); do
+    if ((SECONDS >= end)); then
+      echo "$answer" >&2
+      return 1
+    fi
+    sleep 3
+  done
+  echo "$answer"
 }
 
 newest_checkpoint() { # RUN

@@ -8,8 +8,9 @@ shift
 trap : USR1 TERM # they are the command's; this shell waits for it
 "$@"
 code=$?
-: >"$codes/$SLURM_PROCID.$code"
-if ((code == 75)); then
+noted=yes
+: >"$codes/$SLURM_PROCID.$code" || noted=''
+if ((code == 75)) && [[ -n $noted ]]; then
   exit 0 # the others are about to end as well: srun is to leave them alone
 elif ((code)); then
   # srun ends the others when this task ends: the one that speaks for all may not have spoken yet. A sleep that is

@@ -50,7 +50,7 @@ class SlurmCluster:
         try:
             self._start_munge()
             self._configure()
-            self._start("slurmctld", "slurmctld", "-D")
+            self.start_controller()
             for node in self.nodes:
                 self.start_node(node)
             self.wait_for_nodes()
@@ -119,6 +119,15 @@ class SlurmCluster:
             f"PartitionName=all Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP",
         ]
         (here / "slurm.conf").write_text("\n".join(lines) + "\n")
+
+    def start_controller(self) -> None:
+        self._start("slurmctld", "slurmctld", "-D")
+
+    def stop_controller(self) -> None:
+        """As for a restart of its machine: it writes down what it knows, and nobody answers until it is started."""
+        daemon = self._daemons.pop("slurmctld")
+        daemon.terminate()
+        daemon.wait(60)
 
     def start_node(self, node: str) -> None:
         self._start(node, "slurmd", "-D", "-N", node)
@@ -190,8 +199,8 @@ class SlurmCluster:
 class Job:
     """A submitted batch job."""
 
-    def __init__(self, cluster: SlurmCluster, number: int):
-        self.cluster, self.number = cluster, number
+    def __init__(self, cluster: SlurmCluster, number: int | str):
+        self.cluster, self.number = cluster, number  # a task of an array: "7_2"
 
     def shown(self) -> dict[str, str]:
         """The fields of `scontrol show job`."""

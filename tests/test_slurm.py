@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import pytest
 from image_sets import SHIPPED, few_images
 from launches import last_step
 from npp_ds.config import RunConfig
+from npp_ds.place import expand_nodes
 from runs import WATCHED, Outcome, assert_same, outcome_of, tiny_config
 from slurm_cluster import ROOT, Job, SlurmCluster, wait_for, why_not
 
@@ -123,7 +125,8 @@ def test_a_dead_node_ends_the_job_soon_and_the_job_comes_back_on_others(slurm, s
     finally:
         slurm.start_node(node)
         slurm.wait_for_nodes()
-    assert node not in job.log().rpartition(" nodes (")[2].partition(")")[0].replace("[1-3]", "[n1,n2,n3]")
+    nodes = [expand_nodes(text) for text in re.findall(r" nodes \((\S+)\), 2 tasks", job.log())]
+    assert nodes == [["n1", "n2"], sorted({"n1", "n2", "n3"} - {node})]
     assert_same(outcome_of(run_dir), undisturbed)
 
 
@@ -154,7 +157,7 @@ def test_a_cancelled_job_stays_away(slurm, shards, tmp_path):
 
 @pytest.mark.parametrize("code, starts", [(2, 1), (3, 1), (1, 3), (4, 3), (137, 3)])
 def test_a_job_that_fails_or_does_not_get_on_stops_asking(slurm, shards, tmp_path, code, starts):
-    program = script(tmp_path / "python", f"[[ $SLURM_PROCID != 1 ]] || exit {code}; exec sleep 60")
+    program = python_of(tmp_path, f"[[ $SLURM_PROCID != 1 ]] || exit {code}; exec sleep 60")
     job, _ = train(slurm, long_run(shards, tmp_path / "run"), shards, NPP_PYTHON=program)
     assert job.wait_for_end(90) == "FAILED"
     assert job.shown()["ExitCode"] == f"{code}:0"
@@ -162,6 +165,58 @@ def test_a_job_that_fails_or_does_not_get_on_stops_asking(slurm, shards, tmp_pat
     assert job.shown()["Restarts"] == str(starts - 1)
     assert job.log().rstrip().endswith("not requeued")
     assert not list((tmp_path / ".slurm").iterdir())
+
+
+def test_a_job_that_is_preempted_again_and_again_comes_back_each_time(slurm, shards, tmp_path):
+    # By turns the tasks alone are asked to stop, and the whole job by a signal that its tasks do not survive.
+    stop = "((SLURM_RESTART_COUNT % 2)) || exit 75; scancel --batch --signal=USR1 $SLURM_JOB_ID; exec sleep 60"
+    program = python_of(tmp_path, f"((SLURM_RESTART_COUNT < 4)) || exit 0; {stop}")
+    job, _ = train(slurm, long_run(shards, tmp_path / "run"), shards, NPP_PYTHON=program)
+    assert job.wait_for_end(180) == "COMPLETED", job.log()
+    assert job.shown()["Restarts"] == "4"
+
+
+def test_a_job_waits_for_a_controller_that_is_away_when_it_wants_another_start(slurm, shards, tmp_path):
+    program = python_of(
+        tmp_path,
+        f"((SLURM_RESTART_COUNT == 0)) || exit 0; touch {tmp_path}/runs_$SLURM_PROCID; "
+        f"until [[ -e {tmp_path}/stop ]]; do sleep 0.2; done; exit 75",
+    )
+    job, _ = train(slurm, long_run(shards, tmp_path / "run"), shards, NPP_PYTHON=program)
+    wait_for(lambda: len(list(tmp_path.glob("runs_*"))) == 2, 60, job.log)
+    log = Path(job.shown()["StdOut"])
+    slurm.stop_controller()
+    try:
+        (tmp_path / "stop").touch()
+        wait_for(lambda: list((tmp_path / ".slurm").glob("*/codes/*.75")) != [], 30, log.read_text)
+        time.sleep(15)  # longer than scontrol itself waits
+        assert "requeued" not in log.read_text()
+    finally:
+        slurm.start_controller()
+    assert job.wait_for_end(180) == "COMPLETED", job.log()
+    assert job.shown()["Restarts"] == "1" and "ended with 75: requeued" in job.log()
+
+
+def test_tasks_have_the_variables_that_the_script_sets_whatever_sbatch_exports(slurm, shards, tmp_path):
+    program = python_of(tmp_path, f"[[ $PYTHONPATH == {ROOT}* && -n $OMP_NUM_THREADS ]] || exit 2")
+    places = {"NPP_PYTHON": program, "DATA_DIR": shards, "RUNS_DIR": tmp_path}
+    exported = ",".join(f"{name}={value}" for name, value in places.items())
+    job = slurm.submit(*TINY_JOB, f"--export={exported}", f"--output={tmp_path}/log", "slurm/train_b.sh")
+    assert job.wait_for_end() == "COMPLETED", job.log()
+
+
+def test_a_task_of_an_array_comes_back_without_the_others(slurm, shards, tmp_path):
+    asked = f"((SLURM_ARRAY_TASK_ID == 0 || SLURM_RESTART_COUNT)) || {{ touch {tmp_path}/asked; exit 75; }}"
+    program = python_of(
+        tmp_path,
+        f"{asked}; ((SLURM_ARRAY_TASK_ID)) || until [[ -e {tmp_path}/asked ]]; do sleep 0.2; done; sleep 5; exit 0",
+    )
+    places = {"NPP_PYTHON": program, "RUNS_DIR": tmp_path, "DATA_DIR": tmp_path, "IMAGES": "-", "TOKENIZER": "-"}
+    options = (*TINY_JOB, "--nodes=1", "--array=0-1", f"--output={tmp_path}/%x-%a.log")
+    array = slurm.submit(*options, "slurm/tokenize.sh", **{name: str(place) for name, place in places.items()})
+    tasks = [Job(slurm, f"{array.number}_{i}") for i in range(2)]
+    assert [task.wait_for_end(120) for task in tasks] == ["COMPLETED"] * 2, [task.log() for task in tasks]
+    assert [len(re.findall(r"start \d, on", task.log())) for task in tasks] == [1, 2], [task.log() for task in tasks]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +291,9 @@ def wait_until_step(job: Job, run_dir: Path, step: int) -> None:
     wait_for(lambda: last_step(run_dir) >= step, 120, job.log)
 
 
-def script(path: Path, text: str) -> str:
-    path.write_text(f"#!/bin/bash\n{text}\n")
+def python_of(folder: Path, text: str) -> str:
+    """A program of these lines to run instead of Python; as the doctor it finds nothing."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/bash\n[[ $* != *doctor* ]] || exit 0\n{text}\n")
     path.chmod(0o755)
     return str(path)
