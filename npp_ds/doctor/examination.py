@@ -7,10 +7,12 @@ wrong on one of them is told once, and nobody waits for a process that has given
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 
 from npp_ds.config_checks import load_config
 from npp_ds.doctor import machine, run, together
@@ -19,14 +21,13 @@ from npp_ds.doctor.exchange import PATIENCE_SECONDS, Exchange
 from npp_ds.doctor.outcome import FAILURE, NOT_RUN, OK, WARNING, Answer, Check, Outcome, Row, merged
 from npp_ds.doctor.table import print_json, print_rows
 from npp_ds.doctor.trial_steps import TrialSteps
-from npp_ds.errors import UserError
+from npp_ds.errors import RendezvousError, UserError
 from npp_ds.place import host_of_environment, place_of_environment
-from npp_ds.training.launch import Processes, join_processes, leave_processes
+from npp_ds.training.launch import RENDEZVOUS_TIMEOUT, Processes, join_processes, leave_processes
 
-JOIN_SECONDS = 180  # imports from a busy shared file system may take one node so much longer than another
+CONNECT_SECONDS = RENDEZVOUS_TIMEOUT.total_seconds() + PATIENCE_SECONDS  # to meet, then to connect through NCCL
 STEP_PATIENCE_SECONDS = 900.0
-EXIT_CODES = {OK: 0, WARNING: 0, FAILURE: 2}
-NOT_MET = 1  # another start may do better
+ANOTHER_START, A_PERSON = 1, 2  # exit codes: which of them can mend what was found
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class Request:
 
 
 def examine(request: Request) -> int:
-    """Prints the findings on the first process and returns the exit code, the same on all: 0, or 2 for a failure.
+    """Prints the findings on the first process and returns the exit code, the same on all.
 
-    1 when the processes have not met, or lost each other.
+    0 when nothing stops the run; 2 when something in settings or data does, which only a person can mend; 1 when it is
+    a machine, or what processes do together: another start, perhaps on other nodes, may do better.
 
     Raises UserError for a request that names no run and asks for one.
     """
@@ -57,20 +59,25 @@ def examine(request: Request) -> int:
     # A collective that nobody answers is then an exception here, and not the end of the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
-        processes = join_processes(timedelta(seconds=JOIN_SECONDS))
+        # One without its GPU would join through gloo, and the others would wait for it in NCCL.
+        if reason := machine.missing_gpu(place_of_environment().local_rank):
+            _report_alone(reason, request.as_json)
+            return ANOTHER_START
+        with _ending_after(CONNECT_SECONDS, request.as_json):
+            processes = join_processes(timedelta(seconds=PATIENCE_SECONDS))
     except UserError as error:
-        _report_alone(str(error), request.as_json)
-        return EXIT_CODES[FAILURE]
+        _report_alone(str(error), request.as_json, lasting=True)
+        return A_PERSON
     except RuntimeError as error:
-        _report_alone(_why_not_met(error), request.as_json)
-        return NOT_MET
+        _report_alone(_why_not_joined(error), request.as_json)
+        return ANOTHER_START
     seconds = time.perf_counter() - began
     try:
         examination = Examination(request, processes)
         code = examination.run(seconds)
     except RuntimeError as error:  # of the store: the first process has gone, and says why itself
         _report_alone(f"the first process does not answer ({error})", request.as_json)
-        return NOT_MET
+        return ANOTHER_START
     if examination.is_broken and processes.device.type == "cuda":
         os._exit(code)  # to leave a group whose collectives hang could hang too
     leave_processes()
@@ -89,18 +96,19 @@ class Examination:
         self.is_broken = False
 
     def run(self, seconds_to_meet: float) -> int:
-        has_failed = self._round([Check("processes", lambda _: self._met(seconds_to_meet)), *self._local_checks()])
-        for check, patience in self._checks_together(has_failed):
-            if has_failed:
-                self.rows.append(Row(check.name, NOT_RUN, "mend what has failed first"))
-            else:
-                has_failed = self.is_broken = self._round([check], patience)
-        result = FAILURE if has_failed else OK
+        met = Check("processes", lambda _: self._met(seconds_to_meet))
+        has_failed = self._round([met, *self._local_checks()], RENDEZVOUS_TIMEOUT.total_seconds())  # they import too
+        checks = [*together.CHECKS, *(together.CHECKS_OF_RUN if self.request.names_run else ())]
+        has_failed = self._one_by_one(checks, PATIENCE_SECONDS, has_failed)
+        if self.request.step and not has_failed:
+            stages = self.processes.on_first(lambda: self.context.schedule).stages
+            self._one_by_one(TrialSteps(self.context, stages).checks(), STEP_PATIENCE_SECONDS, has_failed)
+        code = 0
         if self.processes.is_first:
-            result = _print(self.rows, self.processes.world_size, len(set(self.nodes)), self.request.as_json)
-        self.exchange.tell(None)  # launchers kill all once one has ended badly: not before the findings are printed
+            code = _print(self.rows, self.processes.world_size, len(set(self.nodes)), self.request.as_json)
+        code = self.exchange.tell(code)  # launchers kill all once one has ended badly: not before it has printed
         self.exchange.part()
-        return EXIT_CODES[result]
+        return code
 
     def _met(self, seconds: float) -> Outcome:
         if self.processes.world_size == 1:
@@ -110,16 +118,17 @@ class Examination:
     def _local_checks(self) -> list[Check]:
         if not self.request.names_run:
             return list(machine.CHECKS)
-        config = Check("config", self._read_config)
+        config = Check("config", self._read_config, lasting=True)
         return [*machine.CHECKS, config, *(_if_read(check) for check in run.CHECKS)]
 
-    def _checks_together(self, has_failed: bool) -> list[tuple[Check, float]]:
-        checks = [*together.CHECKS, *(together.CHECKS_OF_RUN if self.request.names_run else ())]
-        timed = [(check, PATIENCE_SECONDS) for check in checks]
-        if self.request.step and not has_failed:
-            stages = self.processes.on_first(lambda: self.context.schedule).stages
-            timed += [(check, STEP_PATIENCE_SECONDS) for check in TrialSteps(self.context, stages).checks()]
-        return timed
+    def _one_by_one(self, checks: Sequence[Check[Context]], patience: float, has_failed: bool) -> bool:
+        """Makes checks that need all others to be well, as long as they are; whether one has failed so far."""
+        for check in checks:
+            if has_failed:
+                self.rows.append(Row(check.name, NOT_RUN, "mend what has failed first"))
+            else:
+                has_failed = self.is_broken = self._round([check], patience)
+        return has_failed
 
     def _read_config(self, context: Context) -> Outcome | None:
         request = self.request
@@ -147,11 +156,28 @@ class Examination:
 
 def _if_read(check: Check[Context]) -> Check[Context]:
     """The check, once the config could be read."""
-    return Check(check.name, lambda context: check.examine(context) if context.config else None, check.differing)
+    return replace(check, examine=lambda context: check.examine(context) if context.config else None)
 
 
-def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> str:
-    """The findings and the last line; returns the worst state."""
+@contextmanager
+def _ending_after(seconds: float, as_json: bool) -> Iterator[None]:
+    """Ends this process when what is done meanwhile takes so long: to wait for NCCL's connections has no time limit."""
+
+    def end() -> None:
+        _report_alone(f"not connected to all at {_address()} within {seconds:g} s; see NCCL_DEBUG=INFO", as_json)
+        os._exit(ANOTHER_START)
+
+    timer = Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> int:
+    """The findings and the last line; returns the exit code."""
     failures, warnings = ([row for row in rows if row.state == state] for state in (FAILURE, WARNING))
     result = FAILURE if failures else WARNING if warnings else OK
     if as_json:
@@ -164,36 +190,35 @@ def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> st
         count = f"{len(warnings)} warning{'s' * (len(warnings) > 1)}"
         verdict = f"{count}, nothing that stops a run" if warnings else "all well"
         print(f"{verdict}: {machine.counted(processes, nodes)}", flush=True)
-    return result
+    return 0 if not failures else A_PERSON if any(row.lasting for row in failures) else ANOTHER_START
 
 
 def _print_error(failures: Sequence[Row]) -> None:
-    first, more = failures[0], len(failures) - 1
+    """One line: of the first failure that decides the exit code."""
+    first, more = min(failures, key=lambda row: not row.lasting), len(failures) - 1
     others = f" (and {more} more failure{'s' * (more > 1)} above)" if more else ""
     sys.stdout.flush()
     text = f"error: host {first.node} (rank {first.rank}): {first.name}: {first.reason}{others}"
     print(text, file=sys.stderr, flush=True)
 
 
-def _report_alone(reason: str, as_json: bool) -> None:
+def _report_alone(reason: str, as_json: bool, lasting: bool = False) -> None:
     """What a process says that cannot ask the others."""
     place = place_of_environment()
-    row = Row("processes", FAILURE, reason, reason, host_of_environment(), place.rank)
+    row = Row("processes", FAILURE, reason, reason, host_of_environment(), place.rank, lasting)
     if place.rank == 0:
         _print([row], place.world_size, 1, as_json)
     else:
         _print_error([row])
 
 
-def _why_not_met(error: RuntimeError) -> str:
+def _why_not_joined(error: RuntimeError) -> str:
     text = " ".join(str(error).split())
     if "EADDRINUSE" in text:
         return f"{_address()}: the port is taken by another program; set MASTER_PORT to a free one"
-    count = place_of_environment().world_size
-    return (
-        f"{count} processes have not met at {_address()} within {JOIN_SECONDS} s ({text[:300]}); see that all were "
-        "started, and that this address and port can be reached from every node"
-    )
+    if isinstance(error, RendezvousError):
+        return f"{text}; see that all were started, and that this address and port can be reached from every node"
+    return f"met at {_address()}, but not connected: {type(error).__name__}: {text[:300]}"
 
 
 def _address() -> str:

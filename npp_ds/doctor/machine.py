@@ -2,8 +2,6 @@
 
 import os
 import platform
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -11,47 +9,46 @@ import torch
 from npp_ds import __version__
 from npp_ds.doctor.context import Context, gigabytes
 from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
+from npp_ds.place import is_srun_task
 from npp_ds.training.deepspeed_import import import_deepspeed
 
 DRIVER = Path("/sys/module/nvidia/version")
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # set by torchrun and accelerate, and by the deepspeed launcher
 BUSY_BYTES = 3e9  # more than what a process's own CUDA context takes
 
 
-def software(context: Context) -> Outcome:
+def software(context: Context) -> Outcome | None:
+    """On one process of each node; nothing that training uses has to be compiled, so no compiler is asked for."""
+    if not context.is_first_of_node:
+        return None
+    try:
+        deepspeed = import_deepspeed()
+    except Exception as error:  # whatever a broken installation raises
+        reason = f"deepspeed cannot be imported: {type(error).__name__}: {error}"
+        return Outcome(f"{reason}; mend its installation in this environment (pip install deepspeed)", FAILURE)
     found = [f"npp_ds {__version__}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if torch.version.cuda:
         found.append(f"CUDA {torch.version.cuda}")
     if context.has_gpu:
         found.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
-    try:
-        found.append(f"deepspeed {version('deepspeed')}")
-    except PackageNotFoundError:
-        return Outcome("deepspeed is not installed; run `pip install deepspeed` in this environment", FAILURE)
-    text = ", ".join(found)
+    text = ", ".join([*found, f"deepspeed {deepspeed.__version__}"])
     return Outcome(text, alike=text)
 
 
-def deepspeed_imports(context: Context) -> Outcome | None:
-    """On one process of each node; nothing that training uses has to be compiled, so no compiler is asked for."""
-    if not context.is_first_of_node:
+def missing_gpu(local_rank: int) -> str | None:
+    """What is wrong when SLURM has given this process a GPU of its node and torch does not see it."""
+    given, visible = _number("SLURM_GPUS_ON_NODE") or 0, torch.cuda.device_count()
+    if local_rank >= given or local_rank < visible or visible == 1:  # one each: srun --gpus-per-task
         return None
-    began = time.perf_counter()
-    try:
-        import_deepspeed()
-    except Exception as error:  # whatever a broken installation raises
-        reason = f"{type(error).__name__}: {error}; mend the installation of deepspeed in this environment"
-        return Outcome(f"cannot be imported: {reason}", FAILURE)
-    seconds = time.perf_counter() - began
-    return Outcome(f"imports in {seconds:.1f} s", margin=-seconds)
+    return (
+        f"SLURM gave {given} GPUs and torch sees {visible} (torch for CUDA {torch.version.cuda}, driver {_driver()}); "
+        "install a torch that fits the driver, and see nvidia-smi and CUDA_VISIBLE_DEVICES on this node"
+    )
 
 
 def gpu(context: Context) -> Outcome:
-    given = _number("SLURM_GPUS_ON_NODE")
-    driver = DRIVER.read_text().strip() if DRIVER.is_file() else None
+    driver = _driver()
     if not context.has_gpu:
-        if given:
-            text = f"SLURM gave {given} GPUs and torch sees none (torch for CUDA {torch.version.cuda}, driver {driver})"
-            return Outcome(f"{text}; install a torch that fits the driver, and see CUDA_VISIBLE_DEVICES", FAILURE)
         if driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
             text = f"driver {driver} is loaded and torch (for CUDA {torch.version.cuda}) sees no GPU"
             return Outcome(f"{text}: training would run on the CPU; install a torch that fits the driver", WARNING)
@@ -59,7 +56,7 @@ def gpu(context: Context) -> Outcome:
     name, visible = torch.cuda.get_device_name(context.processes.device), torch.cuda.device_count()
     model = f"{name}, driver {driver}"
     processes = context.nodes.count(context.node)
-    there = max(visible, given or 0)
+    there = max(visible, _number("SLURM_GPUS_ON_NODE") or 0)
     if processes < there:
         text = f"{model}: {there} GPUs and {processes} processes on this node; start one process per GPU"
         return Outcome(text, WARNING, alike=model)
@@ -78,25 +75,21 @@ def gpu_memory(context: Context) -> Outcome | None:
 
 
 def world_size(context: Context) -> Outcome:
-    """Against what SLURM has started; under torchrun a task is not a process, so only nodes are compared."""
+    """Against what srun has started; a launcher in one of its tasks starts as many processes as it was told."""
     world, nodes = context.processes.world_size, len(set(context.nodes))
     found = counted(world, nodes)
-    if "SLURM_JOB_ID" not in os.environ:
-        return Outcome(f"{found}, not under SLURM")
-    tasks = _number("SLURM_STEP_NUM_TASKS") or _number("SLURM_NTASKS")
-    tasks = None if "TORCHELASTIC_RUN_ID" in os.environ else tasks
-    expected_nodes = _number("SLURM_STEP_NUM_NODES") or _number("SLURM_JOB_NUM_NODES")
+    if not is_srun_task() or any(name in os.environ for name in LAUNCHERS):
+        return Outcome(f"{found}, not started by srun")
     wrong = []
-    if tasks not in (None, world):
+    if (tasks := _number("SLURM_STEP_NUM_TASKS")) != world:
         wrong.append(f"{tasks} tasks")
-    if expected_nodes not in (None, nodes):
+    if (expected_nodes := _number("SLURM_STEP_NUM_NODES")) not in (None, nodes):
         wrong.append(f"{expected_nodes} nodes")
     if not wrong:
-        return Outcome(f"{found}, as SLURM started them")
+        return Outcome(f"{found}, as srun started them")
     text = f"{found}, but SLURM says {' and '.join(wrong)}"
-    if "SLURM_STEP_NUM_TASKS" not in os.environ:  # which srun sets, and sbatch does not
-        return Outcome(f"{text}: not started by srun; put srun before the command", WARNING)
-    return Outcome(f"{text}; start one task per GPU with srun and set neither RANK nor WORLD_SIZE by hand", FAILURE)
+    advice = "start one task per GPU with srun and set neither RANK nor WORLD_SIZE by hand"
+    return Outcome(f"{text}; {advice}", FAILURE, lasting=True)
 
 
 def cores(context: Context) -> Outcome:
@@ -114,6 +107,10 @@ def counted(processes: int, nodes: int) -> str:
     return f"{processes} process{'es' * (processes != 1)} on {nodes} node{'s' * (nodes != 1)}"
 
 
+def _driver() -> str | None:
+    return DRIVER.read_text().strip() if DRIVER.is_file() else None
+
+
 def _number(name: str) -> int | None:
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else None
@@ -122,7 +119,6 @@ def _number(name: str) -> int | None:
 CHECKS = (
     Check("world size", world_size),
     Check("software", software),
-    Check("DeepSpeed", deepspeed_imports),
     Check("GPUs", gpu, differing=WARNING),
     Check("GPU memory", gpu_memory),
     Check("cores", cores),

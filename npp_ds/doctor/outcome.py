@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, TypeVar
 
 from npp_ds.errors import UserError
@@ -19,33 +19,42 @@ class Outcome:
     """`detail` says what was found and, where it is not `OK`, what to do.
 
     `alike` is what all processes must agree on. Where `margin` is given, the process with the least speaks for all
-    that are as well.
+    that are as well. `lasting`: another start would find the same, so a person must mend it first.
     """
 
     detail: str
     state: str = OK
+    lasting: bool = False
     alike: str | None = None
     margin: float | None = None
 
 
 @dataclass(frozen=True)
 class Check(Generic[Subject]):
-    """`examine` returns None where there is nothing to look at; `differing` is the state when `alike` is not alike."""
+    """`examine` returns None where there is nothing to look at; `differing` is the state when `alike` is not alike.
+
+    `lasting`: what it finds wrong is so of settings or data, not of a machine or of what happened on it.
+    """
 
     name: str
     examine: Callable[[Subject], Outcome | None]
     differing: str = FAILURE
+    lasting: bool = False
 
     def outcome(self, subject: Subject) -> Outcome | None:
-        """What `examine` returns; whatever it raises is a failure, so that no process waits for one that has gone."""
+        """What `examine` returns; whatever it raises is a failure, so that no process waits for one that has gone.
+
+        Only a UserError can be lasting: another exception (a lost connection, say) may have been the last of its kind.
+        """
         try:
-            return self.examine(subject)
+            found = self.examine(subject)
         except UserError as error:
-            return Outcome(str(error), FAILURE)
+            return Outcome(str(error), FAILURE, self.lasting or error.on_all_ranks)
         except OSError as error:
             return Outcome(f"{error.filename}: {error.strerror}", FAILURE)
         except Exception as error:
             return Outcome(f"{type(error).__name__}: {error}", FAILURE)
+        return replace(found, lasting=True) if self.lasting and found and found.state == FAILURE else found
 
 
 class Answer(NamedTuple):
@@ -66,16 +75,20 @@ class Row:
     reason: str = ""
     node: str = ""
     rank: int = 0
+    lasting: bool = False
 
 
 def merged(check: Check, answers: Sequence[Answer]) -> Row | None:
-    """The worst state decides; hosts are named where processes differ. None when no process had anything to say."""
+    """The worst state decides, and of failures a lasting one speaks; hosts are named where processes differ.
+
+    None when no process had anything to say.
+    """
     if not answers:
         return None
     worst = max((a.outcome.state for a in answers), key=_SEVERITY.index)
     if worst == OK and len({a.outcome.alike for a in answers}) > 1:
         return _row_of_unlike(check, answers)
-    of_worst = [a for a in answers if a.outcome.state == worst]
+    of_worst = sorted((a for a in answers if a.outcome.state == worst), key=lambda a: not a.outcome.lasting)
     speaker, detail = of_worst[0], _said_by_all(of_worst)
     if worst == OK and len(of_worst) > 1 and all(a.outcome.margin is not None for a in of_worst):
         speaker = min(of_worst, key=lambda a: a.outcome.margin)
@@ -84,7 +97,8 @@ def merged(check: Check, answers: Sequence[Answer]) -> Row | None:
             detail += f" (the worst, on {speaker.node})"
     elif worst == OK and len({a.outcome.detail for a in of_worst}) == 1:
         detail = _one_line(speaker.outcome.detail)
-    return Row(check.name, worst, detail, _one_line(speaker.outcome.detail), speaker.node, speaker.rank)
+    lasting = any(a.outcome.lasting for a in of_worst)
+    return Row(check.name, worst, detail, _one_line(speaker.outcome.detail), speaker.node, speaker.rank, lasting)
 
 
 def _row_of_unlike(check: Check, answers: Sequence[Answer]) -> Row:
@@ -97,7 +111,7 @@ def _row_of_unlike(check: Check, answers: Sequence[Answer]) -> Row:
     for answer in answers:
         groups.setdefault(str(answer.outcome.alike), []).append(answer.node)
     detail = f"not alike: {_listed([f'{_nodes(nodes)}: {value}' for value, nodes in groups.items()])}"
-    return Row(check.name, check.differing, _one_line(detail), _one_line(reason), odd.node, odd.rank)
+    return Row(check.name, check.differing, _one_line(detail), _one_line(reason), odd.node, odd.rank, check.lasting)
 
 
 def _said_by_all(answers: Sequence[Answer]) -> str:

@@ -168,9 +168,8 @@ def _shards_are_known(context: Context) -> bool:
 
 
 CHECKS = (
-    Check("settings", settings),
-    Check("shards", shards),
+    Check("settings", settings, lasting=True),
+    Check("shards", shards, lasting=True),
     Check("staging", staging),
-    Check("checkpoints", checkpoint_room),
-    Check("attention", attention, differing=WARNING),
+    Check("checkpoints", checkpoint_room, lasting=True),
 )

@@ -75,8 +75,8 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | No
 def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
     """Joins the process group of this launch (NCCL on GPUs, gloo on CPUs), alone when no launcher started us.
 
-    `timeout` is for one exchange, and for meeting the others where it is shorter than RENDEZVOUS_TIMEOUT. Raises
-    UserError when there are more processes on the node than GPUs, RendezvousError when the others do not come.
+    `timeout` is for one exchange; to meet, each waits RENDEZVOUS_TIMEOUT. Raises UserError when there are more
+    processes on the node than GPUs, RendezvousError when the others do not come.
     """
     if lacks_srun():
         raise UserError(
@@ -95,7 +95,7 @@ def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
     if not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if cuda else "gloo",
-            store=_meet(place, min(timeout, RENDEZVOUS_TIMEOUT), timeout),
+            store=_meet(place, RENDEZVOUS_TIMEOUT, timeout),
             rank=place.rank,
             world_size=place.world_size,
             timeout=timeout,
