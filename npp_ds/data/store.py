@@ -100,12 +100,15 @@ def find_staged(manifest: Manifest, cache_dir: str | Path | None = None) -> Code
 
 
 def place_to_stage(shard_dir: str | Path, manifest: Manifest, cache_dir: str | Path | None = None) -> tuple[Path, int]:
-    """The folder in which `stage` would unpack the set now, and the bytes that it would write there; writes nothing.
+    """The folder in which `stage` would unpack the set now, and the bytes that it would still write there.
+
+    Those of an interrupted download are there already. Writes nothing.
 
     UserError when there is no room.
     """
-    needed = _bytes_needed(manifest, _source(here(shard_dir)))
-    return _choose_root(_roots(cache_dir), manifest.fingerprint(), needed), needed
+    needed, name = _bytes_needed(manifest, _source(here(shard_dir))), manifest.fingerprint()
+    root = _choose_root(_roots(cache_dir), name, needed)
+    return root, needed - _fetched_bytes(root, name)
 
 
 def manifest_at_hand(shard_dir: str | Path, cache_dir: str | Path | None = None) -> Manifest | None:
@@ -201,8 +204,11 @@ def _choose_root(roots: list[Path], name: str, needed: int) -> Path:
 
 def _room(root: Path, name: str) -> int:
     """Bytes that the set may take under `root`: what is free, and what an interrupted download of it takes already."""
-    fetched = sum(path.stat().st_size for path in _download(root / name).glob("*"))
-    return shutil.disk_usage(nearest_folder(root)).free + fetched
+    return shutil.disk_usage(nearest_folder(root)).free + _fetched_bytes(root, name)
+
+
+def _fetched_bytes(root: Path, name: str) -> int:
+    return sum(path.stat().st_size for path in _download(root / name).glob("*"))
 
 
 def _download(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Checks of the run that is to start, each by one process for itself: settings, shards, room on disks, kernel."""
+"""Checks of the run that is to start, each by one process for itself: settings, shards, room on disks."""
 
 import os
 import shutil
@@ -14,7 +14,6 @@ from npp_ds.doctor.context import Context, gigabytes
 from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
 from npp_ds.errors import UserError
 from npp_ds.files import nearest_folder
-from npp_ds.model.attention import check_attention, flash_attn_importable
 from npp_ds.schedule import Schedule
 from npp_ds.training.partitions import MOMENTS
 from npp_ds.training.run_folder import check_settings
@@ -38,18 +37,6 @@ def settings(context: Context) -> Outcome | None:
         for s in context.schedule.stages
     )
     return Outcome(f"{config.name}: {stages}")
-
-
-def attention(context: Context) -> Outcome | None:
-    if not context.is_first_of_node:
-        return None
-    choice = context.config.model.attention
-    check_attention(choice)
-    if choice == "flash_attn" and not context.has_gpu:
-        return Outcome("flash_attn was asked for and there is no GPU; set model.attention to auto or sdpa", FAILURE)
-    kernel = "flash-attn" if choice != "sdpa" and context.has_gpu and flash_attn_importable() else "SDPA"
-    text = kernel if choice != "auto" else f"{kernel} (auto)"
-    return Outcome(text, alike=text)
 
 
 def shards(context: Context) -> Outcome | None:
@@ -121,21 +108,26 @@ def staging(context: Context) -> Outcome | None:
 
 
 def checkpoint_room(context: Context) -> Outcome | None:
-    """A failure when the checkpoints of the first stage have no room, a warning when only the later ones have none."""
+    """A failure when a fresh run has no room for one checkpoint, a warning when one will have none later.
+
+    A run that has checkpoints can live without the next one, and one that has saved its last step needs none.
+    """
     if not context.is_first or not _shards_are_known(context):
         return None
     if problems_of(context.config, context.processes.world_size):  # told by `settings`
         return None
     config, folder = context.config, context.config.directory
-    size, have = checkpoint_bytes(config), len(saved_steps(folder / "checkpoints"))
-    first, most = most_checkpoints(context.schedule, config.checkpoint)
+    saved = saved_steps(folder / "checkpoints")
+    if context.schedule.total_steps in saved:
+        return None
+    size, most = checkpoint_bytes(config), most_checkpoints(context.schedule, config.checkpoint)
     free = shutil.disk_usage(nearest_folder(folder)).free
-    text = f"{gigabytes(size)} each, {most} at most, {have} there; {gigabytes(free)} free in {folder}"
-    advice = "; free some, lower checkpoint.keep_last, or set run_dir to a larger disk"
-    if free < max(first - have, 1) * size:
-        return Outcome(text + advice, FAILURE)
-    if free < (most - have) * size:
-        return Outcome(f"{text}: too little for the whole run{advice}", WARNING)
+    text = f"{gigabytes(size)} each, {most} at most, {len(saved)} there; {gigabytes(free)} free in {folder}"
+    advice = "free some, lower checkpoint.keep_last, or set run_dir to a larger disk"
+    if free < size and not saved:
+        return Outcome(f"{text}; {advice}", FAILURE)
+    if free < max(most - len(saved), 1) * size:
+        return Outcome(f"{text}: too little for the whole run; {advice}", WARNING)
     return Outcome(text)
 
 
@@ -144,17 +136,12 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return config.model.parameters() * 4 * (1 + len(MOMENTS) + bool(config.optimizer.ema_decay))
 
 
-def most_checkpoints(schedule: Schedule, checkpoint: CheckpointSection) -> tuple[int, int]:
-    """How many are on disk at most in the first stage and in the whole run, one in the making included."""
-    ends = {stage.end_step for stage in schedule.stages}
-    counts = []
-    for last in (schedule.stages[0].end_step, schedule.total_steps):
-        due = range(checkpoint.every, last + 1, checkpoint.every) if checkpoint.every else ()
-        saves = sorted({*due, *(end for end in ends if end <= last)})
-        kept = {step for step in saves if checkpoint.keep_every and step % checkpoint.keep_every == 0}
-        kept |= {*saves[-checkpoint.keep_last :], *ends.intersection(saves)}
-        counts.append(min(len(kept) + 1, len(saves)))
-    return counts[0], counts[1]
+def most_checkpoints(schedule: Schedule, checkpoint: CheckpointSection) -> int:
+    """On disk at once at most: the newest, those of stages' ends and multiples that stay, and one in the making."""
+    stages, steps = len(schedule.stages), schedule.total_steps
+    multiples = steps // checkpoint.keep_every if checkpoint.keep_every else 0
+    saves = stages + (steps // checkpoint.every if checkpoint.every else 0)
+    return min(checkpoint.keep_last + stages + multiples + 1, saves)
 
 
 def _shards_are_known(context: Context) -> bool:

@@ -1,4 +1,4 @@
-"""Checks that all processes make together, once each of them is well: sums, speed, clocks, one run folder."""
+"""Checks that all processes make together, once each of them is well: sums, speed, one run folder."""
 
 import secrets
 import shutil
@@ -18,7 +18,6 @@ from npp_ds.training.run_folder import check_shared
 
 GPU_MESSAGE_BYTES, CPU_MESSAGE_BYTES = 64 << 20, 4 << 20
 SLOW_BYTES_PER_SECOND = 2e9  # between nodes with GPUs: what a single Ethernet link of 25 Gb/s would reach
-CLOCK_SECONDS = 10.0
 SHARED_PATIENCE_SECONDS = 20.0
 
 
@@ -55,18 +54,6 @@ def speed(context: Context) -> Outcome | None:
         advice = "see with NCCL_DEBUG=INFO which network it takes; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose one"
         return Outcome(f"{text}: slow between nodes; {advice}", WARNING)
     return Outcome(text, margin=rate)
-
-
-def clocks(context: Context) -> Outcome | None:
-    """Nothing in a run depends on them, but its logs are read by them."""
-    if len(set(context.nodes)) == 1:
-        return None
-    dist.barrier()
-    times = context.processes.gather(time.time())
-    ahead = times[context.processes.rank] - min(times)
-    if ahead > CLOCK_SECONDS:
-        return Outcome(f"{ahead:.0f} s ahead of the slowest clock; let chrony or ntp set it", WARNING)
-    return Outcome(f"within {max(times) - min(times):.1f} s of each other", margin=-ahead)
 
 
 def run_folder(context: Context) -> Outcome | None:
@@ -124,5 +111,5 @@ def _seconds_of(context: Context, action: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-CHECKS = (Check("all-reduce", all_reduce), Check("speed", speed), Check("clocks", clocks))
+CHECKS = (Check("all-reduce", all_reduce), Check("speed", speed))
 CHECKS_OF_RUN = (Check("run folder", run_folder),)
