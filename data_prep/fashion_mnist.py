@@ -17,7 +17,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from npp_ds.errors import UserError, exit_code_of
+from npp_ds.errors import UserError
+from npp_ds.exits import exit_code_of
 from npp_ds.files import write_atomic, write_text_atomic
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")

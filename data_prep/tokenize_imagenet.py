@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from npp_ds.errors import UserError, exit_code_of
+from npp_ds.errors import UserError
+from npp_ds.exits import exit_code_of
 from npp_ds.place import choose_device, place_of_environment
 
 MOST_WORKERS = 16

@@ -1,22 +1,21 @@
-"""The command line `npp`: thin calls into the rooms, and one place that turns errors into a line and an exit code.
+"""The command line `npp`: thin calls into the rooms.
 
 Exit codes: 0 done; 2 something to mend (the text says what); 3 the loss or the gradients left the finite numbers;
 4 a process stalled (stacks in stalled.txt); 75 a signal came and a checkpoint was made: the same command goes on.
 """
 
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npp_ds.errors import RendezvousError, UserError
-from npp_ds.place import Place, host_of_environment, place_of_environment
+from npp_ds.errors import UserError
+from npp_ds.exits import exit_code_of, tell
+from npp_ds.place import Place, place_of_environment
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 
 if TYPE_CHECKING:
@@ -45,32 +44,8 @@ GridSize = Annotated[
 
 
 def main() -> None:
-    """Runs the command line and exits. Among several processes errors begin with the rank and host they are of."""
-    place, who = Place(), ""
-    try:
-        place = place_of_environment()
-        if place.world_size > 1:
-            who = f"rank {place.rank}, host {host_of_environment()}"
-        app()
-    except UserError as error:
-        if place.rank == 0 or not error.on_all_ranks:
-            _tell(f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}")
-        sys.exit(2)
-    except RendezvousError as error:
-        _tell(f"error: {error}")
-        sys.exit(1)
-    except Exception:
-        if not who:
-            raise
-        _tell("".join(f"[{who}] {line}" for line in traceback.format_exc().splitlines(keepends=True)).rstrip())
-        sys.exit(1)
-
-
-def _tell(text: str) -> None:
-    """Standard error takes it in one piece, so that what several processes tell is not mixed."""
-    sys.stderr.flush()
-    with suppress(OSError):
-        os.write(2, f"{text}\n".encode())
+    """Runs the command line and exits."""
+    sys.exit(exit_code_of(app))
 
 
 def _warn(text: str | None) -> None:
@@ -121,7 +96,7 @@ def _train(
         train_run(run, from_step, stop)
     except NonFiniteError as error:
         if place_of_environment().rank == 0:
-            _tell(f"error: {error}; stopped before the weights changed")
+            tell(f"error: {error}; stopped before the weights changed")
         sys.exit(3)
 
 

@@ -3,9 +3,6 @@
 UserError means "a person can fix this" (exit code 2), RendezvousError "try again" (1).
 """
 
-import sys
-from collections.abc import Callable
-
 
 class UserError(ValueError):
     """Wrong input: the text names the file or key, what was found, what was expected and what to do.
@@ -20,13 +17,3 @@ class UserError(ValueError):
 
 class RendezvousError(RuntimeError):
     """The processes of a launch did not meet; the text says who waited where. Another start may do better."""
-
-
-def exit_code_of(action: Callable[[], object]) -> int:
-    """0 after `action()`, or 2 with the text of its UserError on standard error: the end of a script's `main`."""
-    try:
-        action()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from npp_ds.place import Place, place_of_environment, rendezvous_port, variables
 from npp_ds.training import launch
 from workers import free_port
 
+ROOT = Path(__file__).parent.parent
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16", "SLURM_NODEID": "0"}
 TASK = {
     **BATCH, "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NODEID": "1", "SLURM_STEP_ID": "2",
@@ -156,3 +158,12 @@ cli.main()"""
     assert done.returncode == code
     assert done.stderr.endswith(said) if "broken" in error else done.stderr == said
     assert all(line.startswith("[rank 1, host n2] ") for line in done.stderr.splitlines()) or "broken" not in error
+
+
+def test_a_script_of_several_processes_tells_its_errors_as_npp_does(tmp_path):
+    command = [sys.executable, ROOT / "data_prep/tokenize_imagenet.py", "--images", tmp_path / "nowhere"]
+    command += ["--out", tmp_path / "codes", "--tokenizer", "fashion_mnist", "--device", "cpu"]
+    environment = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURMD_NODENAME": "n2"}
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error (rank 1, host n2): ") and f"{tmp_path}/nowhere" in done.stderr
