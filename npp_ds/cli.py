@@ -275,6 +275,9 @@ def evaluate(
     make_reference: Annotated[
         Path | None, typer.Option(help="write the reference's statistics to this .npz, and evaluate nothing")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="say whether reference and extractor fit the run, and evaluate nothing")
+    ] = False,
     sweep: Annotated[
         str | None,
         typer.Option(help="cfg=1.5,1.75,2.0, checkpoint=1000,2000 or checkpoint=all: sample, evaluate"),
@@ -302,6 +305,8 @@ def evaluate(
         return
     if make_reference is not None:
         _make_reference(make_reference, reference, extractor, inception_weights, image_size)
+    elif check:
+        _check_reference(source, reference, extractor, inception_weights, image_size)
     elif sweep is not None:
         if source is None:
             raise UserError("sweep: found no weights to sample; give a run folder")
@@ -328,6 +333,19 @@ def _make_reference(
     with _progress("reference") as progress:
         made = make_reference(out, images, network, image_size, progress)
     print(f"{out}: statistics of {made.source.num_images} images by {network.name}")
+
+
+def _check_reference(
+    source: Path | None, reference: str, extractor: str, inception_weights: Path | None, image_size: int | None
+) -> None:
+    from npp_ds.evaluation.evaluate import open_extractor
+    from npp_ds.evaluation.reference import check_reference
+    from npp_ds.weights.source import open_weights
+
+    trained_on = open_weights(source).tokenizer if source else None
+    network = open_extractor(extractor, reference, trained_on.name if trained_on else None, inception_weights)
+    check_reference(reference, network, image_size)
+    print(f"{reference}: fit to compare with, by {network.name}")
 
 
 def _evaluate(

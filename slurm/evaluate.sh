@@ -26,7 +26,12 @@ need REFERENCE "what the samples are compared with"
 run=$1
 shift
 [[ -d $run ]] || run=$RUNS_DIR/$run
-samples=$run/samples/job-$SLURM_JOB_ID
+for option; do
+  [[ $option != --out* ]] || fail "$option: the same line is to find the same folder again, which has a name of its own"
+done
+# The same line goes on with what an earlier job has left: a checkpoint and its settings have one folder.
+samples="$(newest_checkpoint "$run")${*:+ $*}"
+samples=$run/samples/${samples//[^[:alnum:]._=-]/_}
 
 files() {
   find "$samples" -type f 2>/dev/null | wc -l
@@ -35,9 +40,14 @@ files() {
 begin files
 run_step "$PYTHON" -m npp_ds doctor
 ((code == 0)) || finish
+one_task=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
+step_options=("${one_task[@]}")
+run_step "$PYTHON" -m npp_ds evaluate "$run" --reference "$REFERENCE" --check
+((code == 0)) || finish
+step_options=()
 run_step "$PYTHON" -m npp_ds sample "$run" --per-class 50 --out "$samples" "$@"
 ((code == 0)) || finish
 say "sampled into $samples"
-step_options=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
+step_options=("${one_task[@]}")
 run_step "$PYTHON" -m npp_ds evaluate "$run" --samples "$samples" --reference "$REFERENCE"
 finish

@@ -22,7 +22,7 @@ from npp_ds.evaluation.classifier import ClassifierExtractor
 from npp_ds.evaluation.evaluate import describe, evaluate_images, open_extractor, write_result
 from npp_ds.evaluation.features import Features, load_extractor, measure
 from npp_ds.evaluation.images import open_images, shard_paths
-from npp_ds.evaluation.reference import load_reference, make_reference, recorded_extractor
+from npp_ds.evaluation.reference import check_reference, load_reference, make_reference, recorded_extractor
 from npp_ds.sampling.folder import write_pngs, write_samples
 from npp_ds.tokenizer.sources import load_images, open_source
 from shard_sets import files_limited_to
@@ -239,6 +239,19 @@ def test_references_that_do_not_fit_are_refused(images, shards, tmp_path):
         make_reference(tmp_path / "out.json", shards, extractor)
     with pytest.raises(UserError, match="'vgg', expected inception or fashion_mnist"):
         load_extractor("vgg")
+
+
+def test_a_reference_is_checked_without_being_measured(shards, tmp_path, monkeypatch):
+    extractor = Projection()
+    make_reference(tmp_path / "made.npz", shards, extractor)
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    monkeypatch.setattr("npp_ds.evaluation.reference.measure", None)
+    check_reference(shards, extractor)
+    check_reference(tmp_path / "made.npz", extractor)
+    with pytest.raises(UserError, match=r"adm\.npz: statistics of the extractor inception, but projection is asked"):
+        check_reference(tmp_path / "adm.npz", extractor)
+    with pytest.raises(UserError, match="nowhere"):
+        check_reference(tmp_path / "nowhere", extractor)
 
 
 def test_whatever_keeps_numbers_from_being_compared_is_said_once(images, tmp_path):

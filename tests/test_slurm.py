@@ -276,11 +276,19 @@ def test_images_become_shards_a_run_and_a_score_on_two_nodes(slurm, tmp_path):
         "model.vocab_size=512", "model.grid_size=8", "model.num_classes=10", "schedule.batch_size=16",
         "schedule.epochs=2", "schedule.warmup_epochs=0", "data.tokenizer=fashion_mnist",
     )  # fmt: skip
-    log = ends_well("slurm/evaluate.sh", "b_256", "--per-class", "2", "--part-size", "4")
+    scoring = ("slurm/evaluate.sh", "b_256", "--per-class", "2", "--part-size", "4")
+    wrong = {name: str(place) for name, place in places.items()} | {"REFERENCE": str(tmp_path / "none.npz")}
+    job = slurm.submit(*TINY_JOB, f"--output={tmp_path}/wrong.log", *scoring, **wrong)
+    assert job.wait_for_end() == "FAILED" and job.shown()["ExitCode"] == "2:0"
+    assert f"{tmp_path}/none.npz: no readable .npz file" in job.log()
+    assert not (runs / "b_256/samples").exists()
+    log = ends_well(*scoring)
     (samples,) = (runs / "b_256/samples").iterdir()
+    assert samples.name == "step-00000012_--per-class_2_--part-size_4"
     assert json.loads((samples / "samples.json").read_text())["count"] == 20
     assert np.load(samples / "samples.npz")["arr_0"].shape == (20, 32, 32, 3)
     assert "20 samples" in log
+    assert "nothing was left to do" in ends_well(*scoring) and len(list((runs / "b_256/samples").iterdir())) == 1
 
 
 def contents(folder: Path) -> dict[str, bytes]:

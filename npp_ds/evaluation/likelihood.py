@@ -18,8 +18,8 @@ from npp_ds.data.loader import EvalLoader
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import stage
 from npp_ds.errors import UserError
-from npp_ds.sampling.job import git_commit
 from npp_ds.sampling.sampler import DTYPES, build_model
+from npp_ds.source_version import git_commit
 from npp_ds.weights.source import Weights
 
 LOGIT_BYTES = 256 << 20

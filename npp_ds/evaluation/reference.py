@@ -86,6 +86,14 @@ def load_reference(
     return _from_statistics(Path(path), extractor, progress, with_features)
 
 
+def check_reference(path: str | Path, extractor: Extractor, image_size: int | None = None) -> None:
+    """Raises the UserError that `load_reference` would, in seconds: of images no more than the first is read."""
+    if recorded_extractor(path) is None:
+        next(open_images(path, image_size).batches(1))
+    else:
+        load_reference(path, extractor, with_features=False)
+
+
 def make_reference(
     out: str | Path,
     source: str | Path,

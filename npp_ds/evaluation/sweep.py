@@ -15,7 +15,7 @@ from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.reference import Reference
 from npp_ds.evaluation.targets import try_target, writing
 from npp_ds.files import write_atomic, write_json_atomic, write_text_atomic
-from npp_ds.place import Place, choose_device
+from npp_ds.place import Place, choose_device, choose_dtype
 from npp_ds.sampling.job import Sampling
 from npp_ds.sampling.request import Request, companions, default_folder, image_count
 from npp_ds.sampling.sampler import Options
@@ -119,7 +119,7 @@ def _complete_steps(source: str | Path) -> list[int]:
 
 
 def _request(weights: Weights, value: float, name: str, settings: Settings, device: str) -> Request:
-    side, dtype = settings.patch_side or weights.patch_side or 1, settings.dtype
+    side = settings.patch_side or weights.patch_side or 1
     options = replace(settings.options, patch_side=side)
     classes = range(weights.model.num_classes)
     return Request(
@@ -128,7 +128,7 @@ def _request(weights: Weights, value: float, name: str, settings: Settings, devi
         labels=settings.labels,
         image_size=settings.image_size,
         options=replace(options, cfg_scale=value) if name == CFG else options,
-        dtype=("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype,
+        dtype=choose_dtype(settings.dtype, device),
     )
 
 
