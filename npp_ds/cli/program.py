@@ -1,0 +1,47 @@
+"""The command line `npp`: thin calls into the rooms.
+
+Exit codes: 0 done; 2 something to mend (the text says what); 3 the loss or the gradients left the finite numbers;
+4 a process stalled (stacks in stalled.txt); 75 a signal came and a checkpoint was made: the same command goes on.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from npp_ds.cli import images, runs, shards, weights
+from npp_ds.exits import exit_code_of
+
+app = typer.Typer(
+    name="npp",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    runs.train,
+    runs.doctor,
+    runs.plan,
+    runs.report,
+    images.sample,
+    images.evaluate,
+    images.likelihood,
+    weights.export,
+):
+    app.command()(command)
+app.command("import")(weights.import_)
+app.add_typer(shards.shards, name="shards")
+
+
+@app.callback()
+def _group(
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True)
+    ] = None,  # the deepspeed launcher adds it
+) -> None:
+    """Trains class-conditional autoregressive image models with Next Patch Prediction."""
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    sys.exit(exit_code_of(app))
