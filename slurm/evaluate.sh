@@ -40,14 +40,15 @@ files() {
 begin files
 run_step "$PYTHON" -m npp_ds doctor
 ((code == 0)) || finish
+against=(--reference "$REFERENCE" ${INCEPTION_WEIGHTS:+--inception-weights "$INCEPTION_WEIGHTS"})
 one_task=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
 step_options=("${one_task[@]}")
-run_step "$PYTHON" -m npp_ds evaluate "$run" --reference "$REFERENCE" --check
+run_step "$PYTHON" -m npp_ds evaluate "$run" "${against[@]}" --check
 ((code == 0)) || finish
 step_options=()
 run_step "$PYTHON" -m npp_ds sample "$run" --per-class 50 --out "$samples" "$@"
 ((code == 0)) || finish
 say "sampled into $samples"
 step_options=("${one_task[@]}")
-run_step "$PYTHON" -m npp_ds evaluate "$run" --samples "$samples" --reference "$REFERENCE"
+run_step "$PYTHON" -m npp_ds evaluate "$run" --samples "$samples" "${against[@]}"
 finish
