@@ -151,8 +151,8 @@ class Activations:
 def activations(config: RunConfig, rows: int, device: str, keeps_casts: bool = True) -> Activations:
     """What the blocks and the norm behind them keep of `rows` positions.
 
-    Under autocast a bf16 copy of a matrix lives to the end of the forward pass, and longer where the graph needs it;
-    not so under ZeRO-3, whose own linear layer (memory_efficient_linear) casts again.
+    Under autocast a bf16 copy of a matrix lives to the end of the forward pass, and longer where the graph needs it.
+    Measured under ZeRO-3 it does not, presumably because DeepSpeed's own linear layer casts again.
     """
     model = config.model
     stored, computed = _widths(config.precision)
