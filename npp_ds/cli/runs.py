@@ -1,5 +1,6 @@
 """Commands about a run: train, doctor, plan, report."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,12 @@ def doctor(
     """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do."""
     from npp_ds.doctor.examination import Request, examine
 
-    sys.exit(examine(Request(recipe, config, tuple(overrides or ()), step, as_json)))
+    code = examine(Request(recipe, config, tuple(overrides or ()), step, as_json))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is said. To leave a group whose collectives hang could hang, and an orderly end now and then aborts in native
+    # code (torch 2.15, gloo, seen under srun): with a code that would send a healthy job back to the queue.
+    os._exit(code)
 
 
 def plan(

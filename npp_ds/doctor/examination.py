@@ -23,7 +23,7 @@ from npp_ds.doctor.table import print_json, print_rows
 from npp_ds.doctor.trial_steps import TrialSteps
 from npp_ds.errors import RendezvousError, UserError
 from npp_ds.place import host_of_environment, place_of_environment
-from npp_ds.training.launch import RENDEZVOUS_TIMEOUT, Processes, join_processes, leave_processes
+from npp_ds.training.launch import RENDEZVOUS_TIMEOUT, Processes, join_processes
 
 CONNECT_SECONDS = RENDEZVOUS_TIMEOUT.total_seconds() + PATIENCE_SECONDS  # to meet, then to connect through NCCL
 STEP_PATIENCE_SECONDS = 900.0
@@ -46,7 +46,7 @@ class Request:
 
 
 def examine(request: Request) -> int:
-    """Prints the findings on the first process and returns the exit code, the same on all.
+    """Prints the findings on the first process and returns the exit code, the same on all; the group stays joined.
 
     0 when nothing stops the run; 2 when something in settings or data does, which only a person can mend; 1 when it is
     a machine, or what processes do together: another start, perhaps on other nodes, may do better.
@@ -73,19 +73,14 @@ def examine(request: Request) -> int:
         return ANOTHER_START
     seconds = time.perf_counter() - began
     try:
-        examination = Examination(request, processes)
-        code = examination.run(seconds)
+        return Examination(request, processes).run(seconds)
     except RuntimeError as error:  # of the store: the first process has gone, and says why itself
         _report_alone(f"the first process does not answer ({error})", request.as_json)
         return ANOTHER_START
-    if examination.is_broken and processes.device.type == "cuda":
-        os._exit(code)  # to leave a group whose collectives hang could hang too
-    leave_processes()
-    return code
 
 
 class Examination:
-    """One process's part; `is_broken` is set when a check that all make together has failed."""
+    """One process's part."""
 
     def __init__(self, request: Request, processes: Processes):
         self.request, self.processes = request, processes
@@ -93,7 +88,6 @@ class Examination:
         self.nodes: list[str] = self.exchange.tell(self.exchange.collect(host_of_environment()))
         self.context = Context(processes, self.nodes)
         self.rows: list[Row] = []
-        self.is_broken = False
 
     def run(self, seconds_to_meet: float) -> int:
         met = Check("processes", lambda _: self._met(seconds_to_meet))
@@ -127,7 +121,7 @@ class Examination:
             if has_failed:
                 self.rows.append(Row(check.name, NOT_RUN, "mend what has failed first"))
             else:
-                has_failed = self.is_broken = self._round([check], patience)
+                has_failed = self._round([check], patience)
         return has_failed
 
     def _read_config(self, context: Context) -> Outcome | None:
