@@ -2,7 +2,6 @@
 and an exit code.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,6 +40,6 @@ def exit_code_of(action: Callable[[], object]) -> int:
 
 def tell(text: str) -> None:
     """Standard error takes it in one piece, so that what several processes tell is not mixed."""
-    sys.stderr.flush()
     with suppress(OSError):
-        os.write(2, f"{text}\n".encode())
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
