@@ -60,7 +60,7 @@ class TrialSteps:
         loss = result.loss.item()  # waits for the device
         seconds = (time.perf_counter() - began) * accumulated / len(batches)
         if not result.was_applied:
-            return Outcome(f"the loss is {loss}, the gradient norm {result.grad_norm}, expected finite ones", FAILURE)
+            return Outcome(f"the loss is {loss}, expected a finite one with finite gradients", FAILURE)
         most = "at most " if accumulated > len(batches) else ""
         at_a_time = f"{stage.micro_batch_size} images at a time"
         return self._fits(f"{most}{seconds:.2f} s for {stage.batch_size} images, {at_a_time}")

@@ -26,14 +26,14 @@ from npp_ds.weights.state_files import MASTER, SavedState
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: this rank's mean loss in nats per code (a scalar on the device) and the global gradient norm.
+    """What a step gave: this rank's mean loss in nats per code and the global gradient norm, scalars on the device.
 
     The norm is that before clipping; `was_applied` says whether the weights changed: they do not when the loss of any
     rank or the norm is no finite number.
     """
 
     loss: Tensor
-    grad_norm: float
+    grad_norm: Tensor
     was_applied: bool
 
 
@@ -100,8 +100,8 @@ class TrainingEngine:
         was_applied = self.engine.was_step_applied()
         if was_applied and self.ema:
             self.ema.update()
-        norm = float(self.engine.get_global_grad_norm()) if was_applied else math.nan
-        return StepResult(torch.stack(losses).mean(), norm, was_applied)
+        norm = self.engine.get_global_grad_norm() if was_applied else math.nan
+        return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm), was_applied)
 
     def state(self) -> dict[str, list[Tensor]]:
         """Everything that a checkpoint holds of this rank, kind by kind, shaped like the flat partitions."""

@@ -157,13 +157,15 @@ class Evaluation:
             self._judge = self.processes.on_all(load_judge, self.config, self._made_by, device)
             self._budget = Budget(self.settings.max_share, last)
 
+    def is_due(self, done: int) -> bool:
+        every = self.settings.every
+        return every > 0 and (done % every == 0 or done == self._last_step)
+
     def is_missing(self, done: int, told: set[tuple[str, int | None]]) -> bool:
         """Whether one was due after `done` steps and none of the events `told` (name, patch side) says what came of
         it.
         """
-        every = self.settings.every
-        is_due = every > 0 and (done % every == 0 or done == self._last_step)
-        return is_due and not {EVALUATION, PUT_OFF} & {event for event, _ in told}
+        return self.is_due(done) and not {EVALUATION, PUT_OFF} & {event for event, _ in told}
 
     def run(
         self,

@@ -91,12 +91,16 @@ class RunLog:
         shape = {k: v for k, v in asdict(stage).items() if k not in ("index", "start_step")}
         self.write("stage", stage.start_step, stage=stage.index, elapsed_seconds=self.clock.elapsed, **shape)
 
+    def is_due(self, stage: Stage, done: int) -> bool:
+        """Whether there is a line to write after `done` steps, in `stage`."""
+        return done in (1, stage.end_step) or done % self.config.logging.every == 0
+
     def step(self, stage: Stage, batch: StepBatch, result: StepResult, loss: float, waited: float) -> None:
         """A step that changed the weights; `loss` is all ranks' mean, `waited` the seconds spent on data so far."""
         done = batch.step + 1
         self._log_samples(stage, batch)
         self.clock.count(stage.batch_size)
-        if done != 1 and done != stage.end_step and done % self.config.logging.every:
+        if not self.is_due(stage, done):
             return
         line = {
             "stage": stage.index,
@@ -104,7 +108,7 @@ class RunLog:
             "epoch": batch.epoch,
             "loss": loss,
             "learning_rate": stage.learning_rate(batch.step),
-            "grad_norm": result.grad_norm,
+            "grad_norm": result.grad_norm.item(),
             "images_per_second": self.clock.rate(waited),
             "elapsed_seconds": self.clock.elapsed,
             "data_wait_share": self.clock.data_wait_share,

@@ -3,11 +3,8 @@
 import math
 from collections.abc import Set
 from contextlib import ExitStack, closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from npp_ds.config import RunConfig
 from npp_ds.data.loader import StepBatch
@@ -21,11 +18,11 @@ from npp_ds.training.engine import StepResult, TrainingEngine
 from npp_ds.training.evaluation import EVALUATION, Evaluation
 from npp_ds.training.launch import Processes, join_processes, leave_processes
 from npp_ds.training.lease import Lease
+from npp_ds.training.outcomes import Outcomes, Signals
 from npp_ds.training.preemption import Preempted, StopRequests
 from npp_ds.training.preflight import fitting_schedule, initial_weights
 from npp_ds.training.run_log import RunLog
 from npp_ds.training.saving import CheckpointSaver, SaveFailed
-from npp_ds.training.spikes import Spike, SpikeRule
 from npp_ds.training.stages import StageManager
 from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
@@ -120,6 +117,8 @@ class Trainer:
             beat=self.watchdog.beat,
         )
         self._resources.callback(self.saver.close)
+        actions = self._signals, self._end_without_folder, self._settle
+        self.outcomes = Outcomes(config, processes, self.log, *actions)
 
     def run(self) -> None:
         with self._resources:
@@ -150,7 +149,7 @@ class Trainer:
 
     def _train_from(self, first_step: int) -> int:
         """Trains to the last step, or to one that rolls back; returns the step to go on with."""
-        spikes = SpikeRule(self.config.watch.spike_window, self.config.watch.spike_threshold)
+        self.outcomes.forget()
         with closing(self.stages.batches(first_step)) as batches:
             for stage, batch in batches:
                 self.watchdog.beat()
@@ -159,47 +158,44 @@ class Trainer:
                 result = None
                 if batch.step not in self.excluded_steps:
                     result = self.engine.step(batch.step, batch.micro_batches, stage.learning_rate(batch.step))
-                loss, must_stop = self._agree(result)
                 if result and not result.was_applied:
+                    self.outcomes.read()
                     facts = self._answer_nonfinite(stage, batch, result)
                     if self.config.watch.on_nonfinite == "rollback":
                         return self._roll_back(batch.step, facts)
                     result = None
-                if result:
-                    self._check_loss(batch.step, loss)
-                    self.log.step(stage, batch, result, loss, self.stages.wait_seconds)
-                    if spike := spikes.observe(stage.index, loss):
-                        self._warn_of_spike(stage, batch, spike)
-                else:
-                    self.log.left_out(stage, batch)
-                with self.log.clock.paused():
-                    self._after_step(stage, batch.step + 1, must_stop)
+                self.outcomes.begin(stage, batch, result, self.stages.wait_seconds)
+                done = batch.step + 1
+                is_due = self._is_due(stage, done)
+                must_stop = self.outcomes.read(leave=0 if is_due else 1)
+                if is_due or must_stop:
+                    with self.log.clock.paused():
+                        self._after_step(stage, done, must_stop)
         return self.schedule.total_steps
+
+    def _is_due(self, stage: Stage, done: int) -> bool:
+        """Whether the outcome of the step that made it `done` is needed before the next one."""
+        due = self.log.is_due(stage, done), self._is_save_due(stage, done)
+        return any(due) or self.validation.is_due(done) or self.evaluation.is_due(done)
+
+    def _is_save_due(self, stage: Stage, done: int) -> bool:
+        return done == stage.end_step or _due(done, self.config.checkpoint.every)
 
     def _after_step(self, stage: Stage, done: int, must_stop: bool) -> None:
         """Saves, stops, validates and evaluates as is due after `done` steps."""
-        if done == stage.end_step or must_stop or _due(done, self.config.checkpoint.every):
+        if must_stop or self._is_save_due(stage, done):
             self._save(stage, done, must=must_stop or done == self.schedule.total_steps)
         if must_stop:
             self._end_preempted(done)
         self._examine(stage, done)
 
-    def _agree(self, result: StepResult | None) -> tuple[float, bool]:
-        """(mean loss, whether to stop after this step), alike on all ranks, in one exchange of a few numbers.
-
-        Raises UserError on all ranks when another start has taken the run folder; commits a checkpoint that all ranks
-        have written meanwhile.
-        """
-        loss = result.loss.float().view(1) if result else torch.zeros(1, device=self.processes.device)
+    def _signals(self) -> Signals:
         lost = self.lease is not None and self.lease.lost
-        flags = [self.stop.requested is not None, lost, self.saver.is_written]
-        flags = torch.tensor(flags, dtype=torch.float32, device=self.processes.device)
-        total, stopping, lost, written = self.processes.sum(torch.cat([loss, flags]))
-        if lost:
-            self.processes.on_first(lambda: self.lease.check())
-        if written == self.processes.world_size:
-            self._finish_save(must=False)
-        return total / self.processes.world_size, stopping > 0
+        return Signals(stop=self.stop.requested is not None, lost=lost, written=self.saver.is_written)
+
+    def _end_without_folder(self) -> None:
+        """Another start has taken the run folder: raises UserError on all ranks."""
+        self.processes.on_first(lambda: self.lease.check())
 
     def _before_commit(self) -> None:
         """What must hold when a checkpoint appears: the folder is ours, and the logs say how it came about."""
@@ -260,22 +256,6 @@ class Trainer:
         if folder is None:
             raise UserError(f"{self.checkpoints}: no complete checkpoint to roll back to")
         return folder, checkpoint.read_record(folder)
-
-    def _warn_of_spike(self, stage: Stage, batch: StepBatch, spike: Spike) -> None:
-        ids = [i for part in self.processes.gather(batch.ids.tolist()) for i in part]
-        self.log.write("spike", batch.step + 1, stage=stage.index, **asdict(spike), sample_ids=ids)
-        self.log.say(
-            f"WARNING: step {batch.step} (stage {stage.index}): loss {spike.loss:.4f} is a spike, the mean of the last "
-            f"ones is {spike.mean:.4f} (standard deviation {spike.std:.4f}); sample ids: {', '.join(map(str, ids))}"
-        )
-
-    def _check_loss(self, step: int, loss: float) -> None:
-        expected = math.log(self.config.model.vocab_size)
-        if step == 0 and not self.config.init_from and abs(loss - expected) > 1e-3:
-            raise RuntimeError(
-                f"the first loss of a fresh run is {loss:.5f}, not ln(vocab_size) = {expected:.5f}: its output head "
-                "starts at zero, so either the weights are not fresh or codes and loss do not fit; nothing was saved"
-            )
 
     def _save(self, stage: Stage, done: int, must: bool = False) -> None:
         """Begins a checkpoint, finishing one that is still being written; with `must` it is complete afterwards."""
@@ -379,7 +359,7 @@ class Trainer:
 
     def _break_off_if_asked(self) -> None:
         self.watchdog.beat()
-        if self._agree(None)[1]:
+        if self.outcomes.must_stop():
             raise _StopAgreed
 
     def _stage_data(self) -> tuple[CodeStore, CodeStore | None]:
