@@ -5,7 +5,6 @@ Writes random codes as shards and as files, reads both warm on one core, and tak
     python -m benchmarks.loader --out benchmarks/results
 """
 
-import argparse
 import os
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common import machine, publish
+from benchmarks.common import command_line, in_the_same_turn, machine, made_by, parsed, publish, rates_in_turn
 from npp_ds.data.loader import StageLoader
 from npp_ds.data.order import batch_ids, epoch_permutation
 from npp_ds.data.shards import CropInfo, Manifest, ShardWriter, TokenizerInfo, shard_name
@@ -27,6 +26,12 @@ from npp_ds.schedule import Stage
 
 BATCH, GRID, VOCABULARY, CLASSES = 256, 16, 16384, 1000
 GATHER, STREAM, FILES = "staged array, gather alone", "stock WebDataset, tar streaming", "one .npy file per image"
+LOADER = {side: f"StageLoader, patch side {side}" for side in (1, 2, 4)}
+RATIOS = {
+    "loader_to_webdataset": (LOADER[1], STREAM),
+    "loader_to_files": (LOADER[1], FILES),
+    "gather_to_webdataset": (GATHER, STREAM),
+}
 
 
 def write_shards(folder: Path, codes: np.ndarray, labels: np.ndarray, shard_images: int) -> list[Path]:
@@ -129,18 +134,6 @@ def read_files(folder: Path, count: int) -> int:
     return sum(len(codes) for codes, _ in DataLoader(_FilePerImage(folder, count), BATCH, shuffle=True))
 
 
-def measure(readers: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
-    """Rows a second of each reader, `repeats` times in turn, after one unmeasured round."""
-    rates: dict[str, list[float]] = {name: [] for name in readers}
-    for turn in range(repeats + 1):
-        for name, read in readers.items():
-            started = time.perf_counter()
-            rows = read()
-            if turn:
-                rates[name].append(rows / (time.perf_counter() - started))
-    return rates
-
-
 def run(folder: Path, images: int, subset: int, repeats: int) -> dict:
     """Writes the data under `folder` and measures; the result as it is printed in JSON."""
     rng = np.random.default_rng(0)
@@ -153,11 +146,11 @@ def run(folder: Path, images: int, subset: int, repeats: int) -> dict:
     store = stage(folder / "shards", folder / "cache")
     staging_seconds = time.perf_counter() - started
     readers: dict[str, Callable[[], int]] = {GATHER: lambda: gather(store)}
-    for side in (1, 2, 4):
-        readers[f"StageLoader, patch side {side}"] = lambda side=side: load(store, side)
+    for side, name in LOADER.items():
+        readers[name] = lambda side=side: load(store, side)
     readers[STREAM] = lambda: stream(shards[: subset // shard_images])
     readers[FILES] = lambda: read_files(folder / "files", subset)
-    rates = measure(readers, repeats)
+    rates = rates_in_turn(readers, repeats)
     return {
         "benchmark": "loader",
         "images": images,
@@ -166,12 +159,12 @@ def run(folder: Path, images: int, subset: int, repeats: int) -> dict:
         "rows_per_second": {name: round(median(values)) for name, values in rates.items()},
         "range": {name: [round(min(values)), round(max(values))] for name, values in rates.items()},
         "staged_images_per_second": round(images / staging_seconds),
+        "ratios": {n: round(in_the_same_turn(rates[a], rates[b])["median"], 1) for n, (a, b) in RATIOS.items()},
         "machine": machine("numpy", "torch", "webdataset"),
     }
 
 
 def table(result: dict) -> str:
-    m = result["machine"]
     lines = [
         "# Rows of 256 codes a second on one core",
         "",
@@ -191,23 +184,21 @@ def table(result: dict) -> str:
         "batches. Verifying and unpacking the shards, once per node, went at "
         f"{result['staged_images_per_second']:,} images/s.",
         "",
-        f"{m['processor']}, {m['cores']} cores of which one was used; numpy {m['numpy']}, torch {m['torch']}, "
-        f"webdataset {m['webdataset']}. Made by `python -m benchmarks.loader`.",
+        made_by(result, "of which one was used"),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, fast="50,000 images, 4,096 of them for WebDataset and files", repeats=7)
     parser.add_argument("--images", type=int, default=200_000, help="images in the staged set")
     parser.add_argument("--subset", type=int, default=20_000, help="images for WebDataset and for files")
-    parser.add_argument("--repeats", type=int, default=7, help="measured turns")
-    parser.add_argument("--out", type=Path, help="folder for loader.json and loader.md")
-    args = parser.parse_args()
+    args = parsed(parser, fast={"images": 50_000, "subset": 4096})
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), args.images, args.subset, args.repeats)
+    result["fast"] = args.fast
     publish(result, table(result), args.out)
 
 

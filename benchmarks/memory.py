@@ -8,7 +8,6 @@ The other processes are stand-ins (PyTorch's fake process group): the one that i
 among real ones. On a GPU it is `torch.cuda.max_memory_allocated` of the third step, one process.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import machine, publish
+from benchmarks.common import bounds, command_line, machine, made_by, parsed, publish
 from npp_ds.config import RunConfig
 from npp_ds.reporting.memory import training_memory
 from npp_ds.sizes import SIZES
@@ -175,7 +174,6 @@ def run(cases: list[Case], on_gpu: bool) -> list[dict]:
 
 
 def table(result: dict) -> str:
-    m = result["machine"]
     lines = [
         "# Memory of a training process, measured and expected",
         "",
@@ -195,27 +193,29 @@ def table(result: dict) -> str:
         )
     lines += [
         "",
-        f"{result['device']}; torch {m['torch']}, deepspeed {m['deepspeed']}. "
-        f"Made by `python -m benchmarks.memory{' --gpu' if result['on_gpu'] else ''}`.",
+        *bounds(result),
+        "",
+        "agreement: 1 less the largest distance of a ratio from 1.",
+        "",
+        made_by(result),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="the published sizes on one GPU")
-    parser.add_argument("--fast", action="store_true", help="a few of the cases, those that a test runs")
-    parser.add_argument("--out", type=Path, help="folder for memory.json and memory.md, or memory_gpu.*")
-    args = parser.parse_args()
+    parser = command_line(
+        __doc__, fast="a few of the cases, those that a test runs", gpu="the published sizes on one GPU"
+    )
+    args = parsed(parser)
     cases = (GPU_CASES, GPU_CASES[:3]) if args.gpu else (CASES, FAST)
     rows = run(cases[args.fast], args.gpu)
-    facts = machine("torch", "deepspeed")
     result = {
         "benchmark": "memory_gpu" if args.gpu else "memory",
-        "on_gpu": args.gpu,
-        "device": torch.cuda.get_device_name() if args.gpu else "CPU",
+        "fast": args.fast,
         "cases": rows,
-        "machine": facts,
+        "ratios": {"agreement": round(1 - max(abs(1 - row["ratio"]) for row in rows), 3)},
+        "wanted": {"agreement": 0.9},
+        "machine": machine("torch", "deepspeed", gpu=args.gpu),
     }
     publish(result, table(result), args.out)
 

@@ -10,16 +10,22 @@ form of it leaves that copy out where heads are not shared. The ways take turns;
 
 import argparse
 import os
-import time
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import machine, publish
+from benchmarks.common import (
+    command_line,
+    in_the_same_turn,
+    machine,
+    made_by,
+    parsed,
+    publish,
+    rates_in_turn,
+    spread,
+)
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.model.attention import rotary_table, rotate
 from npp_ds.model.layers import RMSNorm
@@ -101,47 +107,29 @@ class PublishedWay:
         return torch.cat(codes, dim=1)
 
 
-def ways_of(model: Transformer, batch: int, cfg_scale: float, device: str) -> dict[str, Callable[[], Tensor]]:
-    """What takes turns: each call decodes one batch."""
+def ways_of(model: Transformer, batch: int, cfg_scale: float, device: str) -> dict[str, Callable[[], int]]:
+    """What takes turns: each call decodes one batch and returns its images."""
     labels, indices = torch.arange(batch, device=device), torch.arange(batch, device=device)
+    here = {"seed": 0, "cfg_scale": cfg_scale, "capture": device == "cuda"}
     return {
-        PUBLISHED: lambda: PublishedWay(model).generate(labels, cfg_scale),
-        NO_COPY: lambda: PublishedWay(model, copy_keys=False).generate(labels, cfg_scale),
-        HERE: lambda: generate(model, labels, indices, seed=0, cfg_scale=cfg_scale, capture=device == "cuda"),
+        PUBLISHED: lambda: len(PublishedWay(model).generate(labels, cfg_scale)),
+        NO_COPY: lambda: len(PublishedWay(model, copy_keys=False).generate(labels, cfg_scale)),
+        HERE: lambda: len(generate(model, labels, indices, **here)),
     }
-
-
-def measure(ways: dict[str, Callable[[], Tensor]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Images a second of each way, `repeats` times in turn, after one unmeasured round."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, decode in ways.items():
-            started = time.perf_counter()
-            images = len(decode())
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                rates[name].append(images / (time.perf_counter() - started))
-    return rates
 
 
 def row(name: str, sizes: dict[str, int], options: argparse.Namespace, device: str) -> dict:
     """One model's figures; ratios are of this software to the others in the same turn."""
     model = random_model(sizes, options.grid_size, options.vocab_size, device)
-    rates = measure(ways_of(model, options.batch, options.cfg_scale, device), options.repeats, device)
-    here = rates[HERE]
-    ratios = {way: [a / b for a, b in zip(here, rates[way], strict=True)] for way in (PUBLISHED, NO_COPY)}
+    ways = ways_of(model, options.batch, options.cfg_scale, device)
+    rates = rates_in_turn(ways, options.repeats, gpu=device == "cuda")
     return {
         "model": name,
         **sizes,
         "images_per_second": {way: spread(values) for way, values in rates.items()},
-        "ratio": {way: spread(values) for way, values in ratios.items()},
+        "ratio": {way: in_the_same_turn(rates[HERE], rates[way]) for way in (PUBLISHED, NO_COPY)},
         **({"wanted_on_one_h100": WANTED_ON_H100[name]} if device == "cuda" else {}),
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "lowest": min(values), "highest": max(values)}
 
 
 def table(result: dict) -> str:
@@ -166,33 +154,29 @@ def table(result: dict) -> str:
     if gpu:
         wanted = ", ".join(f"{e['model']} {e['wanted_on_one_h100']} images/s" for e in result["models"])
         lines += ["", f"Wanted on one H100: {wanted}."]
-    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    lines += [
-        "",
-        f"{where}; {result['threads']} threads. Made by `python -m benchmarks.sampling{' --gpu' if gpu else ''}`.",
-    ]
+    lines += ["", made_by(result, f"{result['threads']} threads")]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(
+        __doc__, fast="64 codes an image", gpu="the published sizes in bf16 on the first GPU", repeats=5
+    )
     add = parser.add_argument
-    add("--gpu", action="store_true", help="the published sizes in bf16 on the first GPU")
     add("--models", nargs="+", choices=sorted(SIZES), default=list(WANTED_ON_H100), help="on the GPU (%(default)s)")
-    add("--batch", type=int, help="images at once (16; with --gpu 128)")
+    add("--batch", type=int, default=16, help="images at once (16; with --gpu 128)")
     add("--grid-size", type=int, default=16, help="codes along a side (%(default)s)")
     add("--vocab-size", type=int, default=16384, help="(%(default)s)")
     add("--cfg-scale", type=float, default=2.0, help="(%(default)s)")
-    add("--repeats", type=int, default=5, help="measured turns (%(default)s)")
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
-    add("--out", type=Path, help="folder for sampling.json and sampling.md, or sampling_gpu.*")
-    options = parser.parse_args()
-    options.batch = options.batch or (128 if options.gpu else 16)
+    options = parsed(parser, fast={"grid_size": 8}, gpu={"batch": 128})
     torch.set_num_threads(options.threads)
     device = "cuda" if options.gpu else "cpu"
     models = {name: SIZES[name] for name in options.models} if options.gpu else {"small": CPU_SIZE}
+    rows = [row(name, sizes, options, device) for name, sizes in models.items()]
     result = {
         "benchmark": "sampling_gpu" if options.gpu else "sampling",
+        "fast": options.fast,
         "batch": options.batch,
         "codes": options.grid_size**2,
         "vocab_size": options.vocab_size,
@@ -200,8 +184,13 @@ def main() -> None:
         "dtype": "bfloat16" if options.gpu else "float32",
         "repeats": options.repeats,
         "threads": options.threads,
-        "models": [row(name, sizes, options, device) for name, sizes in models.items()],
-        "machine": {**machine("torch"), **({"gpu": torch.cuda.get_device_name()} if options.gpu else {})},
+        "models": rows,
+        "ratios": {
+            f"{entry['model']}_to_{short}": round(entry["ratio"][way]["median"], 3)
+            for entry in rows
+            for short, way in (("published", PUBLISHED), ("published_no_copy", NO_COPY))
+        },
+        "machine": machine("torch", gpu=options.gpu),
     }
     publish(result, table(result), options.out)
 

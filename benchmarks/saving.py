@@ -5,7 +5,6 @@ One process, ZeRO-2 in fp32, a model whose state is written whole; steps of trai
     python -m benchmarks.saving --out benchmarks/results
 """
 
-import argparse
 import os
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.common import machine, publish
+from benchmarks.common import command_line, in_the_same_turn, machine, made_by, parsed, publish
 from npp_ds.config import RunConfig
 from npp_ds.schedule import Stage
 from npp_ds.training.engine import TrainingEngine
@@ -96,13 +95,16 @@ def run(folder: Path, processes: Processes, dim: int, layers: int, repeats: int)
         "seconds_stood_still": {name: round(median(values), 3) for name, values in still.items()},
         "range": {name: [round(min(values), 3), round(max(values), 3)] for name, values in still.items()},
         "seconds_to_complete": {n: round(median(total for _, total, _ in v), 3) for n, v in figures.items()},
+        "ratios": {
+            "at_once_to_deepspeed": round(in_the_same_turn(still[DEEPSPEED], still[OURS])["median"], 3),
+            "asynchronous_to_at_once": round(in_the_same_turn(still[OURS], still[IN_THREAD])["median"], 3),
+        },
         "megabytes": {name: round(values[0][2] / 1e6) for name, values in figures.items()},
         "machine": machine("torch", "deepspeed"),
     }
 
 
 def table(result: dict) -> str:
-    m = result["machine"]
     lines = [
         "# Seconds that training stands still for a checkpoint",
         "",
@@ -121,20 +123,17 @@ def table(result: dict) -> str:
         "Ours are hashed, flushed to disk and committed by a rename within these times; DeepSpeed's are neither hashed "
         "nor flushed. The asynchronous way trains on while its thread writes, here on the same cores.",
         "",
-        f"{m['processor']}, {m['cores']} cores; torch {m['torch']}, deepspeed {m['deepspeed']}. "
-        "Made by `python -m benchmarks.saving`.",
+        made_by(result),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, fast="a model of a quarter of the width", repeats=5)
     parser.add_argument("--dim", type=int, default=512, help="width of the model")
     parser.add_argument("--layers", type=int, default=8, help="its layers")
-    parser.add_argument("--repeats", type=int, default=5, help="measured turns")
     parser.add_argument("--folder", type=Path, help="where to save; a temporary folder when left out")
-    parser.add_argument("--out", type=Path, help="folder for saving.json and saving.md")
-    args = parser.parse_args()
+    args = parsed(parser, fast={"dim": 256})
     os.environ.setdefault("LOCAL_SIZE", "1")
     processes = join_processes()
     try:
@@ -142,6 +141,7 @@ def main() -> None:
             result = run(Path(folder), processes, args.dim, args.layers, args.repeats)
     finally:
         leave_processes()
+    result["fast"] = args.fast
     publish(result, table(result), args.out)
 
 

@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from benchmarks.common import machine, publish
+from benchmarks.common import command_line, machine, made_by, parsed, publish, spread
 from npp_ds.data.shards import Manifest, ShardWriter
 from npp_ds.tokenizer import VQ16, VQModel, load_tokenizer
 from npp_ds.tokenizer.batches import BatchEncoder
@@ -211,17 +211,13 @@ def medians(turns: list[dict[str, float]]) -> dict[str, float]:
     return {name: median(turn[name] for turn in turns) for name in turns[0]}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "lowest": min(values), "highest": max(values)}
-
-
 def run_cpu(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as name:
         source = write_images(Path(name) / "images", options.images)
         turns, parts, vq16 = [], [], []
         torch.manual_seed(0)
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else VQModel(VQ16).eval()
-        for _ in range(options.turns):
+        for _ in range(options.repeats):
             with tempfile.TemporaryDirectory(dir=name) as folder:
                 turns.append(measure_null(source, Path(folder), options.workers))
                 parts.append(measure_parts(source, Path(folder), count=24))
@@ -233,7 +229,7 @@ def run_cpu(options: argparse.Namespace) -> dict:
         "images": options.images,
         "mean_jpeg_bytes": round(sizes),
         "workers": options.workers,
-        "turns": options.turns,
+        "repeats": options.repeats,
         "images_per_second": {way: medians([turn[way] for turn in turns]) for way in turns[0]},
         "ratio": {by: spread(values) for by, values in ratios.items()},
         "parts_crops_per_second": {part: medians([turn[part] for turn in parts]) for part in parts[0]},
@@ -242,6 +238,11 @@ def run_cpu(options: argparse.Namespace) -> dict:
             "crops": options.vq16_images,
             "seconds": {way: medians([turn[way] for turn in vq16]) for way in vq16[0]},
             "overhead": {by: spread(values) for by, values in overheads.items()},
+        },
+        "ratios": {
+            "to_published": round(median(ratios["clock"]), 3),
+            "to_published_in_processor_time": round(median(ratios["cpu"]), 3),
+            "vq16_alone_to_pipeline": round(1 / (1 + median(overheads["clock"])), 3),
         },
     }
 
@@ -258,6 +259,11 @@ def run_gpu(options: argparse.Namespace) -> dict:
         "batch_size": options.batch_size,
         "workers": options.workers,
         "precisions": rows,
+        "ratios": {
+            f"pipeline_to_encoder_{row['precision']}": row["pipeline_crops_per_second"]
+            / row["encoder_crops_per_second"]
+            for row in rows
+        },
     }
 
 
@@ -269,7 +275,7 @@ def cpu_table(result: dict) -> list[str]:
         "",
         f"Ten crops of {SIZE} pixels of {result['images']} JPEGs of {WIDTH} x {HEIGHT} "
         f"({result['mean_jpeg_bytes'] / 1e3:.0f} kB each), {result['workers']} decoding processes; medians of "
-        f"{result['turns']} turns. With an encoder that does nothing, from files to files:",
+        f"{result['repeats']} turns. With an encoder that does nothing, from files to files:",
         "",
         "| way | images/s | crops/s | images per second of processor time |",
         "|---|---|---|---|",
@@ -316,29 +322,25 @@ def gpu_table(result: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(
+        __doc__, fast="400 JPEGs, 4 crops through VQ-16", gpu="VQ-16 on the first GPU, in every precision", repeats=3
+    )
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0))
-    add("--gpu", action="store_true", help="VQ-16 on the first GPU, in every precision")
     add("--tokenizer", help="a VQ-16 checkpoint (default: random weights)")
     add("--images", type=int, default=2000, help="JPEGs (%(default)s)")
     add("--workers", type=int, default=min(cores, 16), help="decoding processes (%(default)s)")
-    add("--turns", type=int, default=3, help="(%(default)s)")
     add("--vq16-images", type=int, default=8, help="crops through VQ-16 on the CPU, in fours (%(default)s)")
     add("--batch-size", type=int, default=250, help="crops through VQ-16 on the GPU at once (%(default)s)")
-    add("--out", type=Path, help="folder for tokenize.json and tokenize.md, or tokenize_gpu.*")
-    options = parser.parse_args()
-    result = run_gpu(options) if options.gpu else run_cpu(options)
-    device = {"gpu": torch.cuda.get_device_name()} if options.gpu else {}
+    options = parsed(parser, fast={"images": 400, "vq16_images": 4})
     result = {
         "benchmark": "tokenize_gpu" if options.gpu else "tokenize",
-        **result,
-        "machine": {**machine("numpy", "pillow", "torch"), **device},
+        "fast": options.fast,
+        **(run_gpu(options) if options.gpu else run_cpu(options)),
+        "machine": machine("numpy", "pillow", "torch", gpu=options.gpu),
     }
     lines = gpu_table(result) if options.gpu else cpu_table(result)
-    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    lines += ["", f"{where}. Made by `python -m benchmarks.tokenize{' --gpu' if options.gpu else ''}`."]
-    publish(result, "\n".join(lines) + "\n", options.out)
+    publish(result, "\n".join([*lines, "", made_by(result)]) + "\n", options.out)
 
 
 if __name__ == "__main__":

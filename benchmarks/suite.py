@@ -1,0 +1,107 @@
+"""All benchmarks: what each measures, how long it takes, and running one of them in a process of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from npp_ds.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 3
+"""A benchmark that takes this many times the minutes it is expected to take is ended."""
+TOLD_LINES = 15
+"""Of the output of a benchmark that fails."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A module of this folder; minutes on two CPU cores, and with --gpu on one H100 (None: it has no such mode)."""
+
+    name: str
+    measures: str
+    minutes: float
+    gpu_minutes: float | None = None
+
+
+BENCHMARKS = (
+    Benchmark("loader", "rows of codes a second, beside WebDataset and files", 2),
+    Benchmark("tokenize", "images to codes, beside the published way", 5, gpu_minutes=4),
+    Benchmark("sampling", "images decoded a second, beside the published way", 4, gpu_minutes=5),
+    Benchmark("saving", "how long training stands still for a checkpoint", 1),
+    Benchmark("memory", "memory of a training process, measured and expected", 4, gpu_minutes=8),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one benchmark: its result and table, or the problem that it ended with."""
+
+    benchmark: Benchmark
+    seconds: float
+    result: dict | None = None
+    table: str = ""
+    problem: str = ""
+
+
+def chosen(names: list[str] | None, gpu: bool) -> list[Benchmark]:
+    """The benchmarks of these names, all when None; with `gpu` those that have such a mode. Raises UserError."""
+    known = {b.name: b for b in BENCHMARKS}
+    if unknown := [name for name in names or () if name not in known]:
+        raise UserError(f"--only {' '.join(unknown)}: no such benchmark; there are {', '.join(known)}")
+    if gpu and (without := [name for name in names or () if known[name].gpu_minutes is None]):
+        raise UserError(f"--only {' '.join(without)}: no --gpu mode; leave --gpu or the name out")
+    return [b for b in BENCHMARKS if (b.name in names if names else not gpu or b.gpu_minutes is not None)]
+
+
+def run(benchmark: Benchmark, gpu: bool = False, fast: bool = False, out: Path | None = None) -> Outcome:
+    """Runs one to its end or its time limit. `out` gets its files only when it has succeeded."""
+    limit = 60 * PATIENCE * (benchmark.gpu_minutes if gpu else benchmark.minutes)
+    file = f"{benchmark.name}{'_gpu' if gpu else ''}"
+    flags = [flag for flag, wanted in (("--gpu", gpu), ("--fast", fast)) if wanted]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", f"benchmarks.{benchmark.name}", *flags, "--out", folder]
+        started = time.perf_counter()
+        code, said = _run_to_end(command, limit)
+        seconds = time.perf_counter() - started
+        if code is None:
+            return Outcome(benchmark, seconds, problem=f"ended after its time limit of {limit / 60:g} minutes{said}")
+        if code:
+            return Outcome(benchmark, seconds, problem=f"ended with code {code}{said}")
+        figures, table = Path(folder) / f"{file}.json", Path(folder) / f"{file}.md"
+        if not (figures.is_file() and table.is_file()):
+            return Outcome(benchmark, seconds, problem=f"wrote no {file}.json and {file}.md")
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            for path in (figures, table):
+                shutil.copyfile(path, out / path.name)
+        return Outcome(benchmark, seconds, json.loads(figures.read_text()), table.read_text())
+
+
+def _run_to_end(command: list[str], limit: float) -> tuple[int | None, str]:
+    """(exit code, None past the limit in seconds; the last lines of what it said), no process of its left behind."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end_group(process)
+        log.seek(0)
+        lines = log.read().splitlines()[-TOLD_LINES:]
+    return code, "".join(f"\n    {line}" for line in lines)
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """Ends the process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
