@@ -12,13 +12,23 @@ from npp_ds.cli import app
 from npp_ds.config import RunConfig
 from npp_ds.config_checks import load_config, recipe_names
 from npp_ds.errors import UserError
+from npp_ds.reporting import mfu
 from npp_ds.reporting.gpus import GPUS, find_gpu
 from npp_ds.reporting.memory import training_memory
+from npp_ds.reporting.mfu import Mfu
 from npp_ds.reporting.plan import IMAGENET, Plan, make_plan
 from shard_sets import write_set
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTED = ROOT / "docs/planning.md"
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(tmp_path, monkeypatch) -> Path:
+    """Where a file of measured MFUs would lie: these tests do not depend on the committed one."""
+    path = tmp_path / "benchmarks/results/mfu_gpu.json"
+    monkeypatch.setattr(mfu, "RESULTS", path)
+    return path
 
 
 def plan_of(recipe: str = "xxl_256", *overrides: str, gpus: int = 32, gpu: str = "h100", **arguments) -> Plan:
@@ -47,7 +57,7 @@ def test_plan_counts_steps_flops_and_days_of_every_stage():
     matrices = plan.parameters - 1536 * (16384 + 1001)
     assert fine.flops / (fine.steps * 256 * 256 * 6 * matrices) == pytest.approx(1.014, abs=0.005)
     assert plan.flops == coarse.flops + fine.flops
-    assert fine.limit == "communication" and plan.mfu == 0.5
+    assert fine.limit == "communication" and fine.mfu == Mfu(0.5, "given")
     seconds = fine.flops / fine.steps / (32 * GPUS["h100"].tflops * 1e12 * 0.5)
     assert fine.compute_seconds == pytest.approx(seconds)
     hours = sum(s.steps * max(s.compute_seconds, s.communication_seconds) / 3600 for s in plan.stages)
@@ -136,6 +146,18 @@ def test_the_lever_shows_the_time_with_and_without_larger_coarse_batches():
     assert plan_of("ntp_xxl_256").levers == []
 
 
+def test_the_time_saved_is_that_of_the_flops_only_where_compute_limits():
+    alone = plan_of("xxl_256", gpus=1)
+    assert {s.limit for s in alone.stages} == {"compute"}
+    assert alone.time_cost == pytest.approx(alone.flop_cost, rel=1e-6)
+    many = plan_of("xxl_256", gpus=32)
+    coarse, fine = many.stages
+    next_token_hours = (coarse.steps + fine.steps) * fine.step_seconds / 3600
+    assert many.time_cost == pytest.approx((coarse.hours + fine.hours) / next_token_hours)
+    assert many.time_cost > 0.95 > 0.63 > many.levers[1].time_cost
+    assert plan_of("ntp_xxl_256").time_cost == pytest.approx(1)
+
+
 def test_images_are_those_of_the_shards_where_there_are_any(tmp_path):
     write_set(tmp_path / "train", 640, 2)
     shards = f"data.train={tmp_path / 'train'}"
@@ -144,6 +166,92 @@ def test_images_are_those_of_the_shards_where_there_are_any(tmp_path):
     assert plan_of("b_256", shards, gpus=2, images=5000).images == 5000
     with pytest.raises(UserError, match=r"exceeds the 100 training images"):
         plan_of("b_256", images=100)
+
+
+CASES = [
+    {"size": "XXL", "patch_side": 1, "way": "engine", "mfu": 0.5, "gpu": "h100", "seconds": 1.5},
+    {"size": "XXL", "patch_side": 1, "way": "engine, compiled", "mfu": 0.55, "gpu": "h100", "seconds": 1.4},
+    {"size": "XXL", "patch_side": 1, "way": "bare loop", "mfu": 0.45, "gpu": "h100", "seconds": 1.6},
+    {"size": "XXL", "patch_side": 2, "way": "engine", "mfu": None, "gpu": "h100", "error": "out of memory"},
+    {"size": "B", "patch_side": 1, "way": "engine", "mfu": 0.3, "gpu": "h100", "seconds": 0.2},
+    {"size": "B", "patch_side": 2, "way": "engine", "mfu": 0.2, "gpu": "h100", "seconds": 0.1},
+]
+
+
+def write_measured(path: Path, cases: list[dict] = CASES) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "cases": cases}))
+
+
+def test_a_stage_takes_the_mfu_measured_for_its_size_side_and_gpu(nothing_measured):
+    assert {s.mfu for s in plan_of("xxl_256").stages} == {Mfu(0.4, "assumed")}
+    write_measured(nothing_measured)
+    coarse, fine = plan_of("xxl_256").stages
+    assert coarse.mfu == Mfu(0.4, "assumed"), "the case at side 2 failed, and that of B is of another size"
+    source = "benchmarks/results/mfu_gpu.json: XXL at side 1, engine, NVIDIA H100 80GB HBM3"
+    assert fine.mfu == Mfu(0.5, "measured", source)
+    assert fine.compute_seconds == pytest.approx(plan_of("xxl_256", mfu=0.5).stages[1].compute_seconds)
+    assert [s.mfu.share for s in plan_of("b_256").stages] == [0.2, 0.3]
+    assert [s.mfu for s in plan_of("b_256", mfu=0.6).stages] == [Mfu(0.6, "given")] * 2
+    assert {s.mfu.origin for s in plan_of("b_256", gpu="a100-80").stages} == {"assumed"}
+
+
+def test_a_measured_mfu_is_not_taken_for_another_model_or_another_peak(nothing_measured):
+    write_measured(nothing_measured)
+    assert (
+        plan_of("b_256", "model.size=null", "model.dim=768", "model.n_layers=13", "model.n_heads=12")
+        .stages[0]
+        .mfu.share
+        == 0.2
+    )
+    for size in ("L", "XL"):
+        assert {s.mfu.origin for s in plan_of("b_256", f"model.size={size}").stages} == {"assumed"}
+    small = plan_of("b_256", "model.size=null", "model.dim=256", "model.n_layers=6", "model.n_heads=4")
+    assert {s.mfu.origin for s in small.stages} == {"assumed"}
+    config = load_config("b_256")
+    faster = make_plan(config, find_gpu("h100", None, 2000, None), 8)
+    assert {s.mfu.origin for s in faster.stages} == {"assumed"}
+
+
+def test_the_plan_says_which_mfu_is_measured(nothing_measured):
+    write_measured(nothing_measured)
+    arguments = ["plan", "--recipe", "xxl_256", "--gpus", "32", "--gpu", "h100"]
+    printed = CliRunner().invoke(app, arguments).output
+    for expected in (
+        "│ 40% assumed │",
+        "│ 50% measured │",
+        "MFU: benchmarks/results/mfu_gpu.json: XXL at side 1, engine, NVIDIA",
+    ):
+        assert expected in printed.replace("  ", " ")
+    told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["stages"]
+    assert told[0]["mfu"] == {"share": 0.4, "origin": "assumed", "source": None}
+    assert (told[1]["mfu"]["share"], told[1]["mfu"]["origin"]) == (0.5, "measured")
+    given = json.loads(CliRunner().invoke(app, [*arguments, "--mfu", "0.3", "--json"]).output)["stages"]
+    assert [stage["mfu"] for stage in given] == [{"share": 0.3, "origin": "given", "source": None}] * 2
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ('{"cases": [{"si', "Unterminated string"),
+        ("[]", "list indices"),
+        ('{"cases": []}', "machine is missing"),
+        (
+            json.dumps({"machine": {"gpu": "H"}, "cases": [{**CASES[0], "mfu": 48.0}]}),
+            r"cases\[0\].mfu is 48.0, expected a share",
+        ),
+        (
+            json.dumps({"machine": {"gpu": "H"}, "cases": [{**CASES[0], "size": "S"}]}),
+            r"cases\[0\].size is 'S', expected one of B",
+        ),
+    ],
+)
+def test_a_damaged_file_of_measurements_is_an_error_that_names_it(nothing_measured, text, what):
+    nothing_measured.parent.mkdir(parents=True)
+    nothing_measured.write_text(text)
+    with pytest.raises(UserError, match=rf"mfu_gpu.json: not what the benchmark writes: .*{what}.*or give --mfu"):
+        plan_of("xxl_256")
+    assert plan_of("xxl_256", mfu=0.4).stages
 
 
 def test_other_gpus_are_given_by_their_figures():
@@ -162,7 +270,8 @@ def test_plan_prints_tables_and_one_json_object():
         "1,411.0M parameters",
         "0.625 in positions (token_cost)",
         "0.624 in FLOPs (flop_cost)",
-        "MFU of 40%",
+        "0.971 in time (time_cost)",
+        "│ 40% assumed │",
     ):
         assert expected in printed.output
     told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
@@ -180,7 +289,7 @@ def test_planning_needs_no_torch():
 
 def documented_row(recipe: str) -> str:
     """A recipe's row of the table in docs/planning.md: `npp plan --recipe R --gpus 8 --gpu h100`."""
-    plan = plan_of(recipe, gpus=8)
+    plan = plan_of(recipe, gpus=8, mfu=0.4)
     chosen = next(zero for zero in plan.zero if zero.is_chosen)
     cells = [
         f"`{recipe}`",
@@ -198,7 +307,9 @@ def documented_row(recipe: str) -> str:
 
 def documented_lever(scale: int) -> list[str]:
     """The rows of the table on larger coarse batches."""
-    plan = plan_of("xxl_256", "schedule.patch_sides=[8,4,2,1]", f"schedule.coarse_batch_scale={scale}", gpus=32)
+    plan = plan_of(
+        "xxl_256", "schedule.patch_sides=[8,4,2,1]", f"schedule.coarse_batch_scale={scale}", gpus=32, mfu=0.4
+    )
     return [
         f"| {scale} | {s.patch_side} | {s.batch_size} | {s.compute_seconds * 1e3:.1f} | "
         f"{s.communication_seconds * 1e3:.1f} | {s.limit} | {s.hours:.1f} |"
@@ -206,9 +317,24 @@ def documented_lever(scale: int) -> list[str]:
     ]
 
 
+def documented_limit(gpus: int) -> str:
+    """A row of the table on what limits a batch of 256 on many GPUs."""
+    plan = plan_of("xxl_256", gpus=gpus, mfu=0.4)
+    coarse, fine = plan.stages
+    cells = [
+        f"{gpus}",
+        f"{256 // gpus}",
+        f"{coarse.compute_seconds * 1e3:.1f}",
+        f"{fine.compute_seconds * 1e3:.1f}",
+        f"{fine.communication_seconds * 1e3:.1f}",
+        *(f"{lever.time_cost:.3f}" for lever in plan.levers),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def test_the_documented_tables_are_what_the_command_says():
     rows = [documented_row(name) for name in recipe_names() if name != "quickstart"]
-    rows += [*documented_lever(1), *documented_lever(16)]
+    rows += [*documented_lever(1), *documented_lever(16), *map(documented_limit, (8, 16, 32, 64))]
     text = DOCUMENTED.read_text()
     missing = [row for row in rows if row not in text]
     assert not missing, "\n".join(rows)

@@ -84,7 +84,12 @@ def plan(
     images: Annotated[
         int | None, typer.Option(min=1, help="training images; of the shards, or ImageNet's, when left out")
     ] = None,
-    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="share of the peak that the model's FLOPs reach")] = 0.4,
+    mfu: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=1, help="share of the peak that the model's FLOPs reach; measured, or 0.4, when left out"
+        ),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tell what a run will take before it starts: FLOPs, memory per GPU, micro-batches, days."""

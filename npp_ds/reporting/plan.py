@@ -3,8 +3,8 @@
 The formulas, their sources and what is left out are in `docs/planning.md`.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from npp_ds.config import RunConfig
@@ -13,19 +13,21 @@ from npp_ds.data.store import manifest_at_hand
 from npp_ds.errors import UserError
 from npp_ds.reporting.gpus import GPU
 from npp_ds.reporting.memory import FP32, Memory, training_memory, weight_bytes
+from npp_ds.reporting.mfu import Mfu, mfu_by_side
 from npp_ds.schedule import Stage
 from npp_ds.training.deepspeed_config import read_settings
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
-ASSUMED_MFU = 0.4
-"""Share of the GPU's peak that the model's FLOPs reach: an assumption, as no run on GPUs has been measured so far."""
 USABLE_MEMORY = 0.9
 """Share of a GPU's memory that a plan fills; the rest is for the CUDA context, NCCL and what the allocator loses."""
 COARSE_BATCH_SCALE_SHOWN = 4
 """The schedule.coarse_batch_scale that a plan compares with when the config leaves it at 1."""
 REPEATED_FLOPS = {"none": 1.0, "selective": 1.0, "block": 4 / 3}
 """What activation checkpointing multiplies the FLOPs by: `block` runs a third pass as long as the forward pass."""
+
+Mfus = Callable[[int], Mfu]
+"""patch side -> MFU."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,14 @@ class StagePlan:
     micro_batch_size: int
     gradient_accumulation_steps: int
     flops: int
+    mfu: Mfu
     compute_seconds: float
     communication_seconds: float
     hours: float
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.compute_seconds, self.communication_seconds)
 
     @property
     def limit(self) -> str:
@@ -70,16 +77,18 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Lever:
-    """The run's time with another schedule.coarse_batch_scale."""
+    """The run's time with another schedule.coarse_batch_scale, beside next-token training too."""
 
     coarse_batch_scale: int
+    time_cost: float
     days: float
     gpu_hours: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `npp plan` shows."""
+    """Everything that `npp plan` shows. The costs are relative to next-token training on the same images: positions,
+    FLOPs, and time on these GPUs."""
 
     name: str
     parameters: int
@@ -87,11 +96,11 @@ class Plan:
     images_source: str
     gpu: GPU
     gpus: int
-    mfu: float
     precision: str
     activation_checkpointing: str
     token_cost: float
     flop_cost: float
+    time_cost: float
     flops: int
     stages: list[StagePlan]
     zero: list[ZeroPlan]
@@ -105,17 +114,19 @@ class Plan:
         return {**asdict(self), "stages": stages}
 
 
-def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU, images: int | None = None) -> Plan:
-    """Raises UserError when the config does not fit the number of images or GPUs."""
+def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, images: int | None = None) -> Plan:
+    """`mfu` None: what was measured, else an assumption (`mfu.py`). Raises UserError when the config does not fit the
+    number of images or GPUs.
+    """
     count, source = _images(config, images)
     if problems := problems_of(config, gpus, count):
         text = "\n".join(f"  - {p}" for p in problems)
         raise UserError(f"the config does not fit {count:,} images ({source}) and {gpus} GPUs:\n{text}")
     own = read_settings(config.deepspeed.config)["zero_optimization"]
     schedule = config.build_schedule(count, gpus)
-    fit = _Fit(config, gpu, gpus)
-    stages = [_plan_stage(fit, own, stage, mfu) for stage in schedule.stages]
-    days, gpu_hours = _time(stages, gpus)
+    fit, mfus = _Fit(config, gpu, gpus), mfu_by_side(config, gpu, mfu)
+    stages = [_plan_stage(fit, own, stage, mfus) for stage in schedule.stages]
+    days, gpu_hours, time_cost = _time(fit, own, schedule.stages, mfus)
     return Plan(
         name=config.name,
         parameters=config.model.parameters(),
@@ -123,17 +134,17 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float = ASSUMED_MFU, 
         images_source=source,
         gpu=gpu,
         gpus=gpus,
-        mfu=mfu,
         precision=config.precision,
         activation_checkpointing=config.model.activation_checkpointing,
         token_cost=schedule.token_cost(),
         flop_cost=schedule.flop_cost(config.model.grid_size, config.model.training_flops),
+        time_cost=time_cost,
         flops=sum(s.flops for s in stages),
         stages=stages,
         zero=[_plan_zero(fit, zero, schedule.stages, zero is own) for zero in _zero_settings(own, config.precision)],
         days=days,
         gpu_hours=gpu_hours,
-        levers=list(_levers(config, fit, own, count, mfu)),
+        levers=list(_levers(config, fit, own, count, mfus)),
     )
 
 
@@ -174,13 +185,13 @@ class _Fit:
         return next((size for size in sizes if self.fits(self.memory(zero, stage, size))), 1)
 
 
-def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfu: float) -> StagePlan:
-    config, rows = fit.config, stage.batch_size // fit.gpus
+def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfus: Mfus) -> StagePlan:
+    config, rows, mfu = fit.config, stage.batch_size // fit.gpus, mfus(stage.patch_side)
     positions = (config.model.grid_size // stage.patch_side) ** 2
     micro_batch_size = fit.micro_batch_size(zero, stage)
     step_flops = stage.batch_size * config.model.training_flops(positions)
     repeated = REPEATED_FLOPS[config.model.activation_checkpointing]
-    compute = step_flops * repeated / (fit.gpus * fit.gpu.tflops * 1e12 * mfu)
+    compute = step_flops * repeated / (fit.gpus * fit.gpu.tflops * 1e12 * mfu.share)
     sent = sent_bytes(config, zero["stage"], fit.gpus, rows // micro_batch_size)
     communication = sent / (fit.gpu.bandwidth(fit.gpus) * 1e9)
     return StagePlan(
@@ -194,6 +205,7 @@ def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfu: float) ->
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=rows // micro_batch_size,
         flops=stage.steps * step_flops,
+        mfu=mfu,
         compute_seconds=compute,
         communication_seconds=communication,
         hours=stage.steps * max(compute, communication) / 3600,
@@ -223,13 +235,16 @@ def _plan_zero(fit: _Fit, zero: Mapping[str, Any], stages: tuple[Stage, ...], is
     return ZeroPlan(zero["stage"], is_chosen, stage.patch_side, size, accumulation, memory, fit.fits(memory))
 
 
-def _time(stages: list[StagePlan], gpus: int) -> tuple[float, float]:
-    """(days, GPU-hours)."""
-    hours = sum(s.hours for s in stages)
-    return hours / 24, hours * gpus
+def _time(fit: _Fit, zero: Mapping[str, Any], stages: tuple[Stage, ...], mfus: Mfus) -> tuple[float, float, float]:
+    """(days, GPU-hours, time relative to next-token training on the same images, in batches as the last stage's)."""
+    hours = sum(_plan_stage(fit, zero, stage, mfus).hours for stage in stages)
+    last = stages[-1]
+    next_token = _plan_stage(fit, zero, replace(last, patch_side=1), mfus)
+    steps = sum(stage.steps * stage.batch_size for stage in stages) / last.batch_size
+    return hours / 24, hours * fit.gpus, hours * 3600 / (steps * next_token.step_seconds)
 
 
-def _levers(config: RunConfig, fit: _Fit, zero: Mapping[str, Any], images: int, mfu: float) -> Iterator[Lever]:
+def _levers(config: RunConfig, fit: _Fit, zero: Mapping[str, Any], images: int, mfus: Mfus) -> Iterator[Lever]:
     """The time without larger coarse batches and with them, where the schedule has coarse stages to enlarge."""
     if config.schedule.stages is not None or max(config.schedule.patch_sides) == 1:
         return
@@ -238,5 +253,5 @@ def _levers(config: RunConfig, fit: _Fit, zero: Mapping[str, Any], images: int, 
         other = config.model_copy(update={"schedule": config.schedule.model_copy(update={"coarse_batch_scale": scale})})
         if problems_of(other, fit.gpus, images):
             continue
-        stages = other.build_schedule(images, fit.gpus).stages
-        yield Lever(scale, *_time([_plan_stage(fit, zero, stage, mfu) for stage in stages], fit.gpus))
+        days, gpu_hours, time_cost = _time(fit, zero, other.build_schedule(images, fit.gpus).stages, mfus)
+        yield Lever(scale, time_cost, days, gpu_hours)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STAGE_COLUMNS = ("patch side", "epochs", "steps", "positions", "batch", "peak rate", "FLOPs", "share")
-TIME_COLUMNS = ("patch side", "micro-batch", "accumulation", "compute", "communication", "limit", "hours")
+TIME_COLUMNS = ("patch side", "micro-batch", "accumulation", "MFU", "compute", "communication", "limit", "hours")
 MEMORY_COLUMNS = ("ZeRO", "micro-batch", "accumulation", *PARTS, "peak", "fits")
 
 
@@ -40,6 +40,7 @@ def time_rows(plan: Plan) -> list[tuple[str, ...]]:
             str(s.patch_side),
             str(s.micro_batch_size),
             str(s.gradient_accumulation_steps),
+            f"{s.mfu.share:.0%} {s.mfu.origin}",
             f"{s.compute_seconds * 1e3:.3g} ms",
             f"{s.communication_seconds * 1e3:.3g} ms",
             s.limit,
@@ -63,21 +64,33 @@ def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
     ]
 
 
+def mfu_notes(plan: Plan) -> list[str]:
+    """Where each MFU is from."""
+    lines = [f"MFU: {s.mfu.source}" for s in plan.stages if s.mfu.source]
+    if any(s.mfu.origin == "assumed" for s in plan.stages):
+        lines.append("MFU: assumed where no measurement of this model on this GPU is at hand; --mfu gives another")
+    return list(dict.fromkeys(lines))
+
+
 def notes(plan: Plan) -> list[str]:
     """What the tables do not say."""
     gpu = plan.gpu
     lines = [
         f"cost, next-token training = 1: {plan.token_cost:.3f} in positions (token_cost), "
-        f"{plan.flop_cost:.3f} in FLOPs (flop_cost)",
-        f"time: {plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU-hours on {plan.gpus} x {gpu.name} at an MFU of "
-        f"{plan.mfu:.0%} of {gpu.tflops:g} TFLOP/s, each GPU sending {gpu.bandwidth(plan.gpus):g} GB/s; "
-        "a step takes the longer of compute and communication",
-        f"memory: GB per GPU, each part where it is largest; fits: a peak of at most {USABLE_MEMORY:.0%} of "
+        f"{plan.flop_cost:.3f} in FLOPs (flop_cost), {plan.time_cost:.3f} in time (time_cost)",
+        f"time: {plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU-hours on {plan.gpus} x {gpu.name}; a step takes the "
+        f"longer of compute, at the MFU's share of {gpu.tflops:g} TFLOP/s, and communication, each GPU sending "
+        f"{gpu.bandwidth(plan.gpus):g} GB/s",
+        f"memory: each part where it is largest; fits: a peak of at most {USABLE_MEMORY:.0%} of "
         f"{gpu.memory_gb:g} GB; *: the ZeRO stage of the run, activation checkpointing {plan.activation_checkpointing}",
     ]
+    lines[2:2] = mfu_notes(plan)
     if len(plan.levers) > 1:
-        each = [f"{v.coarse_batch_scale}: {v.days:.2f} days ({v.gpu_hours:,.0f} GPU-hours)" for v in plan.levers]
-        lines.append(f"schedule.coarse_batch_scale {', '.join(each)}")
+        each = [
+            f"with {v.coarse_batch_scale} {v.days:.2f} days, {v.gpu_hours:,.0f} GPU-hours, time_cost {v.time_cost:.3f}"
+            for v in plan.levers
+        ]
+        lines.append(f"schedule.coarse_batch_scale (docs/planning.md): {'; '.join(each)}")
     if not any(z.fits for z in plan.zero if z.is_chosen):
         lines.append(
             "WARNING: the run does not fit this GPU, even one image at a time; use another ZeRO stage, "
@@ -119,6 +132,6 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
     console.print(Text(f"{head}, {plan.precision}", style="bold"))
     console.print(_table("stages", STAGE_COLUMNS, stage_rows(plan)))
     console.print(_table("one step", TIME_COLUMNS, time_rows(plan)))
-    console.print(_table("memory", MEMORY_COLUMNS, memory_rows(plan)))
+    console.print(_table("memory of a GPU in GB", MEMORY_COLUMNS, memory_rows(plan)))
     for line in notes(plan):
         console.print(Text(line), soft_wrap=True)
