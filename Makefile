@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-full lint format
+.PHONY: help install quickstart test test-full bench bench-baseline lint format
 
 help:
 	@echo "make quickstart   from shipped images to trained samples, about 6 minutes on 2 cores"
 	@echo "make test         the tests that need no GPU"
 	@echo "make test-full    the slow tests too"
+	@echo "make bench        what was measured to be faster than something else still is, about 5 minutes on 2 cores"
 	@echo "make lint         ruff"
 	@echo "make install      only the virtual environment ./.venv"
 
@@ -45,6 +46,13 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# Ratios within one run, never times, beside benchmarks/baseline.json; the second measures that file anew.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.guard
+
+bench-baseline: $(STAMP)
+	$(BIN)/python -m benchmarks.guard --update
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import ratio_rows, require_gpu, where
+from benchmarks.common import give_up, ratio_rows, require_gpu, where
 from benchmarks.suite import BENCHMARKS, PATIENCE, Outcome, chosen, run
 from npp_ds.errors import UserError
 
@@ -62,7 +62,7 @@ def main() -> None:
     try:
         benchmarks = chosen(options.only, options.gpu)
     except UserError as error:
-        sys.exit(str(error))
+        give_up(str(error))
     if options.gpu:
         require_gpu()
     outcomes = []

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 from npp_ds.files import write_json_atomic, write_text_atomic
 
@@ -19,10 +19,10 @@ NO_GPU = "--gpu: PyTorch finds no CUDA device on this machine; run it where ther
 
 
 def machine(*packages: str, gpu: bool = False) -> dict[str, str | int | None]:
-    """What the figures depend on: processor, cores, versions of `packages`, and the first GPU where one was used."""
+    """What figures depend on: processor, cores that were used, versions of `packages`, the first GPU where it was."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
     versions = {package: version(package) for package in packages}
-    facts = {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), **versions}
+    facts = {"processor": names[0] if names else platform.machine(), "cores": len(os.sched_getaffinity(0)), **versions}
     if gpu:
         facts["gpu"] = import_module("torch").cuda.get_device_name()
     return facts
@@ -55,7 +55,13 @@ def parsed(parser: argparse.ArgumentParser, **modes: Mapping[str, Any]) -> argpa
 def require_gpu() -> None:
     """Ends the program with one line where there is no GPU."""
     if not import_module("torch").cuda.is_available():
-        sys.exit(NO_GPU)
+        give_up(NO_GPU)
+
+
+def give_up(error: str) -> NoReturn:
+    """Ends the program as `npp` ends with what a person can mend: one text, exit code 2."""
+    print(error, file=sys.stderr)
+    sys.exit(2)
 
 
 def rates_in_turn(ways: Mapping[str, Callable[[], int]], repeats: int, gpu: bool = False) -> dict[str, list[float]]:
@@ -86,16 +92,21 @@ def in_the_same_turn(ours: Sequence[float], others: Sequence[float]) -> dict[str
 
 def where(facts: Mapping[str, Any]) -> str:
     """The machine of a result in words, without versions."""
-    return ", ".join([facts["processor"], f"{facts['cores']} cores", *([facts["gpu"]] if "gpu" in facts else [])])
+    cores = f"{facts['cores']} core{'s' * (facts['cores'] > 1)}"
+    return ", ".join([facts["processor"], cores, *([facts["gpu"]] if "gpu" in facts else [])])
+
+
+def versions(facts: Mapping[str, Any]) -> str:
+    """The rest of a machine's facts."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("processor", "cores", "gpu"))
 
 
 def made_by(result: Mapping[str, Any], how: str = "") -> str:
     """A table's last line: the machine, `how` it was used, and the command that made the table."""
     facts, name = result["machine"], result["benchmark"]
-    versions = ", ".join(f"{k} {v}" for k, v in facts.items() if k not in ("processor", "cores", "gpu"))
     flags = [" --gpu"] * name.endswith("_gpu") + [" --fast"] * bool(result.get("fast"))
     command = f"python -m benchmarks.{name.removesuffix('_gpu')}{''.join(flags)}"
-    return f"{where(facts)}{f', {how}' if how else ''}; {versions}. Made by `{command}`."
+    return f"{where(facts)}{f', {how}' if how else ''}; {versions(facts)}. Made by `{command}`."
 
 
 def ratio_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -105,7 +116,7 @@ def ratio_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     for name, ratio in result.get("ratios", {}).items():
         wanted = result.get("wanted", {}).get(name)
         verdict = "" if wanted is None else "met" if ratio is not None and ratio >= wanted else "**not met**"
-        measured = "not measured" if ratio is None else f"{ratio:.3g}"
+        measured = "not measured" if ratio is None else f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
         rows.append((name, measured, "" if wanted is None else f"{wanted:g}", verdict))
     return rows
 

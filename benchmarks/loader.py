@@ -184,7 +184,7 @@ def table(result: dict) -> str:
         "batches. Verifying and unpacking the shards, once per node, went at "
         f"{result['staged_images_per_second']:,} images/s.",
         "",
-        made_by(result, "of which one was used"),
+        made_by(result),
     ]
     return "\n".join(lines) + "\n"
 

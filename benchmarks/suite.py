@@ -15,6 +15,7 @@ from pathlib import Path
 from npp_ds.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+CORES = 2
 PATIENCE = 3
 """A benchmark that takes this many times the minutes it is expected to take is ended."""
 TOLD_LINES = 15
@@ -62,14 +63,15 @@ def chosen(names: list[str] | None, gpu: bool) -> list[Benchmark]:
 
 
 def run(benchmark: Benchmark, gpu: bool = False, fast: bool = False, out: Path | None = None) -> Outcome:
-    """Runs one to its end or its time limit. `out` gets its files only when it has succeeded."""
+    """Runs one to its end or its time limit: without `gpu` on `CORES` cores, as what is wanted is stated for, and blind
+    to GPUs. `out` gets its files only when it has succeeded."""
     limit = 60 * PATIENCE * (benchmark.gpu_minutes if gpu else benchmark.minutes)
     file = f"{benchmark.name}{'_gpu' if gpu else ''}"
     flags = [flag for flag, wanted in (("--gpu", gpu), ("--fast", fast)) if wanted]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", f"benchmarks.{benchmark.name}", *flags, "--out", folder]
         started = time.perf_counter()
-        code, said = _run_to_end(command, limit)
+        code, said = _run_to_end(command, limit, gpu)
         seconds = time.perf_counter() - started
         if code is None:
             return Outcome(benchmark, seconds, problem=f"ended after its time limit of {limit / 60:g} minutes{said}")
@@ -85,10 +87,20 @@ def run(benchmark: Benchmark, gpu: bool = False, fast: bool = False, out: Path |
         return Outcome(benchmark, seconds, json.loads(figures.read_text()), table.read_text())
 
 
-def _run_to_end(command: list[str], limit: float) -> tuple[int | None, str]:
+def _run_to_end(command: list[str], limit: float, gpu: bool) -> tuple[int | None, str]:
     """(exit code, None past the limit in seconds; the last lines of what it said), no process of its left behind."""
+    environment = dict(os.environ) if gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    cores = sorted(os.sched_getaffinity(0))[: None if gpu else CORES]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
