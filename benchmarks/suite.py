@@ -35,9 +35,9 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("loader", "rows of codes a second, beside WebDataset and files", 2),
     Benchmark("tokenize", "images to codes, beside the published way", 5, gpu_minutes=4),
-    Benchmark("sampling", "images decoded a second, beside the published way", 4, gpu_minutes=5),
+    Benchmark("sampling", "images decoded a second, beside the published way", 4, gpu_minutes=4),
     Benchmark("saving", "how long training stands still for a checkpoint", 1),
-    Benchmark("memory", "memory of a training process, measured and expected", 4, gpu_minutes=8),
+    Benchmark("memory", "memory of a training process, measured and expected", 4, gpu_minutes=6),
 )
 
 

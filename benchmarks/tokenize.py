@@ -323,7 +323,10 @@ def gpu_table(result: dict) -> list[str]:
 
 def main() -> None:
     parser = command_line(
-        __doc__, fast="300 JPEGs, 4 crops through VQ-16, 3 turns", gpu="VQ-16 on the first GPU, in every precision", repeats=5
+        __doc__,
+        fast="300 JPEGs, 4 crops through VQ-16, 3 turns",
+        gpu="VQ-16 on the first GPU, in every precision",
+        repeats=5,
     )
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0))

@@ -132,3 +132,32 @@ def test_a_ratio_that_was_not_measured_meets_no_bound():
     assert common.ratio_rows(result) == [("here_to_there", "not measured", "1.5", "**not met**")]
     text = program.summary([Outcome(BENCHMARKS[0], 1.0, result, "table")])
     assert "0 of 1 bounds met." in text
+
+
+def test_ways_take_turns_after_an_unmeasured_round():
+    order = []
+
+    def way(name: str, count: int):
+        return lambda: order.append(name) or count
+
+    rates = common.rates_in_turn({"a": way("a", 1), "b": way("b", 2)}, repeats=2)
+    assert order == ["a", "b"] * 3
+    assert {name: len(values) for name, values in rates.items()} == {"a": 2, "b": 2}
+
+
+def test_a_ratio_is_the_median_of_those_within_a_turn():
+    # Every turn twice as fast as the other, whatever the machine did meanwhile.
+    assert common.in_the_same_turn([2, 20, 6], [1, 10, 3]) == {"median": 2, "lowest": 2, "highest": 2}
+    assert common.in_the_same_turn([3, 20, 6], [1, 10, 4])["median"] == 2
+
+
+def test_other_defaults_with_fast_yield_to_what_is_given(monkeypatch):
+    def options(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+        parser = common.command_line("about", fast="less", repeats=5)
+        parser.add_argument("--images", type=int, default=100)
+        return common.parsed(parser, fast={"images": 10, "repeats": 3})
+
+    assert (options().images, options().repeats) == (100, 5)
+    assert (options("--fast").images, options("--fast").repeats) == (10, 3)
+    assert options("--fast", "--images", "7").images == 7
