@@ -28,7 +28,9 @@ def machine(*packages: str, gpu: bool = False) -> dict[str, str | int | None]:
     return facts
 
 
-def command_line(description: str, fast: str, gpu: str | None = None, repeats: int | None = None):
+def command_line(
+    description: str, fast: str, gpu: str | None = None, repeats: int | None = None
+) -> argparse.ArgumentParser:
     """An argument parser with the options of all benchmarks; `repeats` is the default of measured turns."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help=fast)

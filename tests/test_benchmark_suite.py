@@ -79,7 +79,9 @@ def test_all_that_succeed_end_with_0_and_only_what_is_named_runs(benchmarks, mon
     with pytest.raises(SystemExit) as ended:
         program.main()
     assert not ended.value.code
-    assert "[1/1] good: it\n# table" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "[1/1] good: it\n# table" in printed
+    assert "These were the short forms" in printed
 
 
 @pytest.mark.processes
