@@ -17,6 +17,7 @@ from npp_ds.reporting.gpus import GPUS, find_gpu
 from npp_ds.reporting.memory import training_memory
 from npp_ds.reporting.mfu import Mfu
 from npp_ds.reporting.plan import IMAGENET, Plan, make_plan
+from npp_ds.reporting.plan_table import milliseconds
 from shard_sets import write_set
 
 ROOT = Path(__file__).parent.parent
@@ -280,6 +281,10 @@ def test_plan_prints_tables_and_one_json_object():
     assert [zero["zero_stage"] for zero in told["zero"]] == [1, 2, 3]
     parts = {"weights", "gradients", "optimizer", "ema", "activations", "logits", "buffers", "peak"}
     assert all(set(zero["memory"]) == parts for zero in told["zero"])
+
+
+def test_times_of_a_step_are_written_out():
+    assert [milliseconds(t) for t in (0.0000101, 0.0108, 0.174, 2.84)] == ["0.0101 ms", "10.8 ms", "174 ms", "2,840 ms"]
 
 
 def test_planning_needs_no_torch():

@@ -33,6 +33,10 @@ def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
     return [*rows, ("all", f"{epochs:.4g}", f"{steps:,}", "", "", "", f"{plan.flops:.3g}", "100.0%")]
 
 
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
 def time_rows(plan: Plan) -> list[tuple[str, ...]]:
     """The cells under `TIME_COLUMNS`: milliseconds of one step, hours of the stage."""
     return [
@@ -41,8 +45,8 @@ def time_rows(plan: Plan) -> list[tuple[str, ...]]:
             str(s.micro_batch_size),
             str(s.gradient_accumulation_steps),
             f"{s.mfu.share:.0%} {s.mfu.origin}",
-            f"{s.compute_seconds * 1e3:.3g} ms",
-            f"{s.communication_seconds * 1e3:.3g} ms",
+            milliseconds(s.compute_seconds),
+            milliseconds(s.communication_seconds),
             s.limit,
             f"{s.hours:,.1f}",
         )
