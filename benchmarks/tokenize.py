@@ -220,7 +220,7 @@ def run_cpu(options: argparse.Namespace) -> dict:
         for _ in range(options.repeats):
             with tempfile.TemporaryDirectory(dir=name) as folder:
                 turns.append(measure_null(source, Path(folder), options.workers))
-                parts.append(measure_parts(source, Path(folder), count=24))
+                parts.append(measure_parts(source, Path(folder), min(24, options.images)))
                 vq16.append(measure_vq16(source, tokenizer, Path(folder), options.workers, options.vq16_images))
         sizes = source.bytes / len(source.items)
     ratios = {by: [turn[HERE][by] / turn[PUBLISHED][by] for turn in turns] for by in ("clock", "cpu")}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import loader, tokenize
+
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parent.parent
@@ -32,10 +34,32 @@ def test_loader_benchmark_measures_every_reader(tmp_path):
         low, high = result["range"][name]
         assert 0 < low <= rate <= high
         assert f"| {name} | {rate:,} |" in table
+    assert list(result["ratios"]) == ["loader_to_webdataset", "loader_to_files", "gather_to_webdataset"]
+    (low, high), (other_low, other_high) = (result["range"][name] for name in (loader.LOADER[1], loader.FILES))
+    assert low / other_high * 0.99 <= result["ratios"]["loader_to_files"] <= high / other_low * 1.01
 
 
 def test_saving_benchmark_measures_every_way(tmp_path):
     result, committed = _results("saving", tmp_path, "--dim", "64", "--layers", "1", "--repeats", "1")
     assert list(result["seconds_stood_still"]) == list(committed["seconds_stood_still"])
     assert all(seconds > 0 for seconds in result["seconds_stood_still"].values())
+    assert set(result["ratios"]) == {"at_once_to_deepspeed", "asynchronous_to_at_once"}
+    assert all(ratio > 0 for ratio in result["ratios"].values())
     assert result["megabytes"]["npp_ds, at once"] == result["megabytes"]["npp_ds, asynchronous"] > 0
+
+
+def test_tokenizing_benchmark_measures_both_ways(tmp_path):
+    small = ["--images", "4", "--vq16-images", "4", "--repeats", "1", "--tokenizer", "fashion_mnist"]
+    result, committed = _results("tokenize", tmp_path, *small)
+    assert set(result["images_per_second"]) == set(committed["images_per_second"])
+    assert (result["images"], result["repeats"], result["vq16"]["crops"]) == (4, 1, 4)
+    rates, seconds = result["images_per_second"], result["vq16"]["seconds"]
+    assert result["ratios"] == {
+        "to_published": pytest.approx(rates[tokenize.HERE]["clock"] / rates[tokenize.PUBLISHED]["clock"], abs=1e-3),
+        "to_published_in_processor_time": pytest.approx(
+            rates[tokenize.HERE]["cpu"] / rates[tokenize.PUBLISHED]["cpu"], abs=1e-3
+        ),
+        "vq16_alone_to_pipeline": pytest.approx(
+            seconds["alone"]["clock"] / seconds["in the pipeline"]["clock"], abs=1e-3
+        ),
+    }

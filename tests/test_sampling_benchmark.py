@@ -58,6 +58,10 @@ def test_sampling_benchmark_measures_every_way(tmp_path):
     (model,) = result["models"]
     ways = [benchmark.PUBLISHED, benchmark.NO_COPY, benchmark.HERE]
     assert list(model["images_per_second"]) == ways and list(model["ratio"]) == ways[:2]
+    assert result["ratios"] == {
+        "small_to_published": pytest.approx(model["ratio"][benchmark.PUBLISHED]["median"], abs=1e-3),
+        "small_to_published_no_copy": pytest.approx(model["ratio"][benchmark.NO_COPY]["median"], abs=1e-3),
+    }
     table = (tmp_path / "sampling.md").read_text()
     for way, rate in model["images_per_second"].items():
         assert 0 < rate["lowest"] <= rate["median"] <= rate["highest"]
