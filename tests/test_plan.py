@@ -12,8 +12,8 @@ from npp_ds.cli import app
 from npp_ds.config import RunConfig
 from npp_ds.config_checks import load_config, recipe_names
 from npp_ds.errors import UserError
+from npp_ds.gpus import GPUS, find_gpu
 from npp_ds.reporting import mfu
-from npp_ds.reporting.gpus import GPUS, find_gpu
 from npp_ds.reporting.memory import training_memory
 from npp_ds.reporting.mfu import Mfu
 from npp_ds.reporting.plan import IMAGENET, Plan, make_plan

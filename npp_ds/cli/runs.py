@@ -94,7 +94,7 @@ def plan(
 ) -> None:
     """Tell what a run will take before it starts: FLOPs, memory per GPU, micro-batches, days."""
     from npp_ds.config_checks import load_config
-    from npp_ds.reporting.gpus import find_gpu
+    from npp_ds.gpus import find_gpu
     from npp_ds.reporting.plan import make_plan
     from npp_ds.reporting.plan_table import print_plan
 

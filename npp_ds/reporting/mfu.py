@@ -10,7 +10,7 @@ from typing import Any, Literal
 import npp_ds
 from npp_ds.config import RunConfig
 from npp_ds.errors import UserError
-from npp_ds.reporting.gpus import GPU, GPUS
+from npp_ds.gpus import GPU, GPUS
 from npp_ds.sizes import SIZES, parameter_count
 
 ASSUMED_MFU = 0.4

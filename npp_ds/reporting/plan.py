@@ -11,7 +11,7 @@ from npp_ds.config import RunConfig
 from npp_ds.config_checks import problems_of
 from npp_ds.data.store import manifest_at_hand
 from npp_ds.errors import UserError
-from npp_ds.reporting.gpus import GPU
+from npp_ds.gpus import GPU
 from npp_ds.reporting.memory import FP32, Memory, training_memory, weight_bytes
 from npp_ds.reporting.mfu import Mfu, mfu_by_side
 from npp_ds.schedule import Stage

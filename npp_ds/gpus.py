@@ -1,4 +1,4 @@
-"""What `npp plan` knows of GPUs: memory, dense bf16 rate, and how fast they talk. Pure: no torch."""
+"""What is known of GPUs: memory, dense bf16 rate, how fast they talk, and what CUDA calls them. Pure: no torch."""
 
 from dataclasses import dataclass
 
@@ -44,6 +44,23 @@ GPUS = {
         GPU("rtx4090", 24, 165.2, 32, 12.5),  # Ada architecture paper, appendix A: bf16 with fp32 sums, PCIe 4 x16
     )
 }
+
+# As the driver names whole devices of these kinds; older drivers leave the brand out. Cards of the same chip with other
+# limits (PCIe, NVL, laptops, MIG slices) have names of their own and other rates.
+_DEVICE_NAMES = {
+    "A100-SXM4-40GB": "a100-40",
+    "A100-SXM4-80GB": "a100-80",
+    "H100 80GB HBM3": "h100",
+    "H200": "h200",
+    "B200": "b200",
+    "L40S": "l40s",
+    "GeForce RTX 4090": "rtx4090",
+}
+
+
+def gpu_of_device(device_name: str) -> GPU | None:
+    """The GPU of the table that `torch.cuda.get_device_name` calls so; None for any other."""
+    return GPUS.get(_DEVICE_NAMES.get(device_name.removeprefix("NVIDIA "), ""))
 
 
 def find_gpu(name: str, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> GPU:
