@@ -28,7 +28,10 @@ WATCHED = {
     "validation": {"every": 7, "batch_size": 8, "weights": "both"},
     "logging": {"every": 1, "samples": True},
 }
-TIMES = ("images_per_second", "elapsed_seconds", "data_wait_share")
+MEASURED = (
+    "images_per_second", "positions_per_second", "model_tflops_per_second", "mfu", "elapsed_seconds",
+    "data_wait_share", "communication_wait_share", "communication_wait_share_largest", "peak_memory_gb",
+)  # fmt: skip
 
 
 def shards_in(folder: Path, seed: int = 0) -> Path:
@@ -62,9 +65,9 @@ def tiny_config(folder: Path, run_dir: Path, **sections: Any) -> RunConfig:
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock and on when checkpoints were due."""
+    """The lines of metrics.jsonl without what depends on the clock or memory and on when checkpoints were due."""
     lines = (json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["event"] != "checkpoint"]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines if line["event"] != "checkpoint"]
 
 
 def state_of(run_dir: Path) -> dict[str, torch.Tensor]:

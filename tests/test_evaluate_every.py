@@ -25,10 +25,11 @@ from npp_ds.reporting.report import report_run
 from npp_ds.sampling.sampler import Options, build_model, labels_of, sample_images
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.training import evaluation
+from npp_ds.training.communication import CommunicationWatch
 from npp_ds.training.evaluation import Budget
 from npp_ds.training.launch import Processes
-from npp_ds.training.metrics import Clock
 from npp_ds.training.preemption import Preempted
+from npp_ds.training.throughput import Clock
 from npp_ds.training.trainer import Trainer
 from npp_ds.weights.source import open_weights
 from runs import assert_same, error_of, metrics_of, outcome_of, run, tiny_config
@@ -257,7 +258,7 @@ def test_the_budget_waits_until_the_last_evaluation_is_paid_off():
 
 
 def test_the_clock_stands_still_while_it_is_paused():
-    clock = Clock(100.0)
+    clock = Clock(100.0, CommunicationWatch(torch.device("cpu")))
     with clock.paused():
         inside = clock.elapsed
         assert clock.elapsed == inside

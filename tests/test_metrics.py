@@ -4,16 +4,21 @@ import errno
 import io
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from npp_ds.events import of_kind, read_events
+from npp_ds.training.launch import Processes
 from npp_ds.training.metrics import MetricsLog, Progress
+from npp_ds.training.trainer import Trainer
+from runs import tiny_config
 
 LINE = {
     "event": "train", "step": 30, "stage": 1, "patch_side": 2, "epoch": 3, "loss": 4.25, "learning_rate": 1e-4,
-    "images_per_second": 512.4,
+    "images_per_second": 512.4, "mfu": None,
 }  # fmt: skip
 
 
@@ -93,6 +98,7 @@ def test_progress_shows_stage_step_loss_rate_and_time_to_go(monkeypatch, is_term
     progress.say("validation after step 30")
     progress.close()
     text = screen.getvalue()
+    assert "MFU" not in text
     for part in ("stage 2/3 side 2", "step 30/100", "loss 4.2500", "lr 1.00e-04", "512 images/s", "eta"):
         assert part in text, part
     assert "validation after step 30\n" in text
@@ -100,3 +106,39 @@ def test_progress_shows_stage_step_loss_rate_and_time_to_go(monkeypatch, is_term
     if not is_terminal:
         assert "eta 0:01:15" in text
         assert len(text.splitlines()) == 2
+
+
+def test_progress_shows_the_mfu_where_the_peak_is_known(capsys):
+    Progress(total_steps=100, first_step=10, stages=3).show({**LINE, "mfu": 0.4321}, seconds_per_step=1)
+    assert "512 images/s  MFU 43.2%  eta" in capsys.readouterr().out
+
+
+def _told_to_monitors(processes: Processes, config) -> list[tuple[str, float, int]]:
+    trainer, told = Trainer(config, processes), []
+    trainer.engine.write_events = told.extend
+    trainer.run()
+    return told
+
+
+@pytest.mark.processes
+def test_a_training_line_holds_every_documented_figure_and_monitors_get_its_curves(pair, shards, tmp_path):
+    config = tiny_config(
+        shards, tmp_path / "run", validation={"every": 0}, logging={"every": 7},
+        schedule={"patch_sides": [2], "epochs": 1, "warmup_epochs": 0, "end_at_patch_side_one": False},
+    )  # fmt: skip
+    told, _ = pair.run(_told_to_monitors, config)
+    lines = of_kind(read_events(tmp_path / "run" / "metrics.jsonl"), "train")
+    assert [line["step"] for line in lines] == [1, 7, 10]
+    page = (Path(__file__).parent.parent / "docs/training-metrics.md").read_text()
+    rows = [row.split("|")[1] for row in page.split("## Samples compared")[0].splitlines() if row.startswith("| `")]
+    documented = {key for row in rows for key in re.findall("`([a-z_]+)`", row)}
+    assert lines[0].keys() == documented | {"event", "step"}
+    for line in lines:
+        assert line["positions_per_second"] == pytest.approx(4 * line["images_per_second"])
+        flops = line["images_per_second"] / 2 * config.model.training_flops(4)
+        assert line["model_tflops_per_second"] == pytest.approx(flops / 1e12) and line["mfu"] is None
+        assert 0 < line["communication_wait_share"] <= line["communication_wait_share_largest"] < 1
+        assert 0.05 < line["peak_memory_gb"] < 50, "a process with torch"
+    curves = documented - {"stage", "epoch", "elapsed_seconds", "mfu"}
+    expected = {(f"train/{name}", line[name], line["step"]) for line in lines for name in curves}
+    assert {event for event in told if event[0].startswith("train/")} == expected

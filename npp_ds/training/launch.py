@@ -39,6 +39,12 @@ class Processes:
         """Like `sum`, but goes on at once: what comes of it is read later."""
         return PendingSum(values.detach().float().clone())
 
+    def largest(self, values: list[float]) -> list[float]:
+        """The largest of each of some numbers over all processes; waits for the device."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
     def gather(self, value: Any) -> list[Any]:
         """What each process passed, by rank; small plain values."""
         values: list[Any] = [None] * self.world_size

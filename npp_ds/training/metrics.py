@@ -3,9 +3,7 @@
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -85,51 +83,8 @@ class MetricsLog(StepLog):
         return max((line.get("elapsed_seconds", 0.0) for line in self.kept), default=0.0)
 
 
-class Clock:
-    """Seconds of training (without validation, evaluation and saving) and images since the last question."""
-
-    def __init__(self, elapsed_before: float):
-        self._before, self._started = elapsed_before, time.perf_counter()
-        self._images = self._steps = 0
-        self._waited = 0.0
-        self._mark = self._started
-        self._paused_since: float | None = None
-        self.seconds_per_step = 0.0
-        self.data_wait_share = 0.0
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training since the run's first start, validation, evaluation and saving apart."""
-        return self._before + (self._paused_since or time.perf_counter()) - self._started
-
-    def count(self, images: int) -> None:
-        self._images += images
-        self._steps += 1
-
-    def rate(self, waited: float) -> float:
-        """Images per second since the last call; `waited` is the time spent waiting for data so far."""
-        now = time.perf_counter()
-        seconds, images, steps = now - self._mark, self._images, self._steps
-        self.seconds_per_step = seconds / max(1, steps)
-        self.data_wait_share = (waited - self._waited) / seconds
-        self._mark, self._images, self._steps, self._waited = now, 0, 0, waited
-        return images / seconds
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        began = self._paused_since = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused_since = None
-            lost = time.perf_counter() - began
-            self._started += lost
-            self._mark += lost
-
-
 class Progress:
-    """Stage, step, loss, learning rate, images/s and time to go of a run, on the first rank's screen."""
+    """Stage, step, loss, learning rate, images/s, MFU and time to go of a run, on the first rank's screen."""
 
     def __init__(self, total_steps: int, first_step: int, stages: int):
         self.total_steps, self.stages = total_steps, stages
@@ -152,6 +107,8 @@ class Progress:
             f"stage {line['stage'] + 1}/{self.stages} side {line['patch_side']}  step {line['step']}/{self.total_steps}"
             f"  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['images_per_second']:.0f} images/s"
         )
+        if line["mfu"] is not None:
+            text += f"  MFU {line['mfu']:.1%}"
         if self._bar:
             self._bar.update(self._task, completed=line["step"], description=text)
         else:

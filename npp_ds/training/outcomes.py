@@ -93,7 +93,8 @@ class Outcomes:
 
     def _agreed(self, exchange: PendingSum) -> tuple[float, bool]:
         """(mean loss, whether to stop), alike on all ranks."""
-        total, stopping, lost, written = exchange.read()
+        with self.log.communication.waiting():
+            total, stopping, lost, written = exchange.read()
         if lost:
             self.on_lost()
         if written == self.processes.world_size:

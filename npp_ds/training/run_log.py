@@ -4,7 +4,7 @@ All ranks call the same methods; the first one writes.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -14,20 +14,28 @@ from npp_ds.config import RunConfig
 from npp_ds.data.loader import StepBatch
 from npp_ds.events import Event, of_kind
 from npp_ds.schedule import Schedule, Stage
+from npp_ds.training.communication import CommunicationWatch
 from npp_ds.training.engine import StepResult
 from npp_ds.training.evaluation import EVALUATION, PUT_OFF, Result
 from npp_ds.training.launch import Processes
-from npp_ds.training.metrics import Clock, MetricsLog, Progress, StepLog
+from npp_ds.training.metrics import MetricsLog, Progress, StepLog
+from npp_ds.training.throughput import Clock, peak_tflops, speed, take_peak_memory_gb
 
 MonitorEvents = list[tuple[str, float, int]]
 
+NOT_FOR_MONITORS = ("stage", "epoch", "elapsed_seconds")
+"""Figures of a training line that are no curves."""
+
 
 class RunLog:
-    """The log of one start of a run; `clock` counts its seconds of training."""
+    """The log of one start of a run; `clock` counts its seconds of training, `communication` those of waiting."""
 
     def __init__(self, config: RunConfig, processes: Processes):
         self.config, self.processes = config, processes
-        self.clock = Clock(0.0)
+        self.communication = CommunicationWatch(processes.device)
+        self.clock = Clock(0.0, self.communication)
+        self._peak_tflops = peak_tflops(processes.device)
+        self._resources = ExitStack()
         self._metrics: MetricsLog | None = None
         self._samples: StepLog | None = None
         self._progress: Progress | None = None
@@ -36,11 +44,12 @@ class RunLog:
     def open(self, step: int) -> None:
         """Opens the files of the run folder and forgets what they say of later steps; the first rank only."""
         self._metrics = MetricsLog(self.config.directory / "metrics.jsonl", step)
-        self.clock = Clock(self._metrics.elapsed_before)
+        self.clock = Clock(self._metrics.elapsed_before, self.communication)
         if self.config.logging.samples:
             self._samples = StepLog(self.config.directory / "sample_log.jsonl", step)
 
     def close(self) -> None:
+        self._resources.close()
         for part in (self._metrics, self._samples, self._progress):
             if part:
                 part.close()
@@ -55,9 +64,13 @@ class RunLog:
         return next(reversed(of_kind(self._metrics.kept if self._metrics else [], event)), None)
 
     def begin(self, schedule: Schedule, first_step: int, to_monitors: Callable[[MonitorEvents], None]) -> None:
-        """Shows progress and starts the clock; `to_monitors` passes (name, value, step) on."""
+        """Shows progress and starts clock and watch; `to_monitors` passes (name, value, step) on.
+
+        The engine has been made.
+        """
         self._to_monitors = to_monitors
-        self.clock = Clock(self._metrics.elapsed_before if self._metrics else 0.0)
+        self._resources.enter_context(self.communication.installed())
+        self.clock = Clock(self._metrics.elapsed_before if self._metrics else 0.0, self.communication)
         if self.processes.is_first:
             self._progress = Progress(schedule.total_steps, first_step, len(schedule.stages))
 
@@ -102,6 +115,11 @@ class RunLog:
         self.clock.count(stage.batch_size)
         if not self.is_due(stage, done):
             return
+        lap = self.clock.lap(waited)
+        rates = speed(lap, stage, self.config.model, self.processes.world_size, self._peak_tflops)
+        own = [lap.communication_wait_share, take_peak_memory_gb(self.processes.device)]
+        with self.communication.waiting():
+            largest_wait_share, largest_memory = self.processes.largest(own)
         line = {
             "stage": stage.index,
             "patch_side": stage.patch_side,
@@ -109,16 +127,19 @@ class RunLog:
             "loss": loss,
             "learning_rate": stage.learning_rate(batch.step),
             "grad_norm": result.grad_norm.item(),
-            "images_per_second": self.clock.rate(waited),
+            **rates,
             "elapsed_seconds": self.clock.elapsed,
-            "data_wait_share": self.clock.data_wait_share,
+            "data_wait_share": lap.data_wait_share,
+            "communication_wait_share": lap.communication_wait_share,
+            "communication_wait_share_largest": largest_wait_share,
+            "peak_memory_gb": largest_memory,
         }
         self.write("train", done, **line)
         if self._progress:
             with suppress(OSError):
-                self._progress.show({"step": done, **line}, self.clock.seconds_per_step)
-        names = ("loss", "learning_rate", "grad_norm", "images_per_second", "patch_side", "data_wait_share")
-        self._to_monitors([(f"train/{name}", line[name], done) for name in names])
+                self._progress.show({"step": done, **line}, lap.seconds_per_step)
+        curves = {name: value for name, value in line.items() if name not in NOT_FOR_MONITORS and value is not None}
+        self._to_monitors([(f"train/{name}", value, done) for name, value in curves.items()])
 
     def left_out(self, stage: Stage, batch: StepBatch) -> None:
         """A step of the schedule that does not change the weights."""
