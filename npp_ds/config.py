@@ -5,17 +5,22 @@ Keys made with `_free` may change when a run is resumed; all others are in the c
 
 import hashlib
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from npp_ds.schedule import Schedule, Stage, coarse_batch_factor, stage_ends
 from npp_ds.sizes import SIZES, parameter_count, training_flops
 
 RECIPES = Path(__file__).parent / "recipes"
+
+MOST_PROFILED_STEPS = 100
+"""A trace is held in memory until its last step: tens of thousands of events for each."""
 
 
 def _free(default: Any, description: str, **bounds: Any) -> Any:
@@ -206,6 +211,32 @@ class LoggingSection(_Section):
     samples: bool = _free(False, "write the ids and crops of every step's images to sample_log.jsonl")
 
 
+class ProfileSection(_Section):
+    steps: str | None = _free(
+        None,
+        "optimizer steps, such as 10-12, whose torch profiler trace goes to the run folder's profile/; numbered as in "
+        "metrics.jsonl, from 1; null: none",
+    )
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _is_a_range(cls, value: Any) -> str | None:
+        if value is None:
+            return None
+        found = re.fullmatch("([0-9]{1,15})(?:-([0-9]{1,15}))?", str(value))
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last < first + MOST_PROFILED_STEPS:
+            raise PydanticCustomError(
+                "steps", f"one step or a range such as 10-12, from 1 on, of at most {MOST_PROFILED_STEPS} steps"
+            )
+        return str(value)
+
+    def numbers(self) -> range:
+        """The steps to profile, counted from 1."""
+        first, _, last = (self.steps or "1-0").partition("-")
+        return range(int(first), int(last or first) + 1)
+
+
 class DeepSpeedSection(_Section):
     config: str = _free(
         "zero2", "a name in ds_configs/ (zero1, zero2, zero3 ..) or a JSON file; may change when a run is resumed"
@@ -234,6 +265,7 @@ class RunConfig(_Section):
     checkpoint: CheckpointSection = CheckpointSection()
     watch: WatchSection = WatchSection()
     logging: LoggingSection = LoggingSection()
+    profile: ProfileSection = Field(ProfileSection(), json_schema_extra={"free": True})  # no part of older hashes
 
     @property
     def directory(self) -> Path:

@@ -199,7 +199,7 @@ def problems_of(config: RunConfig, world_size: int | None = None, num_samples: i
     if world_size is not None:
         problems += _batch_problems(config, world_size)
     if num_samples is not None and not problems:
-        problems += _length_problems(config, num_samples)
+        problems += _length_problems(config, num_samples) or _profile_problems(config, num_samples)
     return problems
 
 
@@ -327,3 +327,12 @@ def _length_problems(config: RunConfig, num_samples: int) -> list[str]:
                 f"schedule.warmup_epochs: {stage.warmup_epochs} ({warmup} steps) exceeds stage {i} of {steps}; lower it"
             )
     return problems
+
+
+def _profile_problems(config: RunConfig, num_samples: int) -> list[str]:
+    last = config.build_schedule(num_samples).total_steps
+    if not config.profile.steps or config.profile.numbers()[-1] <= last:
+        return []
+    return [
+        f"profile.steps: {config.profile.steps}, but the run ends with step {last}; name earlier steps, or use null"
+    ]

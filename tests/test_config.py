@@ -170,10 +170,34 @@ def test_the_hash_changes_with_what_is_trained_and_not_with_how_it_is_run(tmp_pa
         "deepspeed.config=zero3",
         "logging.every=1",
         "run_dir=elsewhere",
+        "profile.steps=10-12",
     ):
         assert load_config("b_256", overrides=[free]).hash() == base.hash(), free
     for bound in ("seed=1", "schedule.batch_size=512", "optimizer.weight_decay=0.1", "model.size=L", "precision=fp32"):
         assert load_config("b_256", overrides=[bound]).hash() != base.hash(), bound
+
+
+@pytest.mark.parametrize("given, numbers", [("10-12", [10, 11, 12]), ("7", [7]), ("3-3", [3]), ("null", [])])
+def test_steps_to_profile_are_one_or_a_range(given, numbers):
+    config = load_config("b_256", overrides=[f"profile.steps={given}"])
+    assert list(config.profile.numbers()) == numbers
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+    assert "profile" not in config.bound_keys(), "runs from before this key go on"
+
+
+@pytest.mark.parametrize("given", ["12-10", "0", "0-3", "-4", "10-", "true", "1.5", "[1,2]", "1-101", "ten"])
+def test_other_steps_to_profile_are_refused(tmp_path, given):
+    text = complaint(tmp_path, MINIMAL, f"profile.steps={given}")
+    assert "expected one step or a range such as 10-12, from 1 on, of at most 100 steps" in text
+
+
+def test_steps_to_profile_lie_within_the_run():
+    def problems(steps: str) -> list[str]:
+        keys = {**MINIMAL, "schedule": {"epochs": 4}, "profile": {"steps": steps}}
+        return problems_of(RunConfig.model_validate(keys), 1, 512)
+
+    assert problems("7-8") == []
+    assert problems("7-9") == ["profile.steps: 7-9, but the run ends with step 8; name earlier steps, or use null"]
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from npp_ds.config import RunConfig
 from npp_ds.mixing import mix64
@@ -92,14 +93,17 @@ class TrainingEngine:
         for micro_step, (codes, labels) in enumerate(micro_batches):
             torch.manual_seed(int(mix64(self.seed, step, micro_step, self.processes.rank) >> 1))
             self.engine.set_gradient_accumulation_boundary(micro_step == len(micro_batches) - 1)
-            loss = self.engine(codes.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+            with record_function("forward"):
+                loss = self.engine(codes.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             losses.append(loss.detach())
             # 1 for a finite loss, else NaN: every gradient is then NaN on all ranks, and DeepSpeed drops the step.
-            self.engine.backward(loss * (1 + 0 * loss.detach()))
-        self.engine.step()
-        was_applied = self.engine.was_step_applied()
-        if was_applied and self.ema:
-            self.ema.update()
+            with record_function("backward"):
+                self.engine.backward(loss * (1 + 0 * loss.detach()))
+        with record_function("optimizer"):
+            self.engine.step()
+            was_applied = self.engine.was_step_applied()
+            if was_applied and self.ema:
+                self.ema.update()
         norm = self.engine.get_global_grad_norm() if was_applied else math.nan
         return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm), was_applied)
 

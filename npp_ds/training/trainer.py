@@ -21,6 +21,7 @@ from npp_ds.training.lease import Lease
 from npp_ds.training.outcomes import Outcomes, Signals
 from npp_ds.training.preemption import Preempted, StopRequests
 from npp_ds.training.preflight import fitting_schedule, initial_weights
+from npp_ds.training.profiling import StepProfile
 from npp_ds.training.run_log import RunLog
 from npp_ds.training.saving import CheckpointSaver, SaveFailed
 from npp_ds.training.stages import StageManager
@@ -107,6 +108,7 @@ class Trainer:
         self.evaluation.load(self.log.last_kept(EVALUATION))
         self.engine = TrainingEngine(config, self.schedule.stages[0], processes)
         self.stages = StageManager(config, self.schedule, self.train_store, self.engine, processes)
+        self.profile = StepProfile(config, processes, self.log)
         self.watchdog = Watchdog(self.run_dir / "stalled.txt", processes.rank, config.watch.stall_seconds)
         self.saver = CheckpointSaver(
             self.checkpoints,
@@ -150,7 +152,7 @@ class Trainer:
     def _train_from(self, first_step: int) -> int:
         """Trains to the last step, or to one that rolls back; returns the step to go on with."""
         self.outcomes.forget()
-        with closing(self.stages.batches(first_step)) as batches:
+        with closing(self.profile.around(self.stages.batches(first_step), first_step)) as batches:
             for stage, batch in batches:
                 self.watchdog.beat()
                 if batch.step == stage.start_step:
