@@ -8,12 +8,16 @@ from typing import Any
 from npp_ds.events import Event, of_kind
 from npp_ds.schedule import Stage
 
+TYPICAL = ("images_per_second", "mfu", "data_wait_share", "communication_wait_share")
+"""Figures of training lines that a stage is summed up by."""
+
 
 @dataclass(frozen=True)
 class StageSummary:
     """What one stage did so far, in seconds of training (validation and saving apart).
 
-    `images_per_second` is the median over its training lines and `loss` the last one's, None when there is no line yet.
+    `images_per_second`, `mfu` and the shares of the time that was waited are medians over its training lines, `loss` is
+    the last one's; None when no line tells.
     """
 
     patch_side: int
@@ -23,6 +27,9 @@ class StageSummary:
     images: int
     seconds: float
     images_per_second: float | None
+    mfu: float | None
+    data_wait_share: float | None
+    communication_wait_share: float | None
     loss: float | None
 
 
@@ -34,7 +41,7 @@ class RunSummary:
     stage's rate over the time they would have taken at the rate of the stage with patch side 1 (None without one).
     `validation_nll` is the last one at patch side 1, in nats per code; `saving_seconds` is the time that training stood
     still for its `checkpoints`, `evaluation_seconds` that for its `evaluations`, of which `last_distance` is the last
-    one's, and `data_wait_share` the median share of the time that it waited for data.
+    one's; `peak_memory_gb` is the most that a process held at any time.
     """
 
     name: str
@@ -50,7 +57,7 @@ class RunSummary:
     evaluations: int = 0
     evaluation_seconds: float = 0.0
     last_distance: float | None = None
-    data_wait_share: float | None = None
+    peak_memory_gb: float | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     files: list[tuple[str, str]] = field(default_factory=list)
     next_steps: list[str] = field(default_factory=list)
@@ -60,10 +67,15 @@ class RunSummary:
         return sum(getattr(stage, name) for stage in self.stages)
 
 
-def _typical_rate(lines: list[Event]) -> float | None:
-    """Median images/s, the stage's first line apart where there are more: it holds the warming up."""
-    rates = [e["images_per_second"] for e in lines]
-    return median(rates[1:] or rates) if rates else None
+def _known(lines: list[Event], name: str) -> list[float]:
+    """A figure of the lines that have it; those of older runs may not."""
+    return [e[name] for e in lines if e.get(name) is not None]
+
+
+def _typical(lines: list[Event], name: str) -> float | None:
+    """Median of a figure, the stage's first line apart where there are more: it holds the warming up."""
+    values = _known(lines, name)
+    return median(values[1:] or values) if values else None
 
 
 def _stage_summaries(events: list[Event], stages: Sequence[Stage]) -> list[StageSummary]:
@@ -81,7 +93,7 @@ def _stage_summaries(events: list[Event], stages: Sequence[Stage]) -> list[Stage
                 planned_steps=stage.steps,
                 images=steps * stage.batch_size,
                 seconds=until - elapsed,
-                images_per_second=_typical_rate(lines),
+                **{name: _typical(lines, name) for name in TYPICAL},
                 loss=lines[-1]["loss"] if lines else None,
             )
         )
@@ -114,7 +126,6 @@ def summarize(
     """
     summaries = _stage_summaries(events, stages)
     saves, evaluations = of_kind(events, "checkpoint"), of_kind(events, "evaluation")
-    waits = [e["data_wait_share"] for e in of_kind(events, "train") if "data_wait_share" in e]
     plain = [e for e in of_kind(events, "validation") if e["patch_side"] == 1]
     return RunSummary(
         name=name,
@@ -130,7 +141,7 @@ def summarize(
         evaluations=len(evaluations),
         evaluation_seconds=sum(e["seconds"] for e in evaluations),
         last_distance=evaluations[-1]["frechet_distance"] if evaluations else None,
-        data_wait_share=median(waits) if waits else None,
+        peak_memory_gb=max(_known(of_kind(events, "train"), "peak_memory_gb"), default=None),
         evaluation=dict(evaluation or {}),
         files=list(files),
         next_steps=list(next_steps),

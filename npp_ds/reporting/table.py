@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 STAGE_COLUMNS = ("stage", "patch side", "epochs", "steps", "time", "images/s", "last loss")
 
+SHARES = {"MFU": "mfu", "waiting for data": "data_wait_share", "waiting in exchanges": "communication_wait_share"}
+"""Figures of a stage that are shown where they are known: shares of the GPU's peak, or of the time."""
+
 
 def duration(seconds: float) -> str:
     """12.3 s, 4:05 min or 3 days, 2:05:00."""
@@ -52,8 +55,12 @@ def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
         share = summary.evaluation_seconds / seconds
         value = f"{summary.evaluations}, {duration(summary.evaluation_seconds)} beside training ({share:.2%})"
         rows.append(("evaluations while training", f"{value}, last Frechet distance {summary.last_distance:.4g}"))
-    if summary.data_wait_share is not None:
-        rows.append(("waiting for data", f"{summary.data_wait_share:.2%} of the time (median)"))
+    for what, name in SHARES.items():
+        known = [(s.patch_side, getattr(s, name)) for s in summary.stages if getattr(s, name) is not None]
+        if known:
+            rows.append((what, ", ".join(f"{share:.1%} at side {side}" for side, share in known)))
+    if summary.peak_memory_gb is not None:
+        rows.append(("peak memory", f"{summary.peak_memory_gb:.3g} GB in the process with the most"))
     return rows + _evaluation_rows(summary.evaluation)
 
 
