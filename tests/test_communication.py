@@ -82,13 +82,21 @@ def test_every_exchange_of_deepspeed_s_backend_is_watched():
 def test_what_is_nested_counts_once_and_what_is_paused_not_at_all():
     watch = CommunicationWatch(torch.device("cpu"))
     began = time.perf_counter()
-    with watch.waiting(), watch.waiting():
-        time.sleep(0.05)
+    assert watch.call(watch.call, lambda seconds: time.sleep(seconds) or "done", seconds=0.05) == "done"
     assert 0.05 <= watch.seconds <= time.perf_counter() - began
     before = watch.seconds
-    with watch.paused(), watch.waiting():
-        time.sleep(0.01)
+    with watch.paused():
+        watch.call(time.sleep, 0.01)
     assert watch.seconds == before
+
+
+def test_an_exchange_that_fails_ends_the_wait():
+    watch = CommunicationWatch(torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError):
+        watch.call(lambda: 1 / 0)
+    before = watch.seconds
+    watch.call(time.sleep, 0.01)
+    assert watch.seconds >= before + 0.01
 
 
 class Device:
@@ -120,9 +128,22 @@ class Device:
                 assert self.query() and end.query()
                 return (end.at - self.at) * 1000
 
-        self.Event = Event
-        fake = SimpleNamespace(Event=Event, current_stream=lambda: self.current)
+        class Stream(str):
+            def wait_stream(self, other):
+                device.now += 1.0
+
+            def synchronize(self):
+                device.now += 10.0
+
+        self.Event, self.Stream = Event, Stream
+        fake = SimpleNamespace(Event=Event, Stream=Stream, current_stream=lambda: self.current)
         monkeypatch.setattr(communication, "torch", SimpleNamespace(cuda=fake))
+
+
+def span_of_a_second(device: Device, timer: StreamTimer) -> None:
+    began = timer.begin()
+    device.now += 1.0
+    timer.end(began)
 
 
 def test_waits_of_the_computing_stream_are_read_from_events_when_asked_for(monkeypatch):
@@ -131,12 +152,13 @@ def test_waits_of_the_computing_stream_are_read_from_events_when_asked_for(monke
     for stream, seconds in (("compute", 2.0), ("side", 50.0), ("compute", 3.0)):
         device.current = stream
         device.now += 1
-        with timer.span():
-            device.now += seconds
+        began = timer.begin()
+        device.now += seconds
+        timer.end(began)
     assert device.synchronized == 0, "nothing waits for the device before it is asked for"
     assert timer.seconds == 5.0 and timer.seconds == 5.0
-    with timer.span():
-        device.now += 1.0
+    span_of_a_second(device, timer)
+    assert timer.seconds == 6.0
     assert device.Event.made == 4, "events are used again"
 
 
@@ -145,14 +167,50 @@ def test_open_spans_are_bounded_and_never_wait_for_the_device(monkeypatch):
     device = Device(monkeypatch)
     timer = StreamTimer()
     for _ in range(5):
-        with timer.span():
-            device.now += 1.0
+        span_of_a_second(device, timer)
     assert (device.Event.made, device.synchronized) == (6, 0), "the last two found no room"
     device.done = device.now
-    with timer.span():
-        device.now += 1.0
+    span_of_a_second(device, timer)
     assert (device.Event.made, device.synchronized) == (6, 0), "those that are over have made room"
     assert timer.seconds == 4.0
+
+
+def test_on_a_gpu_waits_for_side_streams_count_and_what_runs_there_does_not(monkeypatch):
+    device = Device(monkeypatch)
+    import_deepspeed()
+    comm, accelerator = import_module("deepspeed.comm.comm"), import_module("deepspeed.accelerator").get_accelerator()
+
+    def taking(seconds):
+        def exchange(*arguments):
+            device.now += seconds
+
+        return exchange
+
+    backend = SimpleNamespace(**{name: taking(100.0) for name in COLLECTIVES})
+    monkeypatch.setattr(comm, "cdb", backend)
+    monkeypatch.setattr(accelerator, "synchronize", taking(1000.0))
+    compute, side = device.Stream("compute"), device.Stream("side")
+    before, methods = dict(vars(backend)), (device.Stream.wait_stream, device.Stream.synchronize)
+    watch = CommunicationWatch(SimpleNamespace(type="cuda"))
+    with watch.installed():
+        device.current = "side"  # as ZeRO does with overlap_comm
+        side.wait_stream(compute)
+        backend.all_reduce()
+        assert watch.seconds == 0
+        device.current = "compute"
+        side.wait_stream(compute)
+        assert watch.seconds == 0
+        compute.wait_stream(side)
+        assert watch.seconds == 1
+        side.synchronize()
+        assert watch.seconds == 11
+        backend.all_gather_into_tensor()
+        assert watch.seconds == 111
+        accelerator.synchronize()
+        assert watch.seconds == 1111
+    assert vars(backend) == before and (device.Stream.wait_stream, device.Stream.synchronize) == methods
+    backend.all_reduce()
+    assert watch.seconds == 1111
 
 
 @pytest.mark.gpu

@@ -39,10 +39,9 @@ def test_a_lap_counts_images_time_and_both_waits_since_the_lap_before():
     began = time.perf_counter()
     for _ in range(3):
         clock.count(16)
-    with watch.waiting():
-        time.sleep(0.03)
-    with clock.paused(), watch.waiting():
-        time.sleep(0.1)
+    watch.call(time.sleep, 0.03)
+    with clock.paused():
+        watch.call(time.sleep, 0.1)
     lap = clock.lap(data_waited=0.01)
     assert (lap.steps, lap.images) == (3, 48)
     assert 0.03 <= lap.seconds <= time.perf_counter() - began - 0.1, "pauses apart"

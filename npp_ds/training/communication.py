@@ -9,7 +9,7 @@ ZeRO with `overlap_comm` calls `Stream.wait_stream`, `Stream.synchronize` and th
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Protocol
 
@@ -43,33 +43,33 @@ MOST_OPEN_SPANS = 4096
 
 
 class _Timer(Protocol):
-    """Adds up spans of waiting; `seconds` is their sum."""
+    """Adds up spans of waiting; `seconds` is their sum. `end` is given what `begin` has returned."""
 
     @property
     def seconds(self) -> float: ...
 
-    def span(self) -> AbstractContextManager[None]: ...
+    def begin(self) -> Any: ...
+
+    def end(self, began: Any) -> None: ...
 
 
 class HostTimer:
-    """Time that the calling thread spends inside the spans."""
+    """Time that the calling thread spends in the spans."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    @contextmanager
-    def span(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - began
+    def begin(self) -> float:
+        return time.perf_counter()
+
+    def end(self, began: float) -> None:
+        self.seconds += time.perf_counter() - began
 
 
 class StreamTimer:
     """Time that a CUDA stream, the one current at the start, spends between the two ends of the spans.
 
-    Spans that are opened while another stream is current count nothing. Only `seconds` waits for the device.
+    Spans that begin while another stream is current count nothing. Only `seconds` waits for the device.
     """
 
     def __init__(self) -> None:
@@ -78,16 +78,16 @@ class StreamTimer:
         self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._free: list[torch.cuda.Event] = []
 
-    @contextmanager
-    def span(self) -> Iterator[None]:
+    def begin(self) -> torch.cuda.Event | None:
         if torch.cuda.current_stream() != self.stream or not self._has_room():
-            yield
-            return
-        began, ended = self._event(), self._event()
+            return None
+        began = self._event()
         began.record(self.stream)
-        try:
-            yield
-        finally:
+        return began
+
+    def end(self, began: torch.cuda.Event | None) -> None:
+        if began is not None:
+            ended = self._event()
             ended.record(self.stream)
             self._open.append((began, ended))
 
@@ -116,36 +116,38 @@ class StreamTimer:
 class CommunicationWatch:
     """The seconds for which this process's computation has waited in collectives.
 
-    `waiting` tells it of one exchange, `installed` of all that DeepSpeed makes. On GPUs asking for `seconds` waits for
-    the device, and nothing else here does.
+    `call` makes one exchange that counts, `installed` lets all of DeepSpeed's count. On GPUs asking for `seconds`
+    waits for the device, and nothing else here does.
     """
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._timer: _Timer = StreamTimer() if self._on_gpu else HostTimer()
-        self._muted = 0
+        self._is_paused = self._is_waiting = False
 
     @property
     def seconds(self) -> float:
         return self._timer.seconds
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around an exchange with the other processes."""
-        if self._muted:
-            yield
-            return
-        with self.paused(), self._timer.span():
-            yield
+    def call(self, exchange: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Result of an exchange with the other processes; the time counts, once where exchanges are nested."""
+        if self._is_paused or self._is_waiting:
+            return exchange(*arguments, **keywords)
+        self._is_waiting, began = True, self._timer.begin()
+        try:
+            return exchange(*arguments, **keywords)
+        finally:
+            self._timer.end(began)
+            self._is_waiting = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exchanges inside do not count."""
-        self._muted += 1
+        before, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._muted -= 1
+            self._is_paused = before
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -166,8 +168,7 @@ class CommunicationWatch:
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
-            with self.waiting():
-                result = function(*arguments, **keywords)
+            result = self.call(function, *arguments, **keywords)
             return _WatchedWork(result, self) if hasattr(result, "wait") else result
 
         return call
@@ -177,10 +178,9 @@ class CommunicationWatch:
 
         @wraps(wait_stream)
         def call(stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
-            if stream != torch.cuda.current_stream():
-                wait_stream(stream, other)
-                return
-            with self.waiting():
+            if stream == torch.cuda.current_stream():
+                self.call(wait_stream, stream, other)
+            else:
                 wait_stream(stream, other)
 
         return call
@@ -193,8 +193,7 @@ class _WatchedWork:
         self._work, self._watch = work, watch
 
     def wait(self, *arguments: Any, **keywords: Any) -> Any:
-        with self._watch.waiting():
-            return self._work.wait(*arguments, **keywords)
+        return self._watch.call(self._work.wait, *arguments, **keywords)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)

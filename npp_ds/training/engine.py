@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from npp_ds.config import RunConfig
 from npp_ds.mixing import mix64
@@ -21,6 +20,7 @@ from npp_ds.training.deepspeed_import import import_deepspeed
 from npp_ds.training.ema import EMA, ShardedEMA
 from npp_ds.training.launch import Processes
 from npp_ds.training.partitions import MOMENTS, Partitions
+from npp_ds.training.parts import part
 from npp_ds.weights.opened import Weights
 from npp_ds.weights.state_files import MASTER, SavedState
 
@@ -93,13 +93,13 @@ class TrainingEngine:
         for micro_step, (codes, labels) in enumerate(micro_batches):
             torch.manual_seed(int(mix64(self.seed, step, micro_step, self.processes.rank) >> 1))
             self.engine.set_gradient_accumulation_boundary(micro_step == len(micro_batches) - 1)
-            with record_function("forward"):
+            with part("forward"):
                 loss = self.engine(codes.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             losses.append(loss.detach())
             # 1 for a finite loss, else NaN: every gradient is then NaN on all ranks, and DeepSpeed drops the step.
-            with record_function("backward"):
+            with part("backward"):
                 self.engine.backward(loss * (1 + 0 * loss.detach()))
-        with record_function("optimizer"):
+        with part("optimizer"):
             self.engine.step()
             was_applied = self.engine.was_step_applied()
             if was_applied and self.ema:

@@ -89,12 +89,11 @@ class Outcomes:
         flags = torch.tensor([signals.stop, signals.lost, signals.written], dtype=torch.float32)
         if loss.is_cuda:
             flags = flags.pin_memory().to(loss.device, non_blocking=True)
-        return self.processes.begin_sum(torch.cat([loss, flags]))
+        return self.log.communication.call(self.processes.begin_sum, torch.cat([loss, flags]))
 
     def _agreed(self, exchange: PendingSum) -> tuple[float, bool]:
         """(mean loss, whether to stop), alike on all ranks."""
-        with self.log.communication.waiting():
-            total, stopping, lost, written = exchange.read()
+        total, stopping, lost, written = self.log.communication.call(exchange.read)
         if lost:
             self.on_lost()
         if written == self.processes.world_size:

@@ -8,11 +8,12 @@ from shutil import copyfileobj
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from npp_ds.config import RunConfig
 from npp_ds.files import write_atomic, write_text_atomic
 from npp_ds.training.launch import Processes
+from npp_ds.training.parts import part
 from npp_ds.training.run_log import RunLog
 
 PROFILE_DIR = "profile"
@@ -44,8 +45,8 @@ class StepProfile:
         try:
             for number in count(first_step + 1):
                 self._before(number)
-                with record_function(f"step {number}"):
-                    with record_function("data"):
+                with part(f"step {number}"):
+                    with part("data"):
                         batch = next(batches, None)
                     if batch is None:
                         return

@@ -118,8 +118,7 @@ class RunLog:
         lap = self.clock.lap(waited)
         rates = speed(lap, stage, self.config.model, self.processes.world_size, self._peak_tflops)
         own = [lap.communication_wait_share, take_peak_memory_gb(self.processes.device)]
-        with self.communication.waiting():
-            largest_wait_share, largest_memory = self.processes.largest(own)
+        largest_wait_share, largest_memory = self.communication.call(self.processes.largest, own)
         line = {
             "stage": stage.index,
             "patch_side": stage.patch_side,
