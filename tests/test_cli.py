@@ -1,5 +1,6 @@
 """The command line starts fast, says what to mend in one place, and exits with codes that scripts can trust."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from npp_ds.events import of_kind, read_events
 from runs import metrics_of, shards_in, tiny_config
 from workers import free_port
 
@@ -113,3 +115,22 @@ def test_one_gpu_trains_to_the_end_and_resumes(tmp_path, zero_stage, precision):
     assert [line["step"] for line in after] == [line["step"] for line in before]
     losses = [[line["loss"] for line in lines if line["event"] == "train"] for lines in (before, after)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_one_gpu_tells_its_speed_and_traces_its_kernels(tmp_path, zero_stage):
+    keys = {"profile": {"steps": "3-4"}, "deepspeed": {"config": f"zero{zero_stage}"}}
+    config = tiny_config(shards_in(tmp_path), tmp_path / "run", precision="autocast_bf16", **keys)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = npp("train", "--config", str(file), gpu=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trace = json.loads((tmp_path / "run/profile/steps-3-4-rank-0.json").read_text())["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in trace)
+    assert {"step 3", "step 4", "data", "forward", "backward", "optimizer"} <= {event.get("name") for event in trace}
+    for line in of_kind(read_events(tmp_path / "run/metrics.jsonl"), "train"):
+        assert 0 <= line["communication_wait_share"] < 1
+        assert 0 < line["peak_memory_gb"] < 4, "what tensors hold, not the process"
+        assert line["mfu"] is None or 0 < line["mfu"] < 1
