@@ -170,18 +170,18 @@ def test_images_are_those_of_the_shards_where_there_are_any(tmp_path):
 
 
 CASES = [
-    {"size": "XXL", "patch_side": 1, "way": "engine", "mfu": 0.5, "gpu": "h100", "seconds": 1.5},
-    {"size": "XXL", "patch_side": 1, "way": "engine, compiled", "mfu": 0.55, "gpu": "h100", "seconds": 1.4},
-    {"size": "XXL", "patch_side": 1, "way": "bare loop", "mfu": 0.45, "gpu": "h100", "seconds": 1.6},
-    {"size": "XXL", "patch_side": 2, "way": "engine", "mfu": None, "gpu": "h100", "error": "out of memory"},
-    {"size": "B", "patch_side": 1, "way": "engine", "mfu": 0.3, "gpu": "h100", "seconds": 0.2},
-    {"size": "B", "patch_side": 2, "way": "engine", "mfu": 0.2, "gpu": "h100", "seconds": 0.1},
+    {"size": "XXL", "patch_side": 1, "way": "engine eager", "mfu": 0.5, "gpu": "h100", "seconds": 1.5},
+    {"size": "XXL", "patch_side": 1, "way": "engine compiled", "mfu": 0.55, "gpu": "h100", "seconds": 1.4},
+    {"size": "XXL", "patch_side": 1, "way": "bare eager", "mfu": 0.45, "gpu": "h100", "seconds": 1.6},
+    {"size": "XXL", "patch_side": 2, "way": "engine eager", "mfu": None, "gpu": "h100", "failed": "out of memory"},
+    {"size": "B", "patch_side": 1, "way": "engine eager", "mfu": 0.3, "gpu": "h100", "seconds": 0.2},
+    {"size": "B", "patch_side": 2, "way": "engine eager", "mfu": 0.2, "gpu": "h100", "seconds": 0.1},
 ]
 
 
 def write_measured(path: Path, cases: list[dict] = CASES) -> None:
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "cases": cases}))
+    path.write_text(json.dumps({"batch": 256, "machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "cases": cases}))
 
 
 def test_a_stage_takes_the_mfu_measured_for_its_size_side_and_gpu(nothing_measured):
@@ -189,7 +189,9 @@ def test_a_stage_takes_the_mfu_measured_for_its_size_side_and_gpu(nothing_measur
     write_measured(nothing_measured)
     coarse, fine = plan_of("xxl_256").stages
     assert coarse.mfu == Mfu(0.4, "assumed"), "the case at side 2 failed, and that of B is of another size"
-    source = "benchmarks/results/mfu_gpu.json: XXL at side 1, engine, NVIDIA H100 80GB HBM3"
+    source = (
+        "benchmarks/results/mfu_gpu.json: XXL at side 1, engine eager, 256 images a step on one NVIDIA H100 80GB HBM3"
+    )
     assert fine.mfu == Mfu(0.5, "measured", source)
     assert fine.compute_seconds == pytest.approx(plan_of("xxl_256", mfu=0.5).stages[1].compute_seconds)
     assert [s.mfu.share for s in plan_of("b_256").stages] == [0.2, 0.3]
@@ -221,7 +223,7 @@ def test_the_plan_says_which_mfu_is_measured(nothing_measured):
     for expected in (
         "│ 40% assumed │",
         "│ 50% measured │",
-        "MFU: benchmarks/results/mfu_gpu.json: XXL at side 1, engine, NVIDIA",
+        "MFU: benchmarks/results/mfu_gpu.json: XXL at side 1, engine eager, 256 images",
     ):
         assert expected in printed.replace("  ", " ")
     told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["stages"]
@@ -236,13 +238,13 @@ def test_the_plan_says_which_mfu_is_measured(nothing_measured):
     [
         ('{"cases": [{"si', "Unterminated string"),
         ("[]", "list indices"),
-        ('{"cases": []}', "machine is missing"),
+        ('{"batch": 256, "cases": []}', "machine is missing"),
         (
-            json.dumps({"machine": {"gpu": "H"}, "cases": [{**CASES[0], "mfu": 48.0}]}),
+            json.dumps({"batch": 256, "machine": {"gpu": "H"}, "cases": [{**CASES[0], "mfu": 48.0}]}),
             r"cases\[0\].mfu is 48.0, expected a share",
         ),
         (
-            json.dumps({"machine": {"gpu": "H"}, "cases": [{**CASES[0], "size": "S"}]}),
+            json.dumps({"batch": 256, "machine": {"gpu": "H"}, "cases": [{**CASES[0], "size": "S"}]}),
             r"cases\[0\].size is 'S', expected one of B",
         ),
     ],

@@ -71,26 +71,26 @@ def read_measured(path: Path, gpu: str, size: str | None) -> dict[int, Mfu]:
     if not path.is_file():
         return {}
     found: dict[int, Mfu] = {}
-    for case, device in _cases(path):
+    for case, conditions in _cases(path):
         share, side = case["mfu"], case["patch_side"]
         if (case["gpu"], case["size"]) != (gpu, size) or not case["way"].startswith(ENGINE) or share is None:
             continue
         if side not in found or share < found[side].share:
             name = "/".join(path.parts[-3:])
-            found[side] = Mfu(share, "measured", f"{name}: {size} at side {side}, {case['way']}, {device}")
+            found[side] = Mfu(share, "measured", f"{name}: {size} at side {side}, {case['way']}, {conditions}")
     return found
 
 
 def _cases(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """(case, the device it was measured on) of a file of measurements; a case that failed has the MFU None."""
+    """(case, the conditions it was measured under) of a file of measurements; a case that failed has the MFU None."""
     try:
         result = json.loads(path.read_text())
-        device = result["machine"]["gpu"]
+        conditions = f"{result['batch']} images a step on one {result['machine']['gpu']}"
         for number, case in enumerate(result["cases"]):
             for key, (expected, is_right) in CASE.items():
                 if not is_right(case.get(key)):
                     raise ValueError(f"cases[{number}].{key} is {case.get(key)!r}, expected {expected}")
-            yield {"mfu": None, **case}, device
+            yield {"mfu": None, **case}, conditions
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(

@@ -71,6 +71,8 @@ def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
 def mfu_notes(plan: Plan) -> list[str]:
     """Where each MFU is from."""
     lines = [f"MFU: {s.mfu.source}" for s in plan.stages if s.mfu.source]
+    if lines:
+        lines.append("MFU: GPUs that get fewer images of a step each than was measured reach less")
     if any(s.mfu.origin == "assumed" for s in plan.stages):
         lines.append("MFU: assumed where no measurement of this model on this GPU is at hand; --mfu gives another")
     return list(dict.fromkeys(lines))
