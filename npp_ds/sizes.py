@@ -9,7 +9,7 @@ SIZES: dict[str, dict[str, int]] = {
     "2B": {"n_layers": 48, "n_heads": 28, "dim": 1792},
 }
 
-LOGITS_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+LOGITS_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Size of the patch loss's chunk of float32 logits: on a CPU what its cache holds, on a GPU what fills the device."""
 
 

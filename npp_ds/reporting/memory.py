@@ -54,12 +54,12 @@ def training_memory(
     share = -(-config.model.parameters() // world_size)
     optimizer, ema = 3 * FP32 * share, FP32 * share if config.optimizer.ema_decay else 0
     kept = activations(config, rows, device, keeps_casts=zero["stage"] != 3)
-    head, logits = _head(config, rows, device)
+    head, logits, scaled = _head(config, rows, device)
     partitioning = {1: _zero1, 2: _zero2, 3: _zero3}[zero["stage"]]
     held = partitioning(config, zero, world_size, accumulates, kept.backward)
     moments = [
         held.before + kept.forward + head + logits,
-        held.before + kept.backward + 2 * head + held.staging,  # the head's gradient is scaled into a new tensor
+        held.before + kept.backward + head + scaled + held.staging,
         held.before + kept.backward + kept.block + held.staging,
         held.late + kept.block + held.staging,
         *held.later,
@@ -219,16 +219,17 @@ def _mask(width: int, device: str) -> int:
     return width if device == "cpu" else 1
 
 
-def _head(config: RunConfig, rows: int, device: str) -> tuple[int, int]:
-    """(bytes of the head's gradients, which its forward pass forms; bytes that it needs besides while it does)."""
+def _head(config: RunConfig, rows: int, device: str) -> tuple[int, int, int]:
+    """(bytes of the head's gradients, which its forward pass forms; bytes that it needs besides while it does; bytes of
+    the copy of the weight's gradient that its backward pass makes where weights are not float32)."""
     stored, computed = _widths(config.precision)
     dim, vocab = config.model.shape()["dim"], config.model.vocab_size
     hidden, weight, logits = rows * stored * dim, vocab * dim, rows * FP32 * vocab
     chunk = min(logits, LOGITS_CHUNK_BYTES[device])
-    # A chunk's logits, their exponentials and what is left of the chunk before; or its gradient and a product.
-    softmax = chunk * (3 if logits > chunk else 2)
-    product = chunk + computed * weight
-    if computed != FP32:  # the gradient in bf16, which a CPU casts back before it adds it
-        product += chunk // 2 + (FP32 * weight if device == "cpu" else 0)
+    working = 2 * chunk  # a chunk's logits and their softmax
+    if computed != FP32:  # logits in bf16, cast for the softmax; later a product, which a CPU casts before it adds it
+        product = computed * weight + (FP32 * weight if device == "cpu" else 0)
+        working = chunk + chunk // 2 + max(chunk, product)
     copy = computed * weight if stored != computed else 0
-    return FP32 * weight + hidden, max(softmax, product) + copy + hidden
+    scaled = stored * weight if stored != FP32 else 0
+    return FP32 * weight + hidden, working + copy + hidden, scaled
