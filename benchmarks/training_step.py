@@ -1,0 +1,289 @@
+"""A training step at each patch side: this software beside the published way, and how both follow the FLOPs.
+
+Both are bare PyTorch loops over models with equal weights, dropout 0.1 and AdamW: forward and backward pass, clipping,
+update, gradients freed. Ours is `Transformer` with a fused AdamW, the published one `benchmarks.published_step`. All
+sides and ways take turns, and so does the update alone (clipping, AdamW, freeing), which costs the same at every side:
+
+    python -m benchmarks.training_step --profile --out benchmarks/results          # 6 layers, fp32, about 4 minutes
+    python -m benchmarks.training_step --gpu --profile --out benchmarks/results    # B, batch 256, bf16 autocast
+
+`--profile` adds where the time of our step goes, by groups of operations. On a CPU an operation's time is that of the
+host, on a GPU that of its kernels.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks import published_step
+from benchmarks.common import machine, publish
+from npp_ds.config import ModelSection
+from npp_ds.model import ModelConfig, Transformer, patches
+from npp_ds.training.engine import parameter_groups
+
+HERE, PUBLISHED = "this software", "published way"
+SIDES = (1, 2, 4, 8)
+CPU_SIZE = {"dim": 256, "n_layers": 6, "n_heads": 4}
+WANTED = {1: 1.1, 2: 1.6, 4: 3.5, 8: 8.0}
+CLIP, WEIGHT_DECAY = "clip_gradients", 0.05
+GROUPS = (
+    ("AdamW", ("Optimizer.step",)),
+    ("clipping", (CLIP,)),
+    ("head and loss", ("PatchCrossEntropy",)),
+    ("embedding tables", ("embedding", "Embedding", "index_select")),
+    ("attention kernel", ("scaled_dot_product", "ScaledDotProduct")),
+    ("products of the blocks", ("aten::mm", "aten::addmm")),
+    ("dropout masks", ("bernoulli", "native_dropout")),
+)
+"""Where an operation's time is counted: the first row of which a word is in its name or in that of one around it."""
+REST, BETWEEN = "norms, rotation, activation, residuals", "host and waiting"
+
+
+class Step:
+    """A model, its optimizer and how they take a step: `step(codes[B, T], labels[B], patch_side)`."""
+
+    def __init__(self, sizes: ModelSection, way: str, device: str):
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = Transformer(ModelConfig(**sizes.arguments())).train()
+        groups = parameter_groups(self.model, WEIGHT_DECAY)
+        self.ours = way == HERE
+        if self.ours:
+            self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+        else:
+            self.optimizer = published_step.optimizer(groups)
+        on_gpu = device == "cuda"
+        self.precision = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
+
+    def loss(self, codes: Tensor, labels: Tensor, patch_side: int) -> Tensor:
+        with self.precision:
+            if self.ours:
+                return self.model(patches.group(codes, patch_side), labels)
+            return published_step.loss(self.model, codes, labels, patch_side)
+
+    def update(self) -> None:
+        if self.ours:
+            with record_function(CLIP):
+                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            published_step.update(self.model, self.optimizer)
+
+    def __call__(self, codes: Tensor, labels: Tensor, patch_side: int) -> None:
+        self.loss(codes, labels, patch_side).backward()
+        self.update()
+
+
+def measure(cases: dict[tuple, Callable[[], None]], repeats: int, wait: Callable[[], None]) -> dict[tuple, list[float]]:
+    """Seconds of each case, `repeats` times in turn, after one unmeasured round; `wait` waits for the device."""
+    seconds: dict[tuple, list[float]] = {key: [] for key in cases}
+    for turn in range(repeats + 1):
+        for key, case in cases.items():
+            wait()
+            began = time.perf_counter()
+            case()
+            wait()
+            if turn:
+                seconds[key].append(time.perf_counter() - began)
+    return seconds
+
+
+def cases_of(steps: dict[str, Step], codes: Tensor, labels: Tensor) -> dict[tuple, Callable[[], None]]:
+    """What takes turns: (patch side, way) is a whole step, ("update", way) what comes after a backward pass."""
+    cases = {(side, way): partial(step, codes, labels, side) for side in SIDES for way, step in steps.items()}
+    for way, step in steps.items():
+        step.loss(codes[:1], labels[:1], SIDES[-1]).backward()
+        gradients = [(parameter, parameter.grad) for parameter in step.model.parameters()]
+        step.update()
+
+        def update(step: Step = step, gradients: list = gradients) -> None:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            step.update()
+
+        cases["update", way] = update
+    return cases
+
+
+def group_of(event) -> str:
+    """The group of a profiled operation, by its name and the names of those it was called by."""
+    names = []
+    while event:
+        names.append(event.name)
+        event = event.cpu_parent
+    return next((group for group, words in GROUPS if any(word in name for name in names for word in words)), REST)
+
+
+def breakdown(step: Callable[[], None], wait: Callable[[], None], on_gpu: bool) -> dict[str, float]:
+    """Milliseconds of one step by group of operations, and what lies between operations ("host and waiting")."""
+    wait()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+        began = time.perf_counter()
+        step()
+        wait()
+        whole = 1000 * (time.perf_counter() - began)
+    groups = dict.fromkeys([*(group for group, _ in GROUPS), REST], 0.0)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            groups[group_of(event)] += own / 1000
+    return {**groups, BETWEEN: max(0.0, whole - sum(groups.values()))}
+
+
+def breakdowns(steps: list[Callable[[], None]], repeats: int, *where) -> list[dict[str, float]]:
+    """The breakdown of each step, medians of turns like those of `measure`; `where` as in `breakdown`."""
+    turns = [[breakdown(step, *where) for step in steps] for _ in range(repeats + 1)][1:]
+    return [{group: median(part[group] for part in parts) for group in parts[0]} for parts in zip(*turns, strict=True)]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "lowest": min(values), "highest": max(values)}
+
+
+def run(options: argparse.Namespace) -> dict:
+    """All that is measured, as the JSON line tells it."""
+    device = "cuda" if options.gpu else "cpu"
+    wait = torch.cuda.synchronize if options.gpu else lambda: None
+    shape = {"size": "B"} if options.gpu else {**CPU_SIZE, "n_layers": options.layers}
+    sizes = ModelSection(**shape, vocab_size=options.vocab_size)
+    steps = {way: Step(sizes, way, device) for way in (HERE, PUBLISHED)}
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(options.vocab_size, (options.batch, sizes.grid_size**2), generator=generator).to(device)
+    labels = torch.randint(sizes.num_classes, (options.batch,), generator=generator).to(device)
+    seconds = measure(cases_of(steps, codes, labels), options.repeats, wait)
+    flops = {side: options.batch * sizes.training_flops((sizes.grid_size // side) ** 2) for side in SIDES}
+    rows, here = [], {side: median(seconds[side, HERE]) for side in SIDES}
+    for side in SIDES:
+        ratio = [b / a for a, b in zip(seconds[side, HERE], seconds[side, PUBLISHED], strict=True)]
+        row = {"patch_side": side, "flops": flops[side], "ratio": spread(ratio), "wanted": WANTED[side]}
+        row["seconds"] = {way: spread(seconds[side, way]) for way in steps}
+        row["over_side_1"] = {way: row["seconds"][way]["median"] / median(seconds[1, way]) for way in steps}
+        row["flops_over_side_1"] = flops[side] / flops[1]
+        rows.append(row)
+    if options.profile:
+        ours = [partial(steps[HERE], codes, labels, side) for side in SIDES]
+        for row, parts in zip(rows, breakdowns(ours, options.repeats, wait, options.gpu), strict=True):
+            row["profile_milliseconds"] = parts
+    return {
+        "benchmark": "training_step_gpu" if options.gpu else "training_step",
+        **sizes.shape(),
+        "parameters": sizes.parameters(),
+        "vocab_size": options.vocab_size,
+        "batch": options.batch,
+        "precision": "autocast_bf16" if options.gpu else "fp32",
+        "repeats": options.repeats,
+        "sides": rows,
+        "update_seconds": {way: spread(seconds["update", way]) for way in steps},
+        "ratios": {
+            **{f"published_over_ours_side_{row['patch_side']}": row["ratio"]["median"] for row in rows},
+            **{f"side_1_over_side_{side}": here[1] / here[side] for side in SIDES[1:]},
+        },
+        "wanted": {} if options.gpu else {f"published_over_ours_side_{side}": WANTED[side] for side in SIDES},
+        "machine": {**machine("torch"), **_where(options)},
+    }
+
+
+def _where(options: argparse.Namespace) -> dict:
+    return {"gpu": torch.cuda.get_device_name()} if options.gpu else {"threads": options.threads}
+
+
+def table(result: dict) -> str:
+    rows, update, gpu = result["sides"], result["update_seconds"], "gpu" in result["machine"]
+    lines = [
+        f"# A training step at each patch side{' on a GPU' if gpu else ''}",
+        "",
+        f"{result['n_layers']} layers, width {result['dim']}, vocabulary {result['vocab_size']:,}, "
+        f"{result['parameters'] / 1e6:.1f}M parameters, batches of {result['batch']} maps of 16 x 16 codes, "
+        f"{result['precision']}, dropout 0.1. Milliseconds of a step, medians of {result['repeats']} turns (lowest .. "
+        "highest); the ratio is that of the same turn.",
+        "",
+        f"| patch side | {HERE} | {PUBLISHED} | published / ours | {'' if gpu else 'wanted | met |'}",
+        "|---|---|---|---|" + ("" if gpu else "---|---|"),
+    ]
+    for row in rows:
+        times = " | ".join(_milliseconds(row["seconds"][way]) for way in (HERE, PUBLISHED))
+        ratio = row["ratio"]
+        found = f"{ratio['median']:.2f} ({ratio['lowest']:.2f} .. {ratio['highest']:.2f})"
+        bound = f" {row['wanted']:g} | {'yes' if ratio['median'] >= row['wanted'] else 'no'} |"
+        lines.append(f"| {row['patch_side']} | {times} | {found} |{'' if gpu else bound}")
+    lines += [
+        "",
+        "Beside the FLOPs. The update (clipping, AdamW, gradients freed) costs the same at every side: alone "
+        f"{_milliseconds(update[HERE])} ms here, {_milliseconds(update[PUBLISHED])} ms in the published way.",
+        "",
+        f"| patch side | FLOPs over side 1 | step over side 1, {HERE} | {PUBLISHED} | update / step, {HERE} "
+        f"| {PUBLISHED} | GFLOP/s, {HERE} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        parts = [f"{update[way]['median'] / row['seconds'][way]['median']:.1%}" for way in (HERE, PUBLISHED)]
+        over = [f"{row['over_side_1'][way]:.4f}" for way in (HERE, PUBLISHED)]
+        rate = row["flops"] / row["seconds"][HERE]["median"] / 1e9
+        lines.append(
+            f"| {row['patch_side']} | {row['flops_over_side_1']:.4f} | {' | '.join(over)} | {' | '.join(parts)} | "
+            f"{rate:,.0f} |"
+        )
+    if "profile_milliseconds" in rows[0]:
+        lines += ["", *_profile_table(rows)]
+    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    lines += ["", f"{where}. Made by `python -m benchmarks.training_step{' --gpu' if gpu else ''} --profile`."]
+    return "\n".join(lines) + "\n"
+
+
+def _milliseconds(seconds: dict[str, float]) -> str:
+    return f"{1e3 * seconds['median']:.1f} ({1e3 * seconds['lowest']:.1f} .. {1e3 * seconds['highest']:.1f})"
+
+
+def _profile_table(rows: list[dict]) -> list[str]:
+    """Milliseconds by group of operations, and how far each group is above its time at side 1 times the FLOPs."""
+    first = rows[0]["profile_milliseconds"]
+    lines = [
+        "Where the time of a step goes here, in milliseconds (profiled, which adds a little to each operation). "
+        "Behind it how much of that is above the time at side 1 times the ratio of FLOPs.",
+        "",
+        "| operations | " + " | ".join(f"side {row['patch_side']}" for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    for group in [*first, "whole step"]:
+        cells = []
+        for row in rows:
+            found, base = row["profile_milliseconds"], first
+            here, once = (sum(x.values()) if group == "whole step" else x[group] for x in (found, base))
+            above = here - once * row["flops_over_side_1"]
+            cells.append(f"{here:.2f}" + (f" ({above:+.2f})" if row is not rows[0] else ""))
+        lines.append(f"| {group} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--gpu", action="store_true", help="B at batch 256 in bf16 autocast on the first GPU")
+    add("--fast", action="store_true", help="batches of 8 and 3 turns: about half a minute")
+    add("--profile", action="store_true", help="where the time of our step goes, too")
+    add("--batch", type=int, help="images a step (32; with --gpu 256, with --fast 8)")
+    add("--layers", type=int, default=6, help="on the CPU (%(default)s)")
+    add("--vocab-size", type=int, default=16384, help="(%(default)s)")
+    add("--repeats", type=int, help="measured turns (5; with --fast 3)")
+    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
+    add("--out", type=Path, help="folder for training_step.json and training_step.md, or training_step_gpu.*")
+    options = parser.parse_args()
+    options.batch = options.batch or (8 if options.fast else 256 if options.gpu else 32)
+    options.repeats = options.repeats or (3 if options.fast else 5)
+    torch.set_num_threads(options.threads)
+    result = run(options)
+    publish(result, table(result), options.out)
+
+
+if __name__ == "__main__":
+    main()
