@@ -5,7 +5,7 @@ import torch
 
 from npp_ds.errors import UserError
 from npp_ds.model import attention
-from npp_ds.model.attention import causal_attention, check_attention
+from npp_ds.model.attention import causal_attention, check_attention, rotary_table, rotate
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -29,6 +29,26 @@ def test_sdpa_is_causal_attention(positions, kv_heads):
     torch.testing.assert_close(
         causal_attention(q, k, v, "sdpa").double(), plain_attention(q, k, v), rtol=1e-5, atol=1e-6
     )
+
+
+def by_rotation_matrices(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Each pair of neighbouring features times [[cos, -sin], [sin, cos]], in float64."""
+    cos, sin = table.double().unbind(-1)
+    matrices = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+    return torch.einsum("npij,bnhpj->bnhpi", matrices, x.double().unflatten(-1, (-1, 2))).flatten(-2)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rotation_and_its_gradient_are_those_of_rotation_matrices(monkeypatch, compiling, dtype, tolerance):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    qkv, upstream = torch.randn(2, 16, 12, 16).to(dtype).requires_grad_(), torch.randn(2, 16, 4, 16).to(dtype)
+    k, table = qkv.split(4, dim=2)[1], rotary_table(4, 16)
+    found, expected = rotate(k, table), by_rotation_matrices(k, table)
+    assert found.dtype == dtype and not found[:, 0].any() and found[:, 1:].any(dim=-1).all()
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    gradients = [torch.autograd.grad(y, qkv, g)[0] for y, g in ((found, upstream), (expected, upstream.double()))]
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
 def test_asking_for_flash_attn_where_it_is_not_installed_says_what_to_do(monkeypatch):
