@@ -141,7 +141,7 @@ def breakdown(step: Callable[[], None], wait: Callable[[], None], on_gpu: bool) 
 
 
 def breakdowns(steps: list[Callable[[], None]], repeats: int, *where) -> list[dict[str, float]]:
-    """The breakdown of each step, medians of turns like those of `measure`; `where` as in `breakdown`."""
+    """The breakdown of each step: medians of turns as in `measure`; `where` as in `breakdown`."""
     turns = [[breakdown(step, *where) for step in steps] for _ in range(repeats + 1)][1:]
     return [{group: median(part[group] for part in parts) for group in parts[0]} for parts in zip(*turns, strict=True)]
 
@@ -172,7 +172,7 @@ def run(options: argparse.Namespace) -> dict:
         rows.append(row)
     if options.profile:
         ours = [partial(steps[HERE], codes, labels, side) for side in SIDES]
-        for row, parts in zip(rows, breakdowns(ours, options.repeats, wait, options.gpu), strict=True):
+        for row, parts in zip(rows, breakdowns(ours, min(3, options.repeats), wait, options.gpu), strict=True):
             row["profile_milliseconds"] = parts
     return {
         "benchmark": "training_step_gpu" if options.gpu else "training_step",
