@@ -10,9 +10,9 @@ from workers import WorkerPool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "pair" in item.fixturenames or "processes" in item.keywords)
+    items.sort(key=lambda item: "pair" in item.fixturenames or item.get_closest_marker("processes") is not None)
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # keywords would count a folder of that name too
             import torch
 
             if not torch.cuda.is_available():

@@ -1,61 +1,13 @@
-"""Causal self-attention with 2-D rotary positions on the patch grid, a key-value cache, and one choice of kernel."""
+"""Causal self-attention with 2-D rotary positions on the patch grid, and a key-value cache."""
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npp_ds.errors import UserError
+from npp_ds.model.attention_kernels import causal_attention, check_attention
 from npp_ds.model.layers import Linear
-
-ATTENTION_CHOICES = ("auto", "flash_attn", "sdpa")
-
-
-@cache
-def flash_attn_importable() -> bool:
-    return find_spec("flash_attn") is not None
-
-
-def check_attention(choice: str) -> None:
-    """Raises UserError when `choice` is unknown or names a kernel that is not installed."""
-    if choice not in ATTENTION_CHOICES:
-        raise UserError(f"attention: {choice!r} is not one of {', '.join(ATTENTION_CHOICES)}")
-    if choice == "flash_attn" and not flash_attn_importable():
-        raise UserError(
-            "attention: flash_attn was asked for and the package flash-attn is not installed; "
-            "run `pip install flash-attn`, or set attention to auto or sdpa"
-        )
-
-
-def _flash_attn_takes(q: Tensor) -> bool:
-    half, width = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1]
-    fits = q.is_cuda and half and width % 8 == 0 and width <= 256
-    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, choice: str = "auto", dropout: float = 0.0) -> Tensor:
-    """q[B, N, H, D], k and v[B, N, G, D], G divides H -> [B, N, H, D]; position i sees positions 0..i.
-
-    No mask tensor is passed, so fused kernels apply. Raises UserError when flash_attn is asked for and cannot.
-    """
-    applicable = _flash_attn_takes(q)
-    if choice == "flash_attn" and not applicable:
-        raise UserError(
-            "attention: flash_attn needs bf16 or fp16 on an Ampere GPU or later and a head width that is a multiple of "
-            f"8 up to 256, found {q.dtype} on {q.device.type}, head width {q.shape[-1]}; set precision to bf16 or "
-            "autocast_bf16 on such a GPU, or attention to auto or sdpa"
-        )
-    if choice != "sdpa" and applicable and flash_attn_importable():
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
-    return out.transpose(1, 2)
 
 
 def rotary_table(grid: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:

@@ -9,7 +9,7 @@ from npp_ds.data.store import load_manifest
 from npp_ds.errors import UserError
 from npp_ds.files import sha256
 from npp_ds.model import ModelConfig
-from npp_ds.model.attention import check_attention
+from npp_ds.model.attention_kernels import check_attention
 from npp_ds.schedule import Schedule
 from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import SHIPPED
