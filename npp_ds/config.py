@@ -247,6 +247,19 @@ class DeepSpeedSection(_Section):
     )
 
 
+class PerformanceSection(_Section):
+    """Ways to compute the same faster. A run's losses agree with those of a run without them to rounding only."""
+
+    compile: bool = _free(
+        False, "compile the transformer's blocks for each stage's shape, while its first step runs; not with ZeRO-3"
+    )
+    cuda_graphs: bool = _free(
+        False,
+        "record forward and backward pass of a micro-batch in each stage and replay them, for steps so short that "
+        "starting kernels limits them; takes the room of another set of gradients; on GPUs, not with ZeRO-3",
+    )
+
+
 class RunConfig(_Section):
     name: str = _free("run", "shown in logs and pictures", pattern=r"^\w[\w.-]*$")
     run_dir: str | None = _free(None, "folder of this run; null: runs/<name>")
@@ -270,6 +283,7 @@ class RunConfig(_Section):
     watch: WatchSection = WatchSection()
     logging: LoggingSection = LoggingSection()
     profile: ProfileSection = Field(ProfileSection(), json_schema_extra={"free": True})  # no part of older hashes
+    performance: PerformanceSection = Field(PerformanceSection(), json_schema_extra={"free": True})  # likewise
 
     @property
     def directory(self) -> Path:

@@ -21,6 +21,7 @@ from npp_ds.training.ema import EMA, ShardedEMA
 from npp_ds.training.launch import Processes
 from npp_ds.training.partitions import MOMENTS, Partitions
 from npp_ds.training.parts import part
+from npp_ds.training.performance import apply_performance
 from npp_ds.weights.opened import Weights
 from npp_ds.weights.state_files import MASTER, SavedState
 
@@ -62,6 +63,7 @@ class TrainingEngine:
         torch.manual_seed(int(mix64(config.seed) >> 1))
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=settings["zero_optimization"]["stage"] == 3):
             model = Transformer(self.model_config)
+        apply_performance(model, config, processes.device)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer.weight_decay),
             lr=first_stage.peak_learning_rate,

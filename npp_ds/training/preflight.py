@@ -15,6 +15,7 @@ from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import SHIPPED
 from npp_ds.training.deepspeed_config import engine_settings
 from npp_ds.training.evaluation import evaluation_problems
+from npp_ds.training.performance import check_performance
 from npp_ds.weights.checkpoint import saved_steps
 from npp_ds.weights.opened import Weights
 from npp_ds.weights.source import open_weights
@@ -75,17 +76,18 @@ def _fixed_by_weights(model: ModelSection) -> dict[str, int]:
 
 
 def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> list[str]:
-    """What DeepSpeed's settings and the attention kernel would refuse once everything is set up."""
+    """What DeepSpeed's settings, the attention kernel and `performance` would refuse once everything is set up."""
     first = config.build_schedule(num_samples, world_size).stages[0]
     problems = []
     for check in (
         lambda: engine_settings(config, first, world_size),
         lambda: check_attention(config.model.attention),
+        lambda: check_performance(config),
     ):
         try:
             check()
         except UserError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
     return problems
 
 

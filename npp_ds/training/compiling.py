@@ -1,0 +1,43 @@
+"""`performance.compile`: the transformer's blocks compiled by PyTorch, once for every stage's shape.
+
+All blocks of a model run the same code on the same shapes, so one compilation serves them all. Only forward passes that
+are trained on are compiled: validation has a last batch of another size, and would compile anew for it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npp_ds.model.transformer import Block, Transformer
+
+MOST_SHAPES = 64
+"""Shapes that may be compiled in one process; beyond its own limit (8 in torch 2.15) PyTorch goes on uncompiled."""
+
+
+def compile_blocks(model: Transformer) -> None:
+    """From now on the model's blocks run compiled in forward passes that are trained on; parameter names stay.
+
+    A stage's first forward and backward pass compile for its shape, no later one does.
+    """
+    dynamo = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+    setattr(dynamo, limit, max(MOST_SHAPES, getattr(dynamo, limit)))
+    compiled = torch.compile(Block.forward, dynamic=False, **how_to_compile())
+    for block in model.layers:
+        block.forward = partial(_forward, compiled, block)
+
+
+def how_to_compile() -> dict[str, Any]:
+    """Inductor's options: no kernel is chosen by a clock where that shows in the result, so a resumed run finds the
+    same ones. PyTorch before 2.10 or so has no such option, and chooses anew unless its cache on disk was kept.
+    """
+    has_option = "deterministic" in torch._inductor.list_options()
+    return {"options": {"deterministic": True}} if has_option else {}
+
+
+def _forward(compiled: Callable[..., Tensor], block: Block, x: Tensor, rotary: Tensor) -> Tensor:
+    forward = compiled if torch.is_grad_enabled() else Block.forward
+    return forward(block, x, rotary)

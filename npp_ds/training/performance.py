@@ -1,0 +1,85 @@
+"""What the config's `performance` section asks for, checked and applied to the model of a run."""
+
+import os
+from importlib.util import find_spec
+from shutil import which
+from typing import Any
+
+import torch
+
+from npp_ds.config import RunConfig
+from npp_ds.errors import UserError
+from npp_ds.model.attention_kernels import chosen_kernel
+from npp_ds.model.transformer import Transformer
+from npp_ds.training.compiling import compile_blocks
+from npp_ds.training.deepspeed_config import read_settings
+from npp_ds.training.recording import record_passes
+
+
+def apply_performance(model: Transformer, config: RunConfig, device: torch.device) -> None:
+    """Prepares the model, before DeepSpeed takes it, for what the config asks for. Raises UserError.
+
+    Nothing is to be done at a change of stage: shapes are compiled and recorded as they first come.
+    """
+    check_performance(config)
+    if config.performance.compile:
+        _check_attention_kernels(config, device)
+        compile_blocks(model)
+    if config.performance.cuda_graphs:
+        record_passes(model)
+
+
+def check_performance(config: RunConfig) -> None:
+    """Raises UserError with everything that keeps this machine or this config from what `performance` asks for."""
+    asked, mode = config.performance, config.model.activation_checkpointing
+    zero: dict[str, Any] = read_settings(config.deepspeed.config)["zero_optimization"]
+    problems = []
+    for key in ("compile", "cuda_graphs"):
+        if getattr(asked, key) and zero["stage"] == 3:
+            problems.append(
+                f"performance.{key}: ZeRO-3 (deepspeed.config {config.deepspeed.config}) gathers weights by hooks "
+                f"around every layer, which it cannot take in; set deepspeed.config=zero2, or performance.{key}=false"
+            )
+    if asked.compile and (lack := _compiler_lacks()):
+        problems.append(f"performance.compile: {lack}; install it, or set performance.compile=false")
+    if asked.compile and mode == "selective":
+        problems.append(
+            "performance.compile: compiled blocks hide their operations from model.activation_checkpointing=selective, "
+            "and compute cheap ones again anyway; set that to none or block"
+        )
+    if asked.cuda_graphs and not torch.cuda.is_available():
+        problems.append("performance.cuda_graphs: needs a CUDA device, found none; set performance.cuda_graphs=false")
+    if asked.cuda_graphs and mode != "none":
+        problems.append(
+            f"performance.cuda_graphs: model.activation_checkpointing={mode} reads the state of the random numbers, "
+            "which cannot be recorded; set that to none, or performance.cuda_graphs=false"
+        )
+    if asked.cuda_graphs and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        problems.append(
+            "performance.cuda_graphs: zero_optimization.offload_optimizer copies gradients while the next replay "
+            "overwrites them; drop that from the DeepSpeed settings, or set performance.cuda_graphs=false"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _compiler_lacks() -> str | None:
+    """What PyTorch's compiler misses on this machine; None when nothing."""
+    if torch.cuda.is_available():
+        if find_spec("triton") is None:
+            return "needs the package triton, found none"
+        names = [os.environ.get("CC"), "gcc", "clang", "cc"]
+        return None if any(which(name) for name in names if name) else "needs a C compiler, found none on PATH"
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return None if any(which(name) for name in names if name) else "needs a C++ compiler, found none on PATH"
+
+
+def _check_attention_kernels(config: RunConfig, device: torch.device) -> None:
+    """Chooses the kernel of every stage now: an error while a block is compiled would be hard to read."""
+    shape = config.model.shape()
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    heads, kv_heads = shape["n_heads"], config.model.n_kv_heads or shape["n_heads"]
+    for stage in config.stage_table():
+        positions = (config.model.grid_size // stage.patch_side) ** 2
+        call = device, dtype, positions, heads, kv_heads, shape["dim"] // heads, config.model.attention_dropout > 0
+        chosen_kernel(config.model.attention, *call)
