@@ -188,7 +188,7 @@ def _chosen(choice: str, call: Call) -> str:
 
 def use_flash_implementation(name: str | None) -> None:
     """What stands behind SDPA's flash kernel in this process from now on: "FA4", or None for PyTorch's own."""
-    if name != torch.nn.attention.current_flash_attention_impl():
+    if _CAN_EXCHANGE and name != torch.nn.attention.current_flash_attention_impl():
         if name:
             torch.nn.attention.activate_flash_attention_impl(name)
         else:
