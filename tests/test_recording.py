@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.training import performance, preflight
@@ -143,6 +144,14 @@ def test_only_passes_that_are_trained_on_are_recorded_and_moved_weights_are_noti
     model.norm.weight.data = torch.zeros(64)
     assert model(codes, labels).item() == pytest.approx(4.60517) != before
     assert len(recordings) == 2
+
+
+def test_a_forward_pass_on_a_gpu_asks_it_for_no_value():
+    """Stand-ins for a GPU's tensors have no values: whatever made the host wait for one would raise."""
+    with FakeTensorMode(), torch.device("cuda"):
+        codes, labels = torch.randint(100, (8, 4, 4)), torch.randint(10, (8,))
+        loss = Transformer(MODEL)(codes, labels)
+    assert loss.shape == () and loss.device.type == "cuda" and loss.requires_grad
 
 
 @pytest.mark.gpu

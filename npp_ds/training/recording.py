@@ -8,7 +8,8 @@ memory of one pass is given to the next while DeepSpeed still holds gradients in
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,5 +91,16 @@ def _record(module: nn.Module, codes: Tensor, labels: Tensor) -> Callable[[Tenso
         cache_enabled=False,  # a weight's cast would otherwise outlive the recording it lies in
     )
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), autocast:
+    with torch.random.fork_rng(devices=devices), autocast, _on_one_stream():
         return torch.cuda.make_graphed_callables(module, (codes.clone(), labels.clone()), **options)
+
+
+@contextmanager
+def _on_one_stream() -> Iterator[None]:
+    """Nodes of an autograd graph that something still holds, made on another stream, follow the one that records."""
+    follow = getattr(torch.autograd.graph, "set_override_stale_capture_stream", lambda enabled: None)
+    follow(True)
+    try:
+        yield
+    finally:
+        follow(False)
