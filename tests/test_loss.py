@@ -1,13 +1,11 @@
 """The patch cross-entropy is exact and never holds more than one row of logits per position."""
 
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.patch_loss import peak_bytes
 from npp_ds.model import loss as loss_module
 from npp_ds.model import patch_cross_entropy
 
@@ -43,6 +41,77 @@ def test_value_and_gradients_agree_with_float64(k, chunk_bytes, monkeypatch):
         assert (found - exact).norm() <= 1e-5 * exact.norm()
 
 
+@pytest.mark.parametrize("k", [1, 4, 16, 64])
+def test_value_and_gradients_agree_with_float64_at_the_size_of_a_real_head(k):
+    hidden, weight, targets = problem(24, k, vocab=16384, dim=256)
+    weight *= 0.1
+    expected = value_and_gradients(by_definition, hidden.double(), weight.double(), targets)
+    for found, exact in zip(value_and_gradients(patch_cross_entropy, hidden, weight, targets), expected, strict=True):
+        assert (found - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("rows_of_a_chunk", [1, 12, 15, 36, 37])
+def test_chunks_of_any_length_add_up(rows_of_a_chunk, monkeypatch):
+    hidden, weight, targets = problem(36, 4)
+    expected = value_and_gradients(by_definition, hidden.double(), weight.double(), targets)
+    monkeypatch.setitem(loss_module.LOGITS_CHUNK_BYTES, "cpu", rows_of_a_chunk * 4 * len(weight) + 3)
+    for found, exact in zip(value_and_gradients(patch_cross_entropy, hidden, weight, targets), expected, strict=True):
+        assert (found - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_float64_inputs_have_float64_gradients_of_a_float32_loss():
+    hidden, weight, targets = problem(20, 4)
+    expected = value_and_gradients(by_definition, hidden.double(), weight.double(), targets)
+    found = value_and_gradients(patch_cross_entropy, hidden.double(), weight.double(), targets)
+    assert [t.dtype for t in found] == [torch.float32, torch.float64, torch.float64]
+    for f, e in zip(found, expected, strict=True):
+        assert (f - e).norm() <= 1e-5 * e.norm()
+
+
+def test_a_target_whose_probability_vanishes_has_a_finite_loss():
+    """The most likely of 300 codes leads by 200 nats: the others' probabilities are below what float32 can hold."""
+    hidden, weight, targets = torch.eye(2), torch.zeros(300, 2), torch.tensor([[5], [7]])
+    weight[3] = 200
+    expected = value_and_gradients(by_definition, hidden.double(), weight.double(), targets)
+    found = value_and_gradients(patch_cross_entropy, hidden, weight, targets)
+    assert found[0].item() == pytest.approx(600)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e.float())
+
+
+def test_repeated_calls_have_the_same_bits():
+    hidden, weight, targets = problem(300, 16)
+    first, second = (value_and_gradients(patch_cross_entropy, hidden, weight, targets) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_backward_pass_is_an_error_and_not_a_wrong_gradient():
+    hidden, weight, targets = problem(8, 4)
+    loss = patch_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    (3 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (3 * loss).backward()
+
+
+@pytest.mark.parametrize("learns", ["hidden", "weight"])
+def test_either_gradient_can_be_had_alone(learns):
+    hidden, weight, targets = problem(8, 4)
+    _, *both = value_and_gradients(patch_cross_entropy, hidden, weight, targets)
+    inputs = {"hidden": hidden, "weight": weight}
+    inputs[learns].requires_grad_()
+    (3 * patch_cross_entropy(hidden, weight, targets)).backward()
+    assert torch.equal(inputs[learns].grad, both[list(inputs).index(learns)])
+    assert all(t.grad is None for name, t in inputs.items() if name != learns)
+
+
+def test_a_compiled_region_around_it_changes_nothing():
+    hidden, weight, targets = problem(30, 4)
+    compiled = torch.compile(lambda *inputs: patch_cross_entropy(*inputs), backend="aot_eager", fullgraph=True)
+    plain = value_and_gradients(patch_cross_entropy, hidden, weight, targets)
+    for found, exact in zip(value_and_gradients(compiled, hidden, weight, targets), plain, strict=True):
+        torch.testing.assert_close(found, exact)
+
+
 def test_one_code_is_next_token_cross_entropy():
     hidden, weight, targets = problem(50, 1)
     assert patch_cross_entropy(hidden, weight, targets).item() == pytest.approx(
@@ -74,39 +143,22 @@ def test_autocast_keeps_the_softmax_and_the_weight_gradient_in_float32():
         assert 0 < (f - e).norm() <= 2e-2 * e.norm()
 
 
-class PeakMemory(TorchDispatchMode):
-    """Largest number of bytes of tensors alive at once that operations under it made."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def free(self, key):
-        self.now -= self.alive.pop(key, 0)
-
-
-def peak_bytes(k: int, function=patch_cross_entropy) -> int:
-    hidden, weight, targets = problem(256, k, vocab=4096)
-    with PeakMemory() as memory:
-        value_and_gradients(function, hidden, weight, targets)
-    return memory.peak
-
-
 def test_memory_at_16_codes_is_no_more_than_at_one():
-    assert peak_bytes(16) <= 1.01 * peak_bytes(1)
-    assert peak_bytes(16, by_definition) > 5 * peak_bytes(16)
+    one, many = (problem(256, k, vocab=4096) for k in (1, 16))
+    for hidden, weight, _ in (one, many):
+        hidden.requires_grad_(), weight.requires_grad_()
+    taken = peak_bytes(patch_cross_entropy, *many)
+    assert taken <= 1.02 * peak_bytes(patch_cross_entropy, *one)
+    assert peak_bytes(by_definition, *many) > 5 * taken
+
+
+def test_two_chunks_of_logits_and_the_gradients_are_all_that_is_allocated(monkeypatch):
+    hidden, weight, targets = problem(256, 4, vocab=4096)
+    chunk = 32 * 4 * len(weight)
+    monkeypatch.setitem(loss_module.LOGITS_CHUNK_BYTES, "cpu", chunk)
+    expected = 4 * (hidden.numel() + weight.numel()) + 2 * chunk
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    assert expected <= peak_bytes(patch_cross_entropy, hidden, weight, targets) <= 1.02 * expected
 
 
 def test_without_gradients_only_the_logits_are_computed():

@@ -1,0 +1,272 @@
+"""Time and memory of the patch loss, forward and backward, beside other ways to compute the same.
+
+The published way computes the logits once and repeats them for each of a patch's k codes. The ways take turns:
+
+    python -m benchmarks.patch_loss --out benchmarks/results          # on a CPU in float32, about 5 minutes
+    python -m benchmarks.patch_loss --gpu --out benchmarks/results    # on one GPU, bf16 autocast, a step of B and XXL
+
+Memory is the most that one forward and backward pass allocates above its inputs at one time. On a CPU these are all
+allocations of PyTorch as its profiler tells them, those inside an operation too, in the round before the measured ones;
+on a GPU it is `torch.cuda.max_memory_allocated`. Matrix libraries have small buffers of their own, which neither sees.
+"""
+
+import argparse
+import importlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import machine, publish
+from npp_ds.model import patch_cross_entropy
+from npp_ds.sizes import SIZES
+
+HERE, PUBLISHED, WHOLE = "this software", "published way", "whole logits"
+LINEAR, LIGER, PLAIN = "linear_cross_entropy", "Liger", "plain cross-entropy"
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def published(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Every position's logits repeated for each code of its patch, then cross-entropy."""
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits.repeat_interleave(targets.shape[1], 0), targets.flatten())
+
+
+def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The formula as it stands, on all logits at once."""
+    logits = F.linear(hidden, weight).float()
+    return (logits.logsumexp(1) - logits.gather(1, targets).mean(1)).mean()
+
+
+def towards_the_mean(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What is added to cross-entropy with the first code: h . (W[t_1] - mean_i W[t_i]), meaned over positions."""
+    mean = F.embedding_bag(targets, weight, mode="mean")
+    return (hidden * (F.embedding(targets[:, 0], weight) - mean)).sum(1).float().mean()
+
+
+def linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's cross-entropy in chunks, with the first code, and what makes it the patch's."""
+    first = F.linear_cross_entropy(hidden, weight, targets[:, 0], options=torch.nn.LinearCrossEntropyOptions())
+    return first + towards_the_mean(hidden, weight, targets)
+
+
+def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Liger's fused kernel with the first code, and what makes it the patch's."""
+    fused = importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+    return fused(hidden, weight, targets[:, 0]) + towards_the_mean(hidden, weight, targets)
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Next-token cross-entropy; only for k = 1."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets[:, 0])
+
+
+WAYS: dict[str, Loss] = {
+    HERE: patch_cross_entropy, PUBLISHED: published, WHOLE: whole, LINEAR: linear, LIGER: liger, PLAIN: plain,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """`positions` of one pass, `passes` of them in a step."""
+
+    name: str
+    width: int
+    k: int
+    positions: int
+    passes: int = 1
+    vocab: int = 16384
+    device: str = "cpu"
+
+    def ways(self) -> dict[str, Loss]:
+        left_out = set() if self.k == 1 else {PLAIN}
+        if self.device == "cpu" or importlib.util.find_spec("liger_kernel") is None:
+            left_out.add(LIGER)
+        return {name: loss for name, loss in WAYS.items() if name not in left_out}
+
+    def problem(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Random hidden states, an output projection and targets."""
+        torch.manual_seed(self.k)
+        with torch.device(self.device):
+            hidden, weight = torch.randn(self.positions, self.width), torch.randn(self.vocab, self.width) * 0.02
+            targets = torch.randint(self.vocab, (self.positions, self.k))
+        return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def forward_and_backward(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor, passes: int = 1) -> Tensor:
+    """A step's loss and gradients; the gradients stand in `hidden.grad` and `weight.grad`."""
+    hidden.grad = weight.grad = None
+    for _ in range(passes):
+        with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.is_cuda):
+            value = loss(hidden, weight, targets)
+        value.backward()
+    if hidden.is_cuda:
+        torch.cuda.synchronize()
+    return value.detach()
+
+
+def peak_bytes(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> int:
+    """The most bytes that a pass had allocated at one time, above what was there before."""
+    hidden.grad = weight.grad = None
+    if hidden.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        forward_and_backward(loss, hidden, weight, targets)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        forward_and_backward(loss, hidden, weight, targets)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def measure(cases: list[Case], repeats: int) -> list[dict]:
+    """Seconds and bytes of every way; in a round every case and way has one turn. Memory is of an unmeasured round."""
+    rows = [{"case": case, "seconds": {n: [] for n in case.ways()}, "bytes": {}} for case in cases]
+    for turn in range(repeats + 1):
+        for row in rows:
+            problem = row["case"].problem()
+            for name, loss in row["case"].ways().items():
+                if turn == 0:
+                    row["bytes"][name] = peak_bytes(loss, *problem)
+                    continue
+                started = time.perf_counter()
+                forward_and_backward(loss, *problem, passes=row["case"].passes)
+                row["seconds"][name].append(time.perf_counter() - started)
+    return rows
+
+
+def figures(row: dict) -> dict:
+    """A case for the JSON object: medians and ranges in seconds, bytes, and both relative to this software."""
+    case, seconds, taken = row["case"], row["seconds"], row["bytes"]
+    return {
+        **{name: getattr(case, name) for name in ("name", "width", "k", "positions", "passes", "vocab")},
+        "ways": {
+            name: {
+                "median": median(times),
+                "lowest": min(times),
+                "highest": max(times),
+                "bytes": taken[name],
+                "time_ratio": median(times) / median(seconds[HERE]),
+                "memory_ratio": taken[name] / taken[HERE],
+            }
+            for name, times in seconds.items()
+        },
+    }
+
+
+def ratios_of(cases: list[dict]) -> dict[str, float]:
+    """Larger is better: time or memory of an alternative over ours, and our time at k = 1 over that at k = 16."""
+    found = {}
+    for case in cases:
+        label = f"{case['name']}_k{case['k']}"
+        found[f"published_time_{label}"] = case["ways"][PUBLISHED]["time_ratio"]
+        found[f"published_memory_{label}"] = case["ways"][PUBLISHED]["memory_ratio"]
+        if PLAIN in case["ways"]:
+            found[f"plain_time_{label}"] = case["ways"][PLAIN]["time_ratio"]
+    ours = {(c["name"], c["k"]): c["ways"][HERE]["median"] for c in cases}
+    found |= {f"k1_over_k16_{name}": ours[name, 1] / t for (name, k), t in ours.items() if k == 16}
+    return {name: round(ratio, 3) for name, ratio in found.items()}
+
+
+CPU_WANTED = {
+    "published_time_w256_k16": 6.5, "published_time_w768_k16": 4.5,
+    "published_memory_w256_k16": 7.5, "published_memory_w768_k16": 7.5,
+    "k1_over_k16_w256": round(1 / 1.15, 3), "k1_over_k16_w768": round(1 / 1.15, 3),
+    "plain_time_w256_k1": 1.0, "plain_time_w768_k1": 1.0,
+}  # fmt: skip
+MEANING = {
+    "published_time": "time of the published way to ours",
+    "published_memory": "extra memory of the published way to ours",
+    "plain_time": "time of plain cross-entropy to ours",
+    "k1_over_k16": "our time at k = 1 to that at k = 16 (at most 1.15 times the time, turned round)",
+}
+
+
+def cpu_cases(fast: bool) -> list[Case]:
+    if fast:
+        return [Case("w256", 256, k, 512) for k in (1, 16)]
+    return [Case(f"w{d}", d, k, 512 if k == 64 else 2048) for d in (256, 768) for k in (1, 4, 16, 64)]
+
+
+def gpu_cases(fast: bool) -> list[Case]:
+    """A step of 65,536 positions (256 images of 256 codes; coarse stages have fewer) in passes that fit a GPU when k
+    times as many logits are there."""
+    cases = []
+    for size in ("B",) if fast else ("B", "XXL"):
+        for k in (1, 4, 16, 64):
+            step = 65536 // k
+            each = min(step, 32768 // k)
+            cases.append(Case(size, SIZES[size]["dim"], k, each, step // each, device="cuda"))
+    return cases
+
+
+def table(result: dict) -> str:
+    gpu = result["device"] != "CPU"
+    lines = [
+        f"# The patch loss, forward and backward{', on a GPU' if gpu else ''}",
+        "",
+        f"{'bf16 autocast' if gpu else 'float32'}; medians of {result['repeats']} rounds in which all take turns. "
+        "Memory: the most allocated at one time above the inputs. To ours: how many times ours it is.",
+        "",
+        "| model | vocabulary | k | positions | way | ms | lowest .. highest | to ours | MB | to ours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        positions = f"{case['positions']:,}" + (f" x {case['passes']}" if case["passes"] > 1 else "")
+        what = f"{case['width']} wide | {case['vocab']:,} | {case['k']} | {positions}"
+        for name, f in case["ways"].items():
+            lines.append(
+                f"| {what} | {name} | {f['median'] * 1e3:,.1f} | {f['lowest'] * 1e3:,.1f} .. {f['highest'] * 1e3:,.1f} "
+                f"| {f['time_ratio']:.2f} | {f['bytes'] / 1e6:,.1f} | {f['memory_ratio']:.2f} |"
+            )
+    if result["wanted"]:
+        lines += ["", "| wanted, larger is better | at least | found | met |", "|---|---|---|---|"]
+    for name, bound in result["wanted"].items():
+        found = result["ratios"][name]
+        what = next(f"{text} ({name})" for start, text in MEANING.items() if name.startswith(start))
+        lines.append(f"| {what} | {bound} | {found} | {'yes' if found >= bound else 'no'} |")
+    if gpu and not any(LIGER in case["ways"] for case in result["cases"]):
+        lines += ["", "Liger (package liger-kernel) is not installed and was left out."]
+    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    made = f"python -m benchmarks.patch_loss{' --gpu' if gpu else ''}"
+    lines += ["", f"{result['device']}; {where}; {result['threads']} threads. Made by `{made}`."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--gpu", action="store_true", help="a training step's positions on the first GPU, bf16 autocast")
+    add("--fast", action="store_true", help="width 256, k = 1 and 16, 512 positions; on a GPU size B alone")
+    add("--repeats", type=int, default=5, help="measured rounds (%(default)s)")
+    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
+    add("--out", type=Path, help="folder for patch_loss.json and patch_loss.md, or patch_loss_gpu.*")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cases = (gpu_cases if options.gpu else cpu_cases)(options.fast)
+    measured = [figures(row) for row in measure(cases, options.repeats)]
+    result = {
+        "benchmark": "patch_loss_gpu" if options.gpu else "patch_loss",
+        "device": torch.cuda.get_device_name() if options.gpu else "CPU",
+        "repeats": options.repeats,
+        "threads": options.threads,
+        "cases": measured,
+        "ratios": ratios_of(measured),
+        "wanted": {} if options.gpu or options.fast else CPU_WANTED,
+        "machine": machine("torch"),
+    }
+    publish(result, table(result), options.out)
+
+
+if __name__ == "__main__":
+    main()
