@@ -215,8 +215,8 @@ def table(result: dict) -> str:
     lines = [
         f"# The patch loss, forward and backward{', on a GPU' if gpu else ''}",
         "",
-        f"{'bf16 autocast' if gpu else 'float32'}; medians of {result['repeats']} rounds in which all take turns. "
-        "Memory: the most allocated at one time above the inputs. To ours: how many times ours it is.",
+        f"{'bf16 autocast' if gpu else 'float32'}; medians of {result['repeats']} rounds in which all of a width "
+        "take turns. Memory: the most allocated at one time above the inputs. To ours: how many times ours it is.",
         "",
         "| model | vocabulary | k | positions | way | ms | lowest .. highest | to ours | MB | to ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -254,7 +254,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = (gpu_cases if options.gpu else cpu_cases)(options.fast)
-    measured = [figures(row) for row in measure(cases, options.repeats)]
+    models = [[case for case in cases if case.name == name] for name in dict.fromkeys(case.name for case in cases)]
+    measured = [figures(row) for model in models for row in measure(model, options.repeats)]
     result = {
         "benchmark": "patch_loss_gpu" if options.gpu else "patch_loss",
         "device": torch.cuda.get_device_name() if options.gpu else "CPU",
