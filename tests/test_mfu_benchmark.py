@@ -128,3 +128,11 @@ def test_one_recorded_step_of_the_bare_loop_equals_a_plain_one():
         losses[graphs] = [row["loss"] for row in benchmark.run_case(case, 16, 1)]
     assert losses[True][0] != losses[True][1]
     assert losses[True] == pytest.approx(losses[False], rel=0.05)  # recording takes three steps more
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled, graphs", [(False, False), (False, True), (True, False), (True, True)])
+def test_the_engine_reaches_the_losses_of_a_plain_loop_on_a_gpu(compiled, graphs):
+    case = replace(SMALL, loop=ENGINE, compiled=compiled, graphs=graphs)
+    plain, found = (benchmark.run_apart(c, 16, 1, 250) for c in (SMALL, case))
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in plain], rel=3e-4)
