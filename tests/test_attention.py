@@ -1,6 +1,8 @@
 """One choice of attention kernel, causal without a mask, with errors that say what is missing."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -203,12 +205,9 @@ def test_a_measurement_that_cannot_be_read_is_told(packages, monkeypatch, tmp_pa
         attention_kernels.measured_orders()
 
 
-@pytest.mark.parametrize("kernel", ["auto", "sdpa_math"])
-def test_compiled_code_holds_the_chosen_kernel_without_a_break(kernel):
-    torch._dynamo.reset()
-    q, k, v = random_qkv(9)
-    compiled = torch.compile(causal_attention, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(q, k, v, kernel), causal_attention(q, k, v, kernel))
+def test_choosing_a_kernel_does_not_load_the_compiler():
+    code = "import sys, npp_ds.model; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.gpu

@@ -117,6 +117,24 @@ def test_dropout_in_compiled_blocks_follows_the_seed_alone():
     assert losses[0] == losses[2] != losses[1]
 
 
+@pytest.mark.parametrize("kernel", ["auto", "sdpa_math"])
+def test_compiled_blocks_hold_the_chosen_attention_kernel_without_a_break(kernel):
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=50, grid_size=4, attention=kernel))
+    torch.nn.init.normal_(model.output.weight, std=0.1)
+    codes, labels = torch.randint(50, (2, 16, 1)), torch.zeros(2, dtype=torch.int64)
+    expected = model(codes, labels)
+    with patch.object(compiling, "how_to_compile", lambda: {"backend": "eager"}):
+        compiling.compile_blocks(model)
+    with torch.profiler.profile() as profiler:
+        torch.testing.assert_close(model(codes, labels), expected)
+    seen = {e.key for e in profiler.key_averages()}
+    assert ("aten::_scaled_dot_product_attention_math" in seen) == (kernel == "sdpa_math")
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 def test_more_stages_than_pytorch_compiles_by_itself_stay_compiled():
     compiling.compile_blocks(Transformer(ModelConfig(dim=32, n_layers=1, n_heads=2, vocab_size=50)))
     assert torch._dynamo.config.recompile_limit >= 64

@@ -195,9 +195,8 @@ def use_flash_implementation(name: str | None) -> None:
             torch.nn.attention.restore_flash_attention_impl()
 
 
-@torch.compiler.assume_constant_result
 def chosen_kernel(choice: str, *call: Any) -> str:
-    """The name in `KERNELS` that `choice` means for a `Call` with these fields; compiled code holds it as a constant.
+    """The name in `KERNELS` that `choice` means for a `Call` with these fields, always the same in one process.
 
     Raises UserError when the kernel that was asked for does not apply.
     """

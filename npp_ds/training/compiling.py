@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npp_ds.model.attention_kernels import chosen_kernel
 from npp_ds.model.transformer import Block, Transformer
 
 MOST_SHAPES = 64
@@ -25,6 +26,7 @@ def compile_blocks(model: Transformer) -> None:
     dynamo = torch._dynamo.config
     limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
     setattr(dynamo, limit, max(MOST_SHAPES, getattr(dynamo, limit)))
+    torch.compiler.assume_constant_result(chosen_kernel)  # compiled code holds its answer
     compiled = torch.compile(Block.forward, dynamic=False, **how_to_compile())
     for block in model.layers:
         block.forward = partial(_forward, compiled, block)
