@@ -11,7 +11,7 @@ help:
 	@echo "make quickstart   from shipped images to trained samples, about 6 minutes on 2 cores"
 	@echo "make test         the tests that need no GPU"
 	@echo "make test-full    the slow tests too"
-	@echo "make bench        what was measured to be faster than something else still is, about 5 minutes on 2 cores"
+	@echo "make bench        what was measured to be faster than something else still is, about 6 minutes on 2 cores"
 	@echo "make lint         ruff"
 	@echo "make install      only the virtual environment ./.venv"
 
