@@ -26,17 +26,17 @@ import torch
 from benchmarks.common import machine, publish
 from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
 from npp_ds.config import RunConfig
-from npp_ds.reporting.gpus import GPUS
+from npp_ds.gpus import gpu_of_device
 from npp_ds.reporting.memory import training_memory
 from npp_ds.schedule import Stage
 from npp_ds.training.deepspeed_config import read_settings
+from npp_ds.training.throughput import peak_tflops
 
 BARE, ENGINE = "bare", "engine"
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 512, "grid_size": 8}
 WANTED_MFU = {"B": 0.40, "XXL": 0.48}
 WANTED_SHARES = {BARE: {2: 0.27, 4: 0.09, 8: 0.045}, ENGINE: {2: 0.27, 4: 0.10, 8: 0.08}}
 """Of the step time at side 1, at most; for B."""
-DEVICE_NAMES = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200"}
 ROOM = 0.85  # of a GPU's memory, for what the estimate counts
 MOST_SECONDS = 200  # of one case
 MEASURED_SECONDS = 0.5  # the steps of one turn at one side take about this, at least
@@ -78,13 +78,8 @@ CPU_CASES = [Case("small", loop, compiled, sides=(4, 2, 1)) for compiled in (Fal
 
 def gpu_name() -> str | None:
     """What `npp plan` calls this GPU."""
-    return DEVICE_NAMES.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
-def peak_tflops(device: torch.device) -> float | None:
-    """The device's dense bf16 rate, where it is known."""
-    name = gpu_name() if device.type == "cuda" else None
-    return GPUS[name].tflops if name else None
+    gpu = gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return gpu.name if gpu else None
 
 
 def config_of(case: Case, batch: int) -> RunConfig:

@@ -199,6 +199,26 @@ def test_a_stage_takes_the_mfu_measured_for_its_size_side_and_gpu(nothing_measur
     assert {s.mfu.origin for s in plan_of("b_256", gpu="a100-80").stages} == {"assumed"}
 
 
+def test_a_stage_takes_the_mfu_of_the_way_that_the_config_trains_in(nothing_measured):
+    write_measured(nothing_measured)
+    for overrides, share in (
+        ([], 0.5),
+        (["performance.compile=true"], 0.55),
+        (["performance.compile=true", "performance.cuda_graphs=true"], 0.5),  # not measured: the slowest of the engine
+    ):
+        assert plan_of("xxl_256", *overrides).stages[1].mfu.share == share
+
+
+def test_the_benchmark_names_its_ways_as_the_plan_does():
+    from benchmarks.mfu import ENGINE, Case
+
+    for compiled in (False, True):
+        for graphs in (False, True):
+            keys = [f"performance.compile={compiled}".lower(), f"performance.cuda_graphs={graphs}".lower()]
+            config = load_config("b_256", None, keys, 8)
+            assert mfu.way_of(config) == Case("B", ENGINE, compiled=compiled, graphs=graphs).way
+
+
 def test_a_measured_mfu_is_not_taken_for_another_model_or_another_peak(nothing_measured):
     write_measured(nothing_measured)
     assert (

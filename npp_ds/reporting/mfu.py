@@ -51,7 +51,7 @@ def mfu_by_side(config: RunConfig, gpu: GPU, given: float | None) -> Callable[[i
         return lambda patch_side: Mfu(given, "given")
     known = GPUS.get(gpu.name)
     comparable = known is not None and known.tflops == gpu.tflops  # else it is a share of another peak
-    measured = read_measured(RESULTS, gpu.name, nearest_size(config)) if comparable else {}
+    measured = read_measured(RESULTS, gpu.name, nearest_size(config), way_of(config)) if comparable else {}
     return lambda patch_side: measured.get(patch_side, Mfu(ASSUMED_MFU, "assumed"))
 
 
@@ -63,21 +63,28 @@ def nearest_size(config: RunConfig) -> str | None:
     return nearest if factors[nearest] < math.log(SAME_SIZE) else None
 
 
-def read_measured(path: Path, gpu: str, size: str | None) -> dict[int, Mfu]:
+def way_of(config: RunConfig) -> str:
+    """What the benchmark calls the way that this config trains in."""
+    compiled = "compiled" if config.performance.compile else "eager"
+    return f"{ENGINE} {compiled}{', CUDA graphs' if config.performance.cuda_graphs else ''}"
+
+
+def read_measured(path: Path, gpu: str, size: str | None, way: str) -> dict[int, Mfu]:
     """patch side -> MFU of the engine's cases on this GPU and of this size, {} where there is no file.
 
-    Of several ways to run the engine the slowest counts: a plan promises no more. Raises UserError.
+    Where `way` was not measured the slowest of the engine's ways counts: a plan promises no more. Raises UserError.
     """
     if not path.is_file():
         return {}
+    cases = [
+        (case, conditions)
+        for case, conditions in _cases(path)
+        if (case["gpu"], case["size"]) == (gpu, size) and case["way"].startswith(ENGINE) and case["mfu"] is not None
+    ]
     found: dict[int, Mfu] = {}
-    for case, conditions in _cases(path):
-        share, side = case["mfu"], case["patch_side"]
-        if (case["gpu"], case["size"]) != (gpu, size) or not case["way"].startswith(ENGINE) or share is None:
-            continue
-        if side not in found or share < found[side].share:
-            name = "/".join(path.parts[-3:])
-            found[side] = Mfu(share, "measured", f"{name}: {size} at side {side}, {case['way']}, {conditions}")
+    for case, conditions in sorted(cases, key=lambda c: (c[0]["way"] != way, c[0]["mfu"])):
+        source = f"{'/'.join(path.parts[-3:])}: {size} at side {case['patch_side']}, {case['way']}, {conditions}"
+        found.setdefault(case["patch_side"], Mfu(case["mfu"], "measured", source))
     return found
 
 
