@@ -10,7 +10,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 LOGITS_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-"""Size of the patch loss's chunk of float32 logits: on a CPU what its cache holds, on a GPU what fills the device."""
+"""Size of the patch loss's chunk of float32 logits: on a CPU enough rows for fast products (512 at 16384 codes,
+measured faster than 256 and no slower than 1,024), on a GPU what fills the device."""
 
 
 def ffn_hidden(dim: int, multiple_of: int = 256) -> int:
