@@ -4,11 +4,11 @@ Both are bare PyTorch loops over models with equal weights, dropout 0.1 and Adam
 update, gradients freed. Ours is `Transformer` with a fused AdamW, the published one `benchmarks.published_step`. All
 sides and ways take turns, and so does the update alone (clipping, AdamW, freeing), which costs the same at every side:
 
-    python -m benchmarks.training_step --profile --out benchmarks/results          # 6 layers, fp32, about 4 minutes
-    python -m benchmarks.training_step --gpu --profile --out benchmarks/results    # B, batch 256, bf16 autocast
+    python -m benchmarks.training_step --out benchmarks/results            # 6 layers, fp32: 2 minutes on 2 idle cores
+    python -m benchmarks.training_step --profile --out benchmarks/results  # where the time of our step goes instead
+    python -m benchmarks.training_step --gpu --out benchmarks/results      # B, batch 256, bf16 autocast
 
-`--profile` adds where the time of our step goes, by groups of operations. On a CPU an operation's time is that of the
-host, on a GPU that of its kernels.
+The profile counts groups of operations, on a CPU the time of the host in each, on a GPU that of its kernels.
 """
 
 import argparse
@@ -140,26 +140,39 @@ def breakdown(step: Callable[[], None], wait: Callable[[], None], on_gpu: bool) 
     return {**groups, BETWEEN: max(0.0, whole - sum(groups.values()))}
 
 
-def breakdowns(steps: list[Callable[[], None]], repeats: int, *where) -> list[dict[str, float]]:
-    """The breakdown of each step: medians of turns as in `measure`; `where` as in `breakdown`."""
-    turns = [[breakdown(step, *where) for step in steps] for _ in range(repeats + 1)][1:]
-    return [{group: median(part[group] for part in parts) for group in parts[0]} for parts in zip(*turns, strict=True)]
-
-
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "lowest": min(values), "highest": max(values)}
 
 
-def run(options: argparse.Namespace) -> dict:
-    """All that is measured, as the JSON line tells it."""
+def set_up(options: argparse.Namespace, ways: tuple[str, ...]) -> tuple[ModelSection, dict[str, Step], Tensor, Tensor]:
+    """Sizes, a model of each way, and a batch: codes[B, T] and labels[B]."""
     device = "cuda" if options.gpu else "cpu"
-    wait = torch.cuda.synchronize if options.gpu else lambda: None
     shape = {"size": "B"} if options.gpu else {**CPU_SIZE, "n_layers": options.layers}
     sizes = ModelSection(**shape, vocab_size=options.vocab_size)
-    steps = {way: Step(sizes, way, device) for way in (HERE, PUBLISHED)}
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(options.vocab_size, (options.batch, sizes.grid_size**2), generator=generator).to(device)
-    labels = torch.randint(sizes.num_classes, (options.batch,), generator=generator).to(device)
+    codes = torch.randint(options.vocab_size, (options.batch, sizes.grid_size**2), generator=generator)
+    labels = torch.randint(sizes.num_classes, (options.batch,), generator=generator)
+    return sizes, {way: Step(sizes, way, device) for way in ways}, codes.to(device), labels.to(device)
+
+
+def facts(options: argparse.Namespace, name: str, sizes: ModelSection) -> dict:
+    """What every result tells of the model and the machine."""
+    where = {"gpu": torch.cuda.get_device_name()} if options.gpu else {"threads": options.threads}
+    return {
+        "benchmark": f"{name}_gpu" if options.gpu else name,
+        **sizes.shape(),
+        "parameters": sizes.parameters(),
+        "vocab_size": options.vocab_size,
+        "batch": options.batch,
+        "precision": "autocast_bf16" if options.gpu else "fp32",
+        "repeats": options.repeats,
+        "machine": {**machine("torch"), **where},
+    }
+
+
+def compare(options: argparse.Namespace, wait: Callable[[], None]) -> dict:
+    """Both ways and the update of both, as the JSON line tells it."""
+    sizes, steps, codes, labels = set_up(options, (HERE, PUBLISHED))
     seconds = measure(cases_of(steps, codes, labels), options.repeats, wait)
     flops = {side: options.batch * sizes.training_flops((sizes.grid_size // side) ** 2) for side in SIDES}
     rows, here = [], {side: median(seconds[side, HERE]) for side in SIDES}
@@ -170,18 +183,8 @@ def run(options: argparse.Namespace) -> dict:
         row["over_side_1"] = {way: row["seconds"][way]["median"] / median(seconds[1, way]) for way in steps}
         row["flops_over_side_1"] = flops[side] / flops[1]
         rows.append(row)
-    if options.profile:
-        ours = [partial(steps[HERE], codes, labels, side) for side in SIDES]
-        for row, parts in zip(rows, breakdowns(ours, min(3, options.repeats), wait, options.gpu), strict=True):
-            row["profile_milliseconds"] = parts
     return {
-        "benchmark": "training_step_gpu" if options.gpu else "training_step",
-        **sizes.shape(),
-        "parameters": sizes.parameters(),
-        "vocab_size": options.vocab_size,
-        "batch": options.batch,
-        "precision": "autocast_bf16" if options.gpu else "fp32",
-        "repeats": options.repeats,
+        **facts(options, "training_step", sizes),
         "sides": rows,
         "update_seconds": {way: spread(seconds["update", way]) for way in steps},
         "ratios": {
@@ -189,33 +192,46 @@ def run(options: argparse.Namespace) -> dict:
             **{f"side_1_over_side_{side}": here[1] / here[side] for side in SIDES[1:]},
         },
         "wanted": {} if options.gpu else {f"published_over_ours_side_{side}": WANTED[side] for side in SIDES},
-        "machine": {**machine("torch"), **_where(options)},
     }
 
 
-def _where(options: argparse.Namespace) -> dict:
-    return {"gpu": torch.cuda.get_device_name()} if options.gpu else {"threads": options.threads}
+def explain(options: argparse.Namespace, wait: Callable[[], None]) -> dict:
+    """Where the time of our step goes at each side: medians of turns, after one that is not profiled."""
+    sizes, steps, codes, labels = set_up(options, (HERE,))
+    ours = {side: partial(steps[HERE], codes, labels, side) for side in SIDES}
+    for step in ours.values():
+        step()
+    turns = [{side: breakdown(step, wait, options.gpu) for side, step in ours.items()} for _ in range(options.repeats)]
+    flops = {side: sizes.training_flops((sizes.grid_size // side) ** 2) for side in SIDES}
+    rows = [
+        {
+            "patch_side": side,
+            "flops_over_side_1": flops[side] / flops[1],
+            "milliseconds": {group: median(turn[side][group] for turn in turns) for group in turns[0][side]},
+        }
+        for side in SIDES
+    ]
+    return {**facts(options, "training_step_profile", sizes), "sides": rows, "ratios": {}, "wanted": {}}
 
 
 def table(result: dict) -> str:
     rows, update, gpu = result["sides"], result["update_seconds"], "gpu" in result["machine"]
+    bounds = ("", "") if gpu else (" wanted | met |", "---|---|")
     lines = [
         f"# A training step at each patch side{' on a GPU' if gpu else ''}",
         "",
-        f"{result['n_layers']} layers, width {result['dim']}, vocabulary {result['vocab_size']:,}, "
-        f"{result['parameters'] / 1e6:.1f}M parameters, batches of {result['batch']} maps of 16 x 16 codes, "
-        f"{result['precision']}, dropout 0.1. Milliseconds of a step, medians of {result['repeats']} turns (lowest .. "
-        "highest); the ratio is that of the same turn.",
+        f"{_model(result)} Milliseconds of a step, medians of {result['repeats']} turns (lowest .. highest); the ratio "
+        "is that of the same turn.",
         "",
-        f"| patch side | {HERE} | {PUBLISHED} | published / ours | {'' if gpu else 'wanted | met |'}",
-        "|---|---|---|---|" + ("" if gpu else "---|---|"),
+        f"| patch side | {HERE} | {PUBLISHED} | published / ours |{bounds[0]}",
+        f"|---|---|---|---|{bounds[1]}",
     ]
     for row in rows:
         times = " | ".join(_milliseconds(row["seconds"][way]) for way in (HERE, PUBLISHED))
         ratio = row["ratio"]
         found = f"{ratio['median']:.2f} ({ratio['lowest']:.2f} .. {ratio['highest']:.2f})"
-        bound = f" {row['wanted']:g} | {'yes' if ratio['median'] >= row['wanted'] else 'no'} |"
-        lines.append(f"| {row['patch_side']} | {times} | {found} |{'' if gpu else bound}")
+        met = "" if gpu else f" {row['wanted']:g} | {'yes' if ratio['median'] >= row['wanted'] else 'no'} |"
+        lines.append(f"| {row['patch_side']} | {times} | {found} |{met}")
     lines += [
         "",
         "Beside the FLOPs. The update (clipping, AdamW, gradients freed) costs the same at every side: alone "
@@ -228,41 +244,51 @@ def table(result: dict) -> str:
     for row in rows:
         parts = [f"{update[way]['median'] / row['seconds'][way]['median']:.1%}" for way in (HERE, PUBLISHED)]
         over = [f"{row['over_side_1'][way]:.4f}" for way in (HERE, PUBLISHED)]
-        rate = row["flops"] / row["seconds"][HERE]["median"] / 1e9
-        lines.append(
-            f"| {row['patch_side']} | {row['flops_over_side_1']:.4f} | {' | '.join(over)} | {' | '.join(parts)} | "
-            f"{rate:,.0f} |"
-        )
-    if "profile_milliseconds" in rows[0]:
-        lines += ["", *_profile_table(rows)]
-    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    lines += ["", f"{where}. Made by `python -m benchmarks.training_step{' --gpu' if gpu else ''} --profile`."]
-    return "\n".join(lines) + "\n"
+        rate = f"{row['flops'] / row['seconds'][HERE]['median'] / 1e9:,.0f}"
+        cells = [row["patch_side"], f"{row['flops_over_side_1']:.4f}", *over, *parts, rate]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", _made_by(result, "")]) + "\n"
 
 
-def _milliseconds(seconds: dict[str, float]) -> str:
-    return f"{1e3 * seconds['median']:.1f} ({1e3 * seconds['lowest']:.1f} .. {1e3 * seconds['highest']:.1f})"
-
-
-def _profile_table(rows: list[dict]) -> list[str]:
-    """Milliseconds by group of operations, and how far each group is above its time at side 1 times the FLOPs."""
-    first = rows[0]["profile_milliseconds"]
+def profile_table(result: dict) -> str:
+    """Milliseconds by group of operations, and how far each is above its time at side 1 times the ratio of FLOPs."""
+    rows, gpu = result["sides"], "gpu" in result["machine"]
     lines = [
-        "Where the time of a step goes here, in milliseconds (profiled, which adds a little to each operation). "
-        "Behind it how much of that is above the time at side 1 times the ratio of FLOPs.",
+        f"# Where the time of a training step goes{' on a GPU' if gpu else ''}",
+        "",
+        f"{_model(result)} Milliseconds of our step in each group of operations, medians of {result['repeats']} "
+        "profiled steps; profiling adds a little to each operation. In brackets how much of that is above the time at "
+        "side 1 times the ratio of FLOPs.",
         "",
         "| operations | " + " | ".join(f"side {row['patch_side']}" for row in rows) + " |",
         "|---" * (len(rows) + 1) + "|",
     ]
-    for group in [*first, "whole step"]:
-        cells = []
-        for row in rows:
-            found, base = row["profile_milliseconds"], first
-            here, once = (sum(x.values()) if group == "whole step" else x[group] for x in (found, base))
-            above = here - once * row["flops_over_side_1"]
-            cells.append(f"{here:.2f}" + (f" ({above:+.2f})" if row is not rows[0] else ""))
+    totals = [{**row["milliseconds"], "whole step": sum(row["milliseconds"].values())} for row in rows]
+    for group, once in totals[0].items():
+        cells = [f"{once:.2f}"]
+        for row, found in zip(rows[1:], totals[1:], strict=True):
+            cells.append(f"{found[group]:.2f} ({found[group] - once * row['flops_over_side_1']:+.2f})")
         lines.append(f"| {group} | {' | '.join(cells)} |")
-    return lines
+    ratios = " | ".join(f"{row['flops_over_side_1']:.4f}" for row in rows)
+    return "\n".join([*lines, f"| FLOPs over side 1 | {ratios} |", "", _made_by(result, " --profile")]) + "\n"
+
+
+def _model(result: dict) -> str:
+    return (
+        f"{result['n_layers']} layers, width {result['dim']}, vocabulary {result['vocab_size']:,}, "
+        f"{result['parameters'] / 1e6:.1f}M parameters, batches of {result['batch']} maps of 16 x 16 codes, "
+        f"{result['precision']}, dropout 0.1."
+    )
+
+
+def _made_by(result: dict, options: str) -> str:
+    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    gpu = " --gpu" if "gpu" in result["machine"] else ""
+    return f"{where}. Made by `python -m benchmarks.training_step{gpu}{options}`."
+
+
+def _milliseconds(seconds: dict[str, float]) -> str:
+    return f"{1e3 * seconds['median']:.1f} ({1e3 * seconds['lowest']:.1f} .. {1e3 * seconds['highest']:.1f})"
 
 
 def main() -> None:
@@ -270,19 +296,21 @@ def main() -> None:
     add = parser.add_argument
     add("--gpu", action="store_true", help="B at batch 256 in bf16 autocast on the first GPU")
     add("--fast", action="store_true", help="batches of 8 and 3 turns: about half a minute")
-    add("--profile", action="store_true", help="where the time of our step goes, too")
+    add("--profile", action="store_true", help="where the time of our step goes, instead")
     add("--batch", type=int, help="images a step (32; with --gpu 256, with --fast 8)")
     add("--layers", type=int, default=6, help="on the CPU (%(default)s)")
     add("--vocab-size", type=int, default=16384, help="(%(default)s)")
     add("--repeats", type=int, help="measured turns (5; with --fast 3)")
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
-    add("--out", type=Path, help="folder for training_step.json and training_step.md, or training_step_gpu.*")
+    add("--out", type=Path, help="folder for training_step.json and .md, or training_step_profile.*, .._gpu.*")
     options = parser.parse_args()
     options.batch = options.batch or (8 if options.fast else 256 if options.gpu else 32)
     options.repeats = options.repeats or (3 if options.fast else 5)
     torch.set_num_threads(options.threads)
-    result = run(options)
-    publish(result, table(result), options.out)
+    wait = torch.cuda.synchronize if options.gpu else lambda: None
+    measured, tabled = (explain, profile_table) if options.profile else (compare, table)
+    result = measured(options, wait)
+    publish(result, tabled(result), options.out)
 
 
 if __name__ == "__main__":

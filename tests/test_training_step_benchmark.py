@@ -62,20 +62,25 @@ def test_a_profile_counts_every_operation_in_one_group():
     assert all(milliseconds > 0 for name, milliseconds in groups.items() if name != training_step.BETWEEN)
 
 
-@pytest.mark.processes
-def test_training_step_benchmark_measures_every_side(tmp_path):
+def results(out: Path, name: str, *arguments: str) -> tuple[dict, str]:
+    """(what a small run of the benchmark printed and wrote, its table)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    small = ["--batch", "2", "--layers", "1", "--vocab-size", "64", "--repeats", "2", "--threads", "1", "--profile"]
-    command = [sys.executable, "-m", "benchmarks.training_step", *small, "--out", str(tmp_path)]
+    small = ["--batch", "2", "--layers", "1", "--vocab-size", "64", "--repeats", "2", "--threads", "1", *arguments]
+    command = [sys.executable, "-m", "benchmarks.training_step", *small, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads((tmp_path / "training_step.json").read_text()) == result
+    assert json.loads((out / f"{name}.json").read_text()) == result
     assert [row["patch_side"] for row in result["sides"]] == [1, 2, 4, 8]
+    return result, (out / f"{name}.md").read_text()
+
+
+@pytest.mark.processes
+def test_training_step_benchmark_measures_every_side(tmp_path):
+    result, table = results(tmp_path, "training_step")
     names = [f"published_over_ours_side_{side}" for side in (1, 2, 4, 8)]
     assert list(result["wanted"]) == names
     assert list(result["ratios"]) == names + [f"side_1_over_side_{side}" for side in (2, 4, 8)]
-    table = (tmp_path / "training_step.md").read_text()
     for row in result["sides"]:
         here, ratio = row["seconds"][training_step.HERE], row["ratio"]
         assert 0 < here["lowest"] <= here["median"] <= here["highest"]
@@ -83,5 +88,11 @@ def test_training_step_benchmark_measures_every_side(tmp_path):
         assert (
             f"| {ratio['median']:.2f} ({ratio['lowest']:.2f} .. {ratio['highest']:.2f}) | {row['wanted']:g} |" in table
         )
-    for group in result["sides"][0]["profile_milliseconds"]:
-        assert f"| {group} |" in table
+
+
+@pytest.mark.processes
+def test_training_step_benchmark_profiles_every_side(tmp_path):
+    result, table = results(tmp_path, "training_step_profile", "--profile")
+    for group, milliseconds in result["sides"][0]["milliseconds"].items():
+        assert f"| {group} | {milliseconds:.2f} |" in table
+    assert f"| {sum(result['sides'][0]['milliseconds'].values()):.2f} |" in table
