@@ -64,16 +64,18 @@ def inductor_run(processes, config, stop_after=None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "autocast_bf16"])
-def test_a_compiled_run_resumes_bit_for_bit_with_dropout(pair, shards, tmp_path, precision):
+@pytest.mark.parametrize("precision, stop_after", [("fp32", 10), ("autocast_bf16", 13)])
+def test_a_compiled_run_resumes_bit_for_bit_with_dropout(pair, shards, tmp_path, monkeypatch, precision, stop_after):
     keys = {**WATCHED, **COMPILED, "precision": precision}
     pair.run(inductor_run, tiny_config(shards, tmp_path / "undisturbed", **keys), timeout=280)
-    for stop in (10, 13):
-        config = tiny_config(shards, tmp_path / f"stopped_{stop}", **keys)
-        pair.run(inductor_run, config, stop, timeout=280)
-        pair.stop()  # other processes go on: nothing that was compiled is at hand
-        pair.run(inductor_run, config, timeout=280)
-        assert_same(outcome_of(tmp_path / f"stopped_{stop}"), outcome_of(tmp_path / "undisturbed"))
+    config = tiny_config(shards, tmp_path / "stopped", **keys)
+    pair.run(inductor_run, config, stop_after, timeout=280)
+    pair.stop()  # other processes go on, which find nothing that was compiled
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "empty"))
+    pair.run(inductor_run, config, timeout=280)
+    pair.stop()
+    assert list((tmp_path / "empty").iterdir())
+    assert_same(outcome_of(tmp_path / "stopped"), outcome_of(tmp_path / "undisturbed"))
 
 
 @pytest.mark.slow
