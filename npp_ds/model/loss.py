@@ -23,7 +23,9 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])
         w = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        # In float32 the first chunk's product is written, not added.
+        new = torch.empty_like if dtype == torch.float32 else torch.zeros_like
+        grad_weight = new(weight, dtype=torch.float32) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunk_bytes = LOGITS_CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
         chunk = max(1, min(rows, chunk_bytes // (4 * weight.shape[0])))
@@ -44,7 +46,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[part] = grad @ w
             if need_weight and dtype == torch.float32:
-                grad_weight.addmm_(grad.T, h)
+                grad_weight.addmm_(grad.T, h, beta=min(start, 1))
             elif need_weight:
                 grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
