@@ -1,4 +1,4 @@
-"""The loops that `benchmarks.mfu` times: a plain one, and DeepSpeed's engine as a run uses it, with equal results."""
+"""The loops that benchmarks time: a plain one, and DeepSpeed's engine as a run uses it, with equal results."""
 
 import os
 from collections.abc import Callable
@@ -27,6 +27,7 @@ class BareLoop:
         if compiled:
             compile_blocks(self.model)
         o, self.graphs, self.device = config.optimizer, graphs, device
+        self.seed, self.steps = config.seed, 0
         groups = parameter_groups(self.model, o.weight_decay)
         options = {"betas": o.betas, "eps": o.eps, "fused": True, "capturable": graphs}
         self.optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, **options)
@@ -47,7 +48,10 @@ class BareLoop:
     def _step(self, batches: Batches) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for codes, labels in batches:
+        self.steps += 1
+        for micro_step, (codes, labels) in enumerate(batches):
+            if not self.graphs:  # the engine's masks of dropout
+                torch.manual_seed(int(mix64(self.seed, self.steps, micro_step, 0) >> 1))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 loss = self.model(codes, labels) / len(batches)
             loss.backward()

@@ -33,10 +33,17 @@ class Benchmark:
 
 
 BENCHMARKS = (
+    Benchmark("patch_loss", "time and memory of the patch loss, beside the published way", 5, gpu_minutes=2),
+    Benchmark(
+        "training_step", "a training step at each patch side, beside the published way and the FLOPs", 4, gpu_minutes=3
+    ),
     Benchmark("loader", "rows of codes a second, beside WebDataset and files", 2),
     Benchmark("tokenize", "images to codes, beside the published way", 5, gpu_minutes=4),
     Benchmark("sampling", "images decoded a second, beside the published way", 4, gpu_minutes=4),
+    Benchmark("engine", "a step of DeepSpeed's engine, beside a bare loop", 6, gpu_minutes=3),
     Benchmark("saving", "how long training stands still for a checkpoint", 1),
+    Benchmark("mfu", "whole steps in a bare loop and in the engine, compiled and recorded", 4, gpu_minutes=8),
+    Benchmark("attention", "kernels of causal attention for 16 to 576 positions", 2, gpu_minutes=2),
     Benchmark("memory", "memory of a training process, measured and expected", 4, gpu_minutes=6),
 )
 

@@ -110,7 +110,7 @@ def test_gpu_without_a_gpu_is_one_clear_error():
 
 
 def test_what_is_asked_for_must_exist():
-    with pytest.raises(UserError, match="--only nonsense: no such benchmark; there are loader, "):
+    with pytest.raises(UserError, match="--only nonsense: no such benchmark; there are patch_loss, "):
         suite.chosen(["nonsense"], gpu=False)
     with pytest.raises(UserError, match="--only saving: no --gpu mode"):
         suite.chosen(["saving", "memory"], gpu=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import loader, tokenize
+from benchmarks import engine, loader, tokenize
 
 pytestmark = pytest.mark.processes
 
@@ -63,3 +63,22 @@ def test_tokenizing_benchmark_measures_both_ways(tmp_path):
             seconds["alone"]["clock"] / seconds["in the pipeline"]["clock"], abs=1e-3
         ),
     }
+
+
+def test_engine_benchmark_measures_every_way_and_that_all_come_to_the_same_loss(tmp_path):
+    result, committed = _results("engine", tmp_path, "--fast", "--repeats", "1")
+    assert set(result["ratios"]) == set(committed["ratios"])
+    assert set(committed["wanted"]) <= set(committed["ratios"])
+    for row in result["sides"]:
+        milliseconds = {way: found["median"] for way, found in row["milliseconds"].items()}
+        for way, rate in row["rate"].items():
+            assert rate["median"] == pytest.approx(milliseconds["bare loop"] / milliseconds[way])
+            ratio = f"{way.lower().replace('-', '')}_side_{row['patch_side']}"
+            assert result["ratios"][ratio] == pytest.approx(rate["median"], abs=1e-3)
+
+
+def test_engine_benchmark_refuses_ways_that_train_something_else(monkeypatch):
+    answers = dict.fromkeys(engine.WAYS, (0.1, 9.0))
+    monkeypatch.setattr(engine, "turns", lambda *_: iter([(1, {**answers, "ZeRO-3": (0.1, 9.001)})]))
+    with pytest.raises(RuntimeError, match=r"side 1: ZeRO-3 has a loss of 9.001, the bare loop 9.0"):
+        engine.run(engine.FAST, 1)

@@ -1,0 +1,182 @@
+"""What DeepSpeed's engine costs: steps of `TrainingEngine` in ZeRO-1, 2 and 3 beside a bare PyTorch loop.
+
+    python -m benchmarks.engine --out benchmarks/results          # on a CPU, about 6 minutes
+    python -m benchmarks.engine --gpu --out benchmarks/results    # on one GPU: B in autocast
+
+Every way has a process of its own, because ZeRO-3 changes functions of PyTorch for its whole process. They take turns;
+one works while the others wait. All of them train the same weights on the same codes and must come to the same loss.
+"""
+
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from benchmarks.common import bounds, command_line, in_the_same_turn, machine, made_by, parsed, publish, spread
+from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
+from npp_ds.config import RunConfig
+from npp_ds.training.launch import leave_processes
+
+BARE = "bare loop"
+WAYS = {BARE: None, "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+WANTED = {"ZeRO-1": 0.95, "ZeRO-2": 0.95, "ZeRO-3": 0.90}
+SIDES = (1, 2, 4, 8)
+SAME_LOSS = {"fp32": 1e-5, "autocast_bf16": 1e-2}
+"""How far the losses of two ways may be apart after the same number of steps."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: a model, a batch, a precision; `seconds` is about how long a turn at one side lasts."""
+
+    model: dict
+    batch: int
+    precision: str
+    device: str
+    seconds: float
+
+
+CPU = Setting({"dim": 256, "n_layers": 6, "n_heads": 4}, 32, "fp32", "cpu", 2.0)
+FAST = Setting({"dim": 256, "n_layers": 6, "n_heads": 4}, 4, "fp32", "cpu", 0.2)
+GPU = Setting({"size": "B"}, 256, "autocast_bf16", "cuda", 1.0)
+
+
+def config_of(setting: Setting, deepspeed: str) -> RunConfig:
+    """A run with one stage for each side."""
+    stages = [{"patch_side": side, "epochs": 1} for side in SIDES]
+    return RunConfig.model_validate(
+        {
+            "precision": setting.precision,
+            "model": setting.model,
+            "data": {"train": "unused"},
+            "schedule": {
+                "stages": stages,
+                "batch_size": setting.batch,
+                "warmup_epochs": 0,
+                "end_at_patch_side_one": False,
+            },
+            "deepspeed": {"config": deepspeed},
+        }
+    )
+
+
+def work(way: str, setting: Setting, orders: Connection) -> None:
+    """One way's process: carries out orders (number of the side, steps) until there is none, and answers each with
+    (seconds a step, the last loss).
+    """
+    device = torch.device(setting.device)
+    config = config_of(setting, WAYS[way] or "zero2")
+    stages = config.build_schedule(setting.batch).stages
+    bare = WAYS[way] is None
+    loop = BareLoop(config, compiled=False, graphs=False, device=device) if bare else EngineLoop(config, stages[0])
+    batches = [batches_of(config, stage, device) for stage in stages]
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    while order := orders.recv():
+        number, steps = order
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(steps):
+            loss = loop.step(stages[number], batches[number])
+        synchronize()
+        orders.send(((time.perf_counter() - began) / steps, loss.item()))
+    if not bare:
+        leave_processes()
+
+
+def turns(setting: Setting, repeats: int) -> Iterator[tuple[int, dict[str, tuple[float, float]]]]:
+    """(side, way -> (seconds a step, loss)) of every turn; the first of each side is not measured."""
+    context = multiprocessing.get_context("spawn")
+    orders: dict[str, Connection] = {}
+    workers = []
+    for way in WAYS:
+        orders[way], theirs = context.Pipe()
+        workers.append(context.Process(target=work, args=(way, setting, theirs), daemon=True))
+        workers[-1].start()
+        theirs.close()
+
+    def ask(*order: int) -> dict[str, tuple[float, float]]:
+        answers = {}
+        for way, connection in orders.items():
+            connection.send(order)
+            answers[way] = connection.recv()
+        return answers
+
+    for number, side in enumerate(SIDES):
+        seconds = ask(number, 2)[BARE][0]
+        count = max(1, round(setting.seconds / seconds))
+        for _ in range(repeats):
+            yield side, ask(number, count)
+    for connection, worker in zip(orders.values(), workers, strict=True):
+        connection.send(None)
+        worker.join()
+
+
+def run(setting: Setting, repeats: int) -> list[dict]:
+    """A row per side: the spread of milliseconds a step of each way, and of each engine's rate over the bare loop's.
+
+    Raises RuntimeError when the ways do not come to the same losses.
+    """
+    seconds: dict[int, dict[str, list[float]]] = {side: {way: [] for way in WAYS} for side in SIDES}
+    for side, answers in turns(setting, repeats):
+        for way, (taken, loss) in answers.items():
+            seconds[side][way].append(taken)
+            if not math.isclose(loss, answers[BARE][1], rel_tol=SAME_LOSS[setting.precision]):
+                raise RuntimeError(f"side {side}: {way} has a loss of {loss}, the bare loop {answers[BARE][1]}")
+    return [
+        {
+            "patch_side": side,
+            "milliseconds": {way: spread([1e3 * t for t in values]) for way, values in taken.items()},
+            "rate": {way: in_the_same_turn(taken[BARE], taken[way]) for way in WAYS if way != BARE},
+        }
+        for side, taken in seconds.items()
+    ]
+
+
+def table(result: dict) -> str:
+    s = result["setting"]
+    model = s["model"].get("size") or f"{s['model']['n_layers']} layers of width {s['model']['dim']}"
+    lines = [
+        "# What DeepSpeed's engine costs",
+        "",
+        f"Milliseconds a step, and in brackets the rate over that of the bare loop, with its range over {s['repeats']} "
+        f"turns: one process, {model}, {s['batch']} images a step, {s['precision']}, dropout 0.1.",
+        "",
+        f"| patch side | {' | '.join(WAYS)} |",
+        "|" + "---|" * (1 + len(WAYS)),
+    ]
+    for row in result["sides"]:
+        cells = [f"{row['milliseconds'][BARE]['median']:,.1f}"]
+        for way, rate in row["rate"].items():
+            figures = f"{rate['median']:.2f}, {rate['lowest']:.2f} .. {rate['highest']:.2f}"
+            cells.append(f"{row['milliseconds'][way]['median']:,.1f} ({figures})")
+        lines.append(f"| {row['patch_side']} | {' | '.join(cells)} |")
+    lines += ["", *bounds(result), "", made_by(result)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = command_line(__doc__, fast="4 images a step, short turns", gpu="B on the first GPU", repeats=7)
+    args = parsed(parser)
+    setting = GPU if args.gpu else FAST if args.fast else CPU
+    rows = run(setting, args.repeats)
+    name = {way: f"{way.lower().replace('-', '')}_side_{{}}" for way in WANTED}
+    result = {
+        "benchmark": "engine_gpu" if args.gpu else "engine",
+        "fast": args.fast,
+        "setting": {"repeats": args.repeats, **asdict(setting)},
+        "sides": rows,
+        "ratios": {
+            name[way].format(row["patch_side"]): round(row["rate"][way]["median"], 3) for row in rows for way in WANTED
+        },
+        "wanted": {name[way].format(1): wanted for way, wanted in WANTED.items()},
+        "machine": machine("torch", "deepspeed", gpu=args.gpu),
+    }
+    publish(result, table(result), args.out)
+
+
+if __name__ == "__main__":
+    main()
