@@ -103,11 +103,11 @@ def versions(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("processor", "cores", "gpu"))
 
 
-def made_by(result: Mapping[str, Any], how: str = "") -> str:
-    """A table's last line: the machine, `how` it was used, and the command that made the table."""
+def made_by(result: Mapping[str, Any], how: str = "", options: str = "") -> str:
+    """A table's last line: the machine, `how` it was used, and the command, with its `options`, that made the table."""
     facts, name = result["machine"], result["benchmark"]
     flags = [" --gpu"] * name.endswith("_gpu") + [" --fast"] * bool(result.get("fast"))
-    command = f"python -m benchmarks.{name.removesuffix('_gpu')}{''.join(flags)}"
+    command = f"python -m benchmarks.{name.removesuffix('_gpu')}{''.join(flags)}{options}"
     return f"{where(facts)}{f', {how}' if how else ''}; {versions(facts)}. Made by `{command}`."
 
 

@@ -10,20 +10,17 @@ allocations of PyTorch as its profiler tells them, those inside an operation too
 on a GPU it is `torch.cuda.max_memory_allocated`. Matrix libraries have small buffers of their own, which neither sees.
 """
 
-import argparse
 import importlib
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import machine, publish
+from benchmarks.common import command_line, in_the_same_turn, machine, made_by, parsed, publish, spread
 from npp_ds.model import patch_cross_entropy
 from npp_ds.sizes import SIZES
 
@@ -152,11 +149,9 @@ def figures(row: dict) -> dict:
         **{name: getattr(case, name) for name in ("name", "width", "k", "positions", "passes", "vocab")},
         "ways": {
             name: {
-                "median": median(times),
-                "lowest": min(times),
-                "highest": max(times),
+                **spread(times),
                 "bytes": taken[name],
-                "time_ratio": median(times) / median(seconds[HERE]),
+                "time_ratio": in_the_same_turn(times, seconds[HERE])["median"],
                 "memory_ratio": taken[name] / taken[HERE],
             }
             for name, times in seconds.items()
@@ -164,17 +159,19 @@ def figures(row: dict) -> dict:
     }
 
 
-def ratios_of(cases: list[dict]) -> dict[str, float]:
+def ratios_of(rows: list[dict]) -> dict[str, float]:
     """Larger is better: time or memory of an alternative over ours, and our time at k = 1 over that at k = 16."""
     found = {}
-    for case in cases:
-        label = f"{case['name']}_k{case['k']}"
-        found[f"published_time_{label}"] = case["ways"][PUBLISHED]["time_ratio"]
-        found[f"published_memory_{label}"] = case["ways"][PUBLISHED]["memory_ratio"]
-        if PLAIN in case["ways"]:
-            found[f"plain_time_{label}"] = case["ways"][PLAIN]["time_ratio"]
-    ours = {(c["name"], c["k"]): c["ways"][HERE]["median"] for c in cases}
-    found |= {f"k1_over_k16_{name}": ours[name, 1] / t for (name, k), t in ours.items() if k == 16}
+    for row in rows:
+        ways, label = figures(row)["ways"], f"{row['case'].name}_k{row['case'].k}"
+        found[f"published_time_{label}"] = ways[PUBLISHED]["time_ratio"]
+        found[f"published_memory_{label}"] = ways[PUBLISHED]["memory_ratio"]
+        if PLAIN in ways:
+            found[f"plain_time_{label}"] = ways[PLAIN]["time_ratio"]
+    ours = {(row["case"].name, row["case"].k): row["seconds"][HERE] for row in rows}
+    for (name, k), seconds in ours.items():
+        if k == 16:
+            found[f"k1_over_k16_{name}"] = in_the_same_turn(ours[name, 1], seconds)["median"]
     return {name: round(ratio, 3) for name, ratio in found.items()}
 
 
@@ -216,7 +213,8 @@ def table(result: dict) -> str:
         f"# The patch loss, forward and backward{', on a GPU' if gpu else ''}",
         "",
         f"{'bf16 autocast' if gpu else 'float32'}; medians of {result['repeats']} rounds in which all of a width "
-        "take turns. Memory: the most allocated at one time above the inputs. To ours: how many times ours it is.",
+        "take turns. Memory: the most allocated at one time above the inputs. To ours: how many times ours it is, "
+        "in the same round.",
         "",
         "| model | vocabulary | k | positions | way | ms | lowest .. highest | to ours | MB | to ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -237,34 +235,31 @@ def table(result: dict) -> str:
         lines.append(f"| {what} | {bound} | {found} | {'yes' if found >= bound else 'no'} |")
     if gpu and not any(LIGER in case["ways"] for case in result["cases"]):
         lines += ["", "Liger (package liger-kernel) is not installed and was left out."]
-    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    made = f"python -m benchmarks.patch_loss{' --gpu' if gpu else ''}"
-    lines += ["", f"{result['device']}; {where}; {result['threads']} threads. Made by `{made}`."]
+    lines += ["", made_by(result, f"{result['threads']} threads")]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--gpu", action="store_true", help="a training step's positions on the first GPU, bf16 autocast")
-    add("--fast", action="store_true", help="width 256, k = 1 and 16, 512 positions; on a GPU size B alone")
-    add("--repeats", type=int, default=5, help="measured rounds (%(default)s)")
-    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
-    add("--out", type=Path, help="folder for patch_loss.json and patch_loss.md, or patch_loss_gpu.*")
-    options = parser.parse_args()
+    fast = "width 256, k = 1 and 16, 512 positions; on a GPU size B alone"
+    gpu = "a training step's positions on the first GPU, bf16 autocast"
+    parser = command_line(__doc__, fast, gpu, repeats=5)
+    threads = min(2, len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=threads, help="of the CPU (%(default)s)")
+    options = parsed(parser)
     torch.set_num_threads(options.threads)
     cases = (gpu_cases if options.gpu else cpu_cases)(options.fast)
     models = [[case for case in cases if case.name == name] for name in dict.fromkeys(case.name for case in cases)]
-    measured = [figures(row) for model in models for row in measure(model, options.repeats)]
+    rows = [row for model in models for row in measure(model, options.repeats)]
     result = {
         "benchmark": "patch_loss_gpu" if options.gpu else "patch_loss",
         "device": torch.cuda.get_device_name() if options.gpu else "CPU",
         "repeats": options.repeats,
         "threads": options.threads,
-        "cases": measured,
-        "ratios": ratios_of(measured),
+        "cases": [figures(row) for row in rows],
+        "ratios": ratios_of(rows),
         "wanted": {} if options.gpu or options.fast else CPU_WANTED,
-        "machine": machine("torch"),
+        "fast": options.fast,
+        "machine": machine("torch", gpu=options.gpu),
     }
     publish(result, table(result), options.out)
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import published_step
-from benchmarks.common import machine, publish
+from benchmarks.common import command_line, in_the_same_turn, machine, made_by, parsed, publish, spread
 from npp_ds.config import ModelSection
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.training.engine import parameter_groups
@@ -140,10 +139,6 @@ def breakdown(step: Callable[[], None], wait: Callable[[], None], on_gpu: bool) 
     return {**groups, BETWEEN: max(0.0, whole - sum(groups.values()))}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "lowest": min(values), "highest": max(values)}
-
-
 def set_up(options: argparse.Namespace, ways: tuple[str, ...]) -> tuple[ModelSection, dict[str, Step], Tensor, Tensor]:
     """Sizes, a model of each way, and a batch: codes[B, T] and labels[B]."""
     device = "cuda" if options.gpu else "cpu"
@@ -157,7 +152,6 @@ def set_up(options: argparse.Namespace, ways: tuple[str, ...]) -> tuple[ModelSec
 
 def facts(options: argparse.Namespace, name: str, sizes: ModelSection) -> dict:
     """What every result tells of the model and the machine."""
-    where = {"gpu": torch.cuda.get_device_name()} if options.gpu else {"threads": options.threads}
     return {
         "benchmark": f"{name}_gpu" if options.gpu else name,
         **sizes.shape(),
@@ -166,7 +160,8 @@ def facts(options: argparse.Namespace, name: str, sizes: ModelSection) -> dict:
         "batch": options.batch,
         "precision": "autocast_bf16" if options.gpu else "fp32",
         "repeats": options.repeats,
-        "machine": {**machine("torch"), **where},
+        "fast": options.fast,
+        "machine": {**machine("torch", gpu=options.gpu), **({} if options.gpu else {"threads": options.threads})},
     }
 
 
@@ -177,8 +172,8 @@ def compare(options: argparse.Namespace, wait: Callable[[], None]) -> dict:
     flops = {side: options.batch * sizes.training_flops((sizes.grid_size // side) ** 2) for side in SIDES}
     rows, here = [], {side: median(seconds[side, HERE]) for side in SIDES}
     for side in SIDES:
-        ratio = [b / a for a, b in zip(seconds[side, HERE], seconds[side, PUBLISHED], strict=True)]
-        row = {"patch_side": side, "flops": flops[side], "ratio": spread(ratio), "wanted": WANTED[side]}
+        ratio = in_the_same_turn(seconds[side, PUBLISHED], seconds[side, HERE])
+        row = {"patch_side": side, "flops": flops[side], "ratio": ratio, "wanted": WANTED[side]}
         row["seconds"] = {way: spread(seconds[side, way]) for way in steps}
         row["over_side_1"] = {way: row["seconds"][way]["median"] / median(seconds[1, way]) for way in steps}
         row["flops_over_side_1"] = flops[side] / flops[1]
@@ -247,7 +242,7 @@ def table(result: dict) -> str:
         rate = f"{row['flops'] / row['seconds'][HERE]['median'] / 1e9:,.0f}"
         cells = [row["patch_side"], f"{row['flops_over_side_1']:.4f}", *over, *parts, rate]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, "", _made_by(result, "")]) + "\n"
+    return "\n".join([*lines, "", made_by(result)]) + "\n"
 
 
 def profile_table(result: dict) -> str:
@@ -270,7 +265,17 @@ def profile_table(result: dict) -> str:
             cells.append(f"{found[group]:.2f} ({found[group] - once * row['flops_over_side_1']:+.2f})")
         lines.append(f"| {group} | {' | '.join(cells)} |")
     ratios = " | ".join(f"{row['flops_over_side_1']:.4f}" for row in rows)
-    return "\n".join([*lines, f"| FLOPs over side 1 | {ratios} |", "", _made_by(result, " --profile")]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                f"| FLOPs over side 1 | {ratios} |",
+                "",
+                made_by({**result, "benchmark": result["benchmark"].replace("_profile", "")}, options=" --profile"),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _model(result: dict) -> str:
@@ -281,31 +286,20 @@ def _model(result: dict) -> str:
     )
 
 
-def _made_by(result: dict, options: str) -> str:
-    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    gpu = " --gpu" if "gpu" in result["machine"] else ""
-    return f"{where}. Made by `python -m benchmarks.training_step{gpu}{options}`."
-
-
 def _milliseconds(seconds: dict[str, float]) -> str:
     return f"{1e3 * seconds['median']:.1f} ({1e3 * seconds['lowest']:.1f} .. {1e3 * seconds['highest']:.1f})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = "B at batch 256 in bf16 autocast on the first GPU"
+    parser = command_line(__doc__, "batches of 8 and 3 turns: about half a minute", gpu, repeats=5)
     add = parser.add_argument
-    add("--gpu", action="store_true", help="B at batch 256 in bf16 autocast on the first GPU")
-    add("--fast", action="store_true", help="batches of 8 and 3 turns: about half a minute")
     add("--profile", action="store_true", help="where the time of our step goes, instead")
-    add("--batch", type=int, help="images a step (32; with --gpu 256, with --fast 8)")
+    add("--batch", type=int, default=32, help="images a step (%(default)s)")
     add("--layers", type=int, default=6, help="on the CPU (%(default)s)")
     add("--vocab-size", type=int, default=16384, help="(%(default)s)")
-    add("--repeats", type=int, help="measured turns (5; with --fast 3)")
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
-    add("--out", type=Path, help="folder for training_step.json and .md, or training_step_profile.*, .._gpu.*")
-    options = parser.parse_args()
-    options.batch = options.batch or (8 if options.fast else 256 if options.gpu else 32)
-    options.repeats = options.repeats or (3 if options.fast else 5)
+    options = parsed(parser, gpu={"batch": 256}, fast={"batch": 8, "repeats": 3})
     torch.set_num_threads(options.threads)
     wait = torch.cuda.synchronize if options.gpu else lambda: None
     measured, tabled = (explain, profile_table) if options.profile else (compare, table)
