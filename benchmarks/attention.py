@@ -8,7 +8,6 @@ On a GPU it is the time of the kernels alone: the host starts them while the GPU
 in a recorded step. The kernels take turns.
 """
 
-import argparse
 import json
 import os
 import time
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine, publish
+from benchmarks.common import command_line, machine, made_by, publish, require_gpu
 from npp_ds.errors import UserError
 from npp_ds.files import write_json_atomic
 from npp_ds.model.attention_kernels import KERNELS, MEASURED, check_attention, chosen_kernel, use_flash_implementation
@@ -207,28 +206,24 @@ def table(result: dict) -> str:
             f"{row['seconds']['median'] / best:.2f} | {row['largest_difference']:.1e} |"
         )
     reasons = {f"{r['kernel']} ({r['failed']})": None for r in rows if "failed" in r}
-    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     lines += ["", *(["Not run: " + "; ".join(reasons) + ".", ""] if reasons else [])]
-    lines += [f"{where}. Made by `python -m benchmarks.attention{' --gpu' if result['on_gpu'] else ''}`."]
+    lines += [made_by(result)]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = "shapes of B and XXL in bf16 on the first GPU, about 1 minute"
+    parser = command_line(__doc__, "few shapes, few turns", gpu, repeats=5)
     add = parser.add_argument
-    add("--gpu", action="store_true", help="shapes of B and XXL in bf16 on the first GPU, about 1 minute")
-    add("--fast", action="store_true", help="few shapes, few turns")
-    add("--repeats", type=int, help="measured turns (5; with --fast 3)")
     add("--write-choice", action="store_true", help=f"write what is fastest to {MEASURED.name}, for this kind of GPU")
     add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
-    add("--out", type=Path, help="folder for attention.json and attention.md, or attention_gpu.*")
     options = parser.parse_args(arguments)
     if options.write_choice and not options.gpu:
         parser.error("--write-choice goes with --gpu: a CPU has one fused kernel, there is nothing to choose")
-    if options.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: found no CUDA device")
+    if options.gpu:
+        require_gpu()
     torch.set_num_threads(options.threads)
-    repeats = options.repeats or (3 if options.fast else 5)
+    repeats = min(3, options.repeats) if options.fast else options.repeats
     positions = (16, 64) if options.fast else POSITIONS
     models, images, device, dtype = {"small": 4}, 8, "cpu", torch.float32
     if options.gpu:
@@ -238,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = {
         "benchmark": "attention_gpu" if options.gpu else "attention",
         "on_gpu": options.gpu,
+        "fast": options.fast,
         "images": images,
         "dtype": str(dtype).removeprefix("torch."),
         "repeats": repeats,
@@ -245,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
         "order": order_of(rows),
         "ratios": ratios_of(rows),
         "wanted": {},
-        "machine": {**machine("torch"), **({"gpu": torch.cuda.get_device_name()} if options.gpu else {})},
+        "machine": machine("torch", gpu=options.gpu),
     }
     publish(result, table(result), options.out)
     if options.write_choice:

@@ -18,12 +18,11 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import torch
 
-from benchmarks.common import machine, publish
+from benchmarks.common import command_line, machine, made_by, publish, require_gpu
 from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
 from npp_ds.config import RunConfig
 from npp_ds.gpus import gpu_of_device
@@ -281,20 +280,16 @@ def table(result: dict) -> str:
         for name, bound in result["wanted"].items():
             found = result["ratios"][name]
             lines.append(f"| {name} | {bound:.3f} | {found:.3f} | {'yes' if found >= bound else 'no'} |")
-    where = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    lines += ["", f"{where}. Made by `python -m benchmarks.mfu{' --gpu' if result['on_gpu'] else ''}`."]
+    lines += ["", made_by(result)]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = "B and XXL, then L and XL, on the first GPU"
+    parser = command_line(__doc__, "only the uncompiled ways", gpu, repeats=5)
     add = parser.add_argument
-    add("--gpu", action="store_true", help="B and XXL, then L and XL, on the first GPU")
-    add("--fast", action="store_true", help="only the uncompiled ways")
     add("--batch", type=int, help="images in a step (256; on the CPU 16)")
-    add("--repeats", type=int, default=5, help="measured turns (%(default)s)")
     add("--minutes", type=float, default=8, help="no way begins after these (%(default)s)")
-    add("--out", type=Path, help="folder for mfu.json and mfu.md, or mfu_gpu.*")
     add("--case", help=argparse.SUPPRESS)  # one case, in this process
     options = parser.parse_args(arguments)
     if options.case:
@@ -302,9 +297,9 @@ def main(arguments: list[str] | None = None) -> None:
         case = Case(**{**keys, "sides": tuple(keys["sides"])})
         print(json.dumps(run_case(case, options.batch, options.repeats)))
         return
-    if options.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: found no CUDA device")
-    if not options.gpu:
+    if options.gpu:
+        require_gpu()
+    else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     batch = options.batch or (256 if options.gpu else 16)
     cases = [c for c in (GPU_CASES if options.gpu else CPU_CASES) if not (options.fast and c.compiled)]
@@ -313,15 +308,13 @@ def main(arguments: list[str] | None = None) -> None:
     result = {
         "benchmark": "mfu_gpu" if options.gpu else "mfu",
         "on_gpu": options.gpu,
+        "fast": options.fast,
         "batch": batch,
         "repeats": options.repeats,
         "cases": rows,
         "ratios": ratios,
         "wanted": wanted,
-        "machine": {
-            **machine("torch", "deepspeed"),
-            **({"gpu": torch.cuda.get_device_name()} if options.gpu else {}),
-        },
+        "machine": machine("torch", "deepspeed", gpu=options.gpu),
     }
     publish(result, table(result), options.out)
 
