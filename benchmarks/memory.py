@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.allocations import allocations, peak_bytes
 from benchmarks.common import bounds, command_line, machine, made_by, parsed, publish
 from npp_ds.config import RunConfig
 from npp_ds.reporting.memory import training_memory
@@ -138,16 +139,8 @@ def steps(config: RunConfig, case: Case, processes: Processes, before_last: Any)
 def peak_on_cpu(config: RunConfig, case: Case, processes: Processes) -> int:
     """The most bytes that PyTorch had allocated at one time in the last step."""
     began = []
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        steps(config, case, processes, lambda: began.append(time.time_ns()))
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for when, change in sorted((e.start_ns(), e.nbytes()) for e in events):
-        held += change
-        if when >= began[0]:
-            peak = max(peak, held)
-    return peak
+    changes = allocations(lambda: steps(config, case, processes, lambda: began.append(time.time_ns())))
+    return peak_bytes(changes, since=began[0])
 
 
 def peak_on_gpu(config: RunConfig, case: Case, processes: Processes) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import allocations
 from benchmarks.common import command_line, in_the_same_turn, machine, made_by, parsed, publish, spread
 from npp_ds.model import patch_cross_entropy
 from npp_ds.sizes import SIZES
@@ -118,14 +119,7 @@ def peak_bytes(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> i
         torch.cuda.reset_peak_memory_stats()
         forward_and_backward(loss, hidden, weight, targets)
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        forward_and_backward(loss, hidden, weight, targets)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events):
-        held += change
-        peak = max(peak, held)
-    return peak
+    return allocations.peak_bytes(allocations.allocations(lambda: forward_and_backward(loss, hidden, weight, targets)))
 
 
 def measure(cases: list[Case], repeats: int) -> list[dict]:

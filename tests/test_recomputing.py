@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from benchmarks.allocations import allocations
 from npp_ds.config import ModelSection, RunConfig
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.reporting.memory import activations
@@ -39,16 +40,15 @@ def bytes_kept(mode: str) -> tuple[int, int]:
     """(what a forward pass in fp32 allocates and leaves for the backward pass, what is expected of it)."""
     keys = {"attention_dropout": 0.0, "activation_checkpointing": mode}
     model, codes, labels = model_and_batch(replace(CONFIG, **keys))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = model(codes, labels)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert loss.requires_grad
+    kept = []
+    changes = allocations(lambda: kept.append(model(codes, labels)))
+    assert kept[0].requires_grad
     sizes = {k: v for k, v in asdict(CONFIG).items() if k in ModelSection.model_fields}
     run = RunConfig.model_validate(
         {"model": {**sizes, **keys}, "data": {"train": "unused"}, "precision": "fp32"},
     )
     rows = codes.numel()
-    return sum(e.nbytes() for e in events), activations(run, rows, "cpu").forward + 4 * CONFIG.dim * (100 + rows)
+    return sum(change for _, change in changes), activations(run, rows, "cpu").forward + 4 * CONFIG.dim * (100 + rows)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
