@@ -8,15 +8,15 @@ one works while the others wait. All of them train the same weights on the same 
 """
 
 import math
-import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 
 import torch
 
 from benchmarks.common import bounds, command_line, in_the_same_turn, machine, made_by, parsed, publish, spread
+from benchmarks.own_processes import own_processes
 from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
 from npp_ds.config import RunConfig
 from npp_ds.training.launch import leave_processes
@@ -64,10 +64,9 @@ def config_of(setting: Setting, deepspeed: str) -> RunConfig:
     )
 
 
-def work(way: str, setting: Setting, orders: Connection) -> None:
-    """One way's process: carries out orders (number of the side, steps) until there is none, and answers each with
-    (seconds a step, the last loss).
-    """
+@contextmanager
+def at_work(way: str, setting: Setting) -> Iterator[Callable[[int, int], tuple[float, float]]]:
+    """What one way's process does: (number of the side, steps) -> (seconds a step, the last loss)."""
     device = torch.device(setting.device)
     config = config_of(setting, WAYS[way] or "zero2")
     stages = config.build_schedule(setting.batch).stages
@@ -75,44 +74,28 @@ def work(way: str, setting: Setting, orders: Connection) -> None:
     loop = BareLoop(config, compiled=False, graphs=False, device=device) if bare else EngineLoop(config, stages[0])
     batches = [batches_of(config, stage, device) for stage in stages]
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    while order := orders.recv():
-        number, steps = order
+
+    def train(number: int, steps: int) -> tuple[float, float]:
         synchronize()
         began = time.perf_counter()
         for _ in range(steps):
             loss = loop.step(stages[number], batches[number])
         synchronize()
-        orders.send(((time.perf_counter() - began) / steps, loss.item()))
+        return (time.perf_counter() - began) / steps, loss.item()
+
+    yield train
     if not bare:
         leave_processes()
 
 
 def turns(setting: Setting, repeats: int) -> Iterator[tuple[int, dict[str, tuple[float, float]]]]:
     """(side, way -> (seconds a step, loss)) of every turn; the first of each side is not measured."""
-    context = multiprocessing.get_context("spawn")
-    orders: dict[str, Connection] = {}
-    workers = []
-    for way in WAYS:
-        orders[way], theirs = context.Pipe()
-        workers.append(context.Process(target=work, args=(way, setting, theirs), daemon=True))
-        workers[-1].start()
-        theirs.close()
-
-    def ask(*order: int) -> dict[str, tuple[float, float]]:
-        answers = {}
-        for way, connection in orders.items():
-            connection.send(order)
-            answers[way] = connection.recv()
-        return answers
-
-    for number, side in enumerate(SIDES):
-        seconds = ask(number, 2)[BARE][0]
-        count = max(1, round(setting.seconds / seconds))
-        for _ in range(repeats):
-            yield side, ask(number, count)
-    for connection, worker in zip(orders.values(), workers, strict=True):
-        connection.send(None)
-        worker.join()
+    with own_processes(at_work, {way: (way, setting) for way in WAYS}) as ask:
+        for number, side in enumerate(SIDES):
+            seconds = {way: ask(way, number, 2)[0] for way in WAYS}[BARE]
+            count = max(1, round(setting.seconds / seconds))
+            for _ in range(repeats):
+                yield side, {way: ask(way, number, count) for way in WAYS}
 
 
 def run(setting: Setting, repeats: int) -> list[dict]:

@@ -12,6 +12,7 @@ from npp_ds.model import ModelConfig, Transformer
 from npp_ds.schedule import Stage
 from npp_ds.training.compiling import compile_blocks
 from npp_ds.training.engine import TrainingEngine, parameter_groups
+from npp_ds.training.host_memory import keep_freed_memory
 from npp_ds.training.launch import join_processes
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -19,9 +20,14 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class BareLoop:
-    """The same model, optimizer and clipping in a plain loop; with graphs each side's whole step is one recording."""
+    """The same model, optimizer and clipping in a plain loop; with graphs each side's whole step is one recording.
+
+    On a CPU its process keeps freed memory, as one that trains does.
+    """
 
     def __init__(self, config: RunConfig, compiled: bool, graphs: bool, device: torch.device):
+        if device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(int(mix64(config.seed) >> 1))  # the engine's weights
         self.model = Transformer(ModelConfig(**config.model.arguments())).to(device)
         if compiled:

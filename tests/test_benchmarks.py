@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from benchmarks import engine, loader, tokenize
+from benchmarks.own_processes import own_processes
 
 pytestmark = pytest.mark.processes
 
@@ -63,6 +66,26 @@ def test_tokenizing_benchmark_measures_both_ways(tmp_path):
             seconds["alone"]["clock"] / seconds["in the pipeline"]["clock"], abs=1e-3
         ),
     }
+
+
+@contextmanager
+def _division(numerator: int) -> Iterator[Callable[[int], tuple[int, float]]]:
+    yield lambda divisor: (os.getpid(), numerator / divisor)
+
+
+def test_ways_work_in_processes_of_their_own_which_end_with_an_error_too():
+    pids = []
+    with (
+        pytest.raises(RuntimeError, match="the process of two has ended"),
+        own_processes(_division, {"one": (6,), "two": (8,)}) as ask,
+    ):
+        for way, order, expected in (("one", 2, 3.0), ("two", 2, 4.0), ("one", 3, 2.0)):
+            pid, answer = ask(way, order)
+            pids.append(pid)
+            assert answer == expected
+        ask("two", 0)
+    assert len({*pids, os.getpid()}) == 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_engine_benchmark_measures_every_way_and_that_all_come_to_the_same_loss(tmp_path):

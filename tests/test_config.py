@@ -228,6 +228,13 @@ def test_every_shipped_deepspeed_setting_is_filled_from_the_run_config(name):
     assert settings["gradient_clipping"] == 1.0
 
 
+def test_a_process_alone_scatters_no_gradients_under_zero3():
+    config = load_config("quickstart", overrides=["deepspeed.config=zero3"])
+    stages = {n: config.build_schedule(9000, n).stages[0] for n in (1, 2)}
+    assert engine_settings(config, stages[1], 1)["zero_optimization"]["reduce_scatter"] is False
+    assert "reduce_scatter" not in engine_settings(config, stages[2], 2)["zero_optimization"]
+
+
 def test_a_deepspeed_setting_that_contradicts_the_run_config_is_refused(tmp_path):
     path = tmp_path / "mine.json"
     config = load_config("b_256", overrides=[f"deepspeed.config={path}"])

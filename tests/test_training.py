@@ -13,6 +13,7 @@ from npp_ds.data.order import batch_ids
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sizes import SIZES
+from npp_ds.training.deepspeed_import import import_deepspeed
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.launch import Processes
 from npp_ds.training.trainer import Trainer
@@ -174,6 +175,9 @@ def _wide_model(processes: Processes, folder: Path, size: str) -> tuple[float, f
     stage = replace(config.build_schedule(160, 2).stages[0], batch_size=2, micro_batch_size=1)
     engine = TrainingEngine(config, stage, processes)
     assert all(p.numel() == 0 for p in engine.engine.module.parameters()), "parameters are partitioned"
+    assert import_deepspeed().utils.get_z3_leaf_modules(engine.engine.module) == list(engine.engine.module.layers), (
+        "gathered block by block"
+    )
     g = torch.Generator().manual_seed(processes.rank)
     batch = [(torch.randint(16384, (1, 4, 4), generator=g), torch.randint(1000, (1,), generator=g))]
     first = engine.step(0, batch, 1e-3)

@@ -75,6 +75,9 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
                 "checkpoints do not cover; use cpu, or drop the section"
             )
     settings.update(decided)
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 3 and world_size == 1:
+        zero.setdefault("reduce_scatter", False)  # alone it would only copy the gradients, twice
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
     elif config.precision == "autocast_bf16":

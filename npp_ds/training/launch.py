@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from npp_ds.errors import RendezvousError, UserError
 from npp_ds.place import Place, host_of_environment, lacks_srun, place_of_environment, variables_of_srun
+from npp_ds.training.host_memory import keep_freed_memory
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """Until all processes have met: imports from a shared file system may take one node minutes longer than another."""
@@ -102,7 +103,8 @@ def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
     """Joins the process group of this launch (NCCL on GPUs, gloo on CPUs), alone when no launcher started us.
 
     `timeout` is for one exchange; to meet, each waits RENDEZVOUS_TIMEOUT. Raises UserError when there are more
-    processes on the node than GPUs, RendezvousError when the others do not come.
+    processes on the node than GPUs, RendezvousError when the others do not come. On CPUs the process keeps from then on
+    what its tensors free.
     """
     if lacks_srun():
         raise UserError(
@@ -118,6 +120,8 @@ def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
     if cuda:
         device = torch.device("cuda", _gpu_of(place.local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if cuda else "gloo",
