@@ -1,6 +1,7 @@
 """DeepSpeed training equals plain PyTorch, tells what it does, and stops before harm is done."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,24 @@ from npp_ds.weights import checkpoint
 from npp_ds.weights.source import open_weights
 from npp_ds.weights.state_files import write_state
 from runs import NO_DROPOUT, error_of, metrics_of, plain_losses, run, tiny_config
+from workers import WorkerPool
 
 pytestmark = pytest.mark.processes
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-@pytest.mark.parametrize("micro_batch_size", [8, 2], ids=["accumulation1", "accumulation4"])
-def test_losses_equal_plain_pytorch_across_two_stage_boundaries(pair, shards, tmp_path, zero_stage, micro_batch_size):
+@pytest.fixture(scope="module")
+def pools(pair) -> Iterator[dict[int, WorkerPool]]:
+    """A pool of one process beside that of two."""
+    alone = WorkerPool(1)
+    yield {1: alone, 2: pair}
+    alone.stop()
+
+
+@pytest.mark.parametrize("world_size, zero_stage", [(2, 1), (2, 2), (2, 3), (1, 3)])
+@pytest.mark.parametrize("micro_batch_size", [8, 2], ids=["in large pieces", "in small pieces"])
+def test_losses_equal_plain_pytorch_across_two_stage_boundaries(
+    pools, shards, tmp_path, world_size, zero_stage, micro_batch_size
+):
     config = tiny_config(
         shards,
         tmp_path / "run",
@@ -37,7 +49,7 @@ def test_losses_equal_plain_pytorch_across_two_stage_boundaries(pair, shards, tm
         optimizer={"gradient_clipping": 0.4},
         validation={"every": 0},
     )
-    pair.run(run, config)
+    pools[world_size].run(run, config)
     lines = [line for line in metrics_of(tmp_path / "run") if line["event"] == "train"][:30]
     losses, norms, _ = plain_losses(config, 30)
     assert [line["patch_side"] for line in lines] == [4] * 10 + [2] * 10 + [1] * 10
@@ -47,12 +59,15 @@ def test_losses_equal_plain_pytorch_across_two_stage_boundaries(pair, shards, tm
 
 
 @pytest.mark.parametrize(  # bf16 first: autocast leaves a mark on DeepSpeed's module
-    "zero_stage, precision",
-    [(2, "bf16"), (3, "bf16"), (1, "autocast_bf16"), (2, "autocast_bf16"), (3, "autocast_bf16")],
-)
-def test_bf16_training_follows_fp32_training(pair, shards, tmp_path, zero_stage, precision):
+    "world_size, zero_stage, precision",
+    [
+        (2, 2, "bf16"), (2, 3, "bf16"), (1, 3, "bf16"),
+        (2, 1, "autocast_bf16"), (2, 2, "autocast_bf16"), (2, 3, "autocast_bf16"), (1, 3, "autocast_bf16"),
+    ],
+)  # fmt: skip
+def test_bf16_training_follows_fp32_training(pools, shards, tmp_path, world_size, zero_stage, precision):
     keys = {"model": NO_DROPOUT, "deepspeed": {"config": f"zero{zero_stage}"}, "validation": {"every": 0}}
-    pair.run(run, tiny_config(shards, tmp_path / "run", precision=precision, **keys))
+    pools[world_size].run(run, tiny_config(shards, tmp_path / "run", precision=precision, **keys))
     losses = [line["loss"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"][:30]
     exact, _, _ = plain_losses(tiny_config(shards, tmp_path / "unused", **keys), 30)
     assert losses == pytest.approx(exact, rel=3e-3)
