@@ -6,7 +6,7 @@ way has a process of its own; on a CPU ours keeps freed memory there, as one tha
 measured without and with that. All sides and ways take turns, and so does the update alone (clipping, AdamW, freeing),
 which costs the same at every side:
 
-    python -m benchmarks.training_step --out benchmarks/results            # 6 layers, fp32: 3 minutes on 2 idle cores
+    python -m benchmarks.training_step --out benchmarks/results            # 6 layers, fp32: 5 minutes on 2 idle cores
     python -m benchmarks.training_step --profile --out benchmarks/results  # where the time of our step goes instead
     python -m benchmarks.training_step --gpu --out benchmarks/results      # B, batch 256, bf16 autocast
 
@@ -327,7 +327,7 @@ def _milliseconds(seconds: dict[str, float]) -> str:
 
 def main() -> None:
     gpu = "B at batch 256 in bf16 autocast on the first GPU"
-    parser = command_line(__doc__, "batches of 8 and 3 turns: about half a minute", gpu, repeats=5)
+    parser = command_line(__doc__, "batches of 8 and 3 short turns: about a minute", gpu, repeats=5)
     add = parser.add_argument
     add("--profile", action="store_true", help="where the time of our step goes, instead")
     add("--batch", type=int, default=32, help="images a step (%(default)s)")

@@ -35,11 +35,15 @@ def page_faults(*arguments: str, **variables: str) -> int:
 
 def test_tensors_as_large_as_freed_ones_cost_no_new_pages():
     """124 MB are 30,000 pages of 4 kB or 62 of 2 MB."""
-    assert page_faults("keep") < 20
-    assert page_faults() > 5 * 50
+    by_default = page_faults()
+    assert by_default > 5 * 50
+    assert page_faults("keep") < by_default / 20
 
 
 def test_settings_of_the_users_own_stay():
     assert not keep_freed_memory({"MALLOC_TRIM_THRESHOLD_": "131072"})
     assert not keep_freed_memory({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"})
-    assert page_faults("keep", MALLOC_ARENA_MAX="2") < 20, "how many heaps there are is another matter"
+
+
+def test_how_many_heaps_there_are_is_another_matter():
+    assert page_faults("keep", MALLOC_ARENA_MAX="2") < page_faults(MALLOC_ARENA_MAX="2") / 20
