@@ -66,12 +66,27 @@ def give_up(error: str) -> NoReturn:
     sys.exit(2)
 
 
+def waiting_for(gpu: bool) -> Callable[[], None]:
+    """What waits until the device has done its work; on a CPU there is nothing to wait for."""
+    return import_module("torch").cuda.synchronize if gpu else lambda: None
+
+
+def seconds_each(work: Callable[[], Any], times: int, wait: Callable[[], None]) -> tuple[float, Any]:
+    """(seconds of each of `times` calls in a row, what the last one returned); `wait` waits for the device."""
+    wait()
+    began = time.perf_counter()
+    for _ in range(times):
+        last = work()
+    wait()
+    return (time.perf_counter() - began) / times, last
+
+
 def rates_in_turn(ways: Mapping[str, Callable[[], int]], repeats: int, gpu: bool = False) -> dict[str, list[float]]:
     """Things a second of each way, `repeats` times in turn (A B C, A B C, ..), after one unmeasured round.
 
     A way does its work and returns how many things it made; with `gpu` the clock stops when the GPU has made them.
     """
-    wait = import_module("torch").cuda.synchronize if gpu else lambda: None
+    wait = waiting_for(gpu)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, work in ways.items():

@@ -8,14 +8,24 @@ one works while the others wait. All of them train the same weights on the same 
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.common import bounds, command_line, in_the_same_turn, machine, made_by, parsed, publish, spread
+from benchmarks.common import (
+    bounds,
+    command_line,
+    in_the_same_turn,
+    machine,
+    made_by,
+    parsed,
+    publish,
+    seconds_each,
+    spread,
+    waiting_for,
+)
 from benchmarks.own_processes import own_processes
 from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
 from npp_ds.config import RunConfig
@@ -73,15 +83,11 @@ def at_work(way: str, setting: Setting) -> Iterator[Callable[[int, int], tuple[f
     bare = WAYS[way] is None
     loop = BareLoop(config, compiled=False, graphs=False, device=device) if bare else EngineLoop(config, stages[0])
     batches = [batches_of(config, stage, device) for stage in stages]
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = waiting_for(device.type == "cuda")
 
     def train(number: int, steps: int) -> tuple[float, float]:
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(steps):
-            loss = loop.step(stages[number], batches[number])
-        synchronize()
-        return (time.perf_counter() - began) / steps, loss.item()
+        seconds, loss = seconds_each(lambda: loop.step(stages[number], batches[number]), steps, wait)
+        return seconds, loss.item()
 
     yield train
     if not bare:

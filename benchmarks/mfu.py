@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.common import command_line, machine, made_by, publish, require_gpu
+from benchmarks.common import command_line, machine, made_by, publish, require_gpu, seconds_each, waiting_for
 from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
 from npp_ds.config import RunConfig
 from npp_ds.gpus import gpu_of_device
@@ -118,15 +118,12 @@ def run_case(case: Case, batch: int, repeats: int) -> list[dict]:
     bare = case.loop == BARE
     loop = BareLoop(config, case.compiled, case.graphs, device) if bare else EngineLoop(config, stages[0])
     batches = {stage.index: batches_of(config, stage, device) for stage in stages}
+    wait = waiting_for(device.type == "cuda")
 
     def seconds_of(stage: Stage, steps: int) -> tuple[float, float]:
         """(of one step, the last one's loss)"""
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(steps):
-            loss = loop.step(stage, batches[stage.index])
-        _wait(device)
-        return (time.perf_counter() - began) / steps, float(loss)
+        seconds, loss = seconds_each(lambda: loop.step(stage, batches[stage.index]), steps, wait)
+        return seconds, float(loss)
 
     counts, losses, seconds = {}, {}, {stage.index: [] for stage in stages}
     for stage in stages:
@@ -163,11 +160,6 @@ def run_case(case: Case, batch: int, repeats: int) -> list[dict]:
 def row_of(case: Case, side: int) -> dict:
     gpu = gpu_name() or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     return {"size": case.size, "patch_side": side, "way": case.way, "gpu": gpu}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def run_apart(case: Case, batch: int, repeats: int, seconds: float) -> list[dict]:

@@ -26,7 +26,17 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import published_step
-from benchmarks.common import command_line, in_the_same_turn, machine, made_by, parsed, publish, spread
+from benchmarks.common import (
+    command_line,
+    in_the_same_turn,
+    machine,
+    made_by,
+    parsed,
+    publish,
+    seconds_each,
+    spread,
+    waiting_for,
+)
 from benchmarks.own_processes import own_processes
 from npp_ds.config import ModelSection
 from npp_ds.model import ModelConfig, Transformer, patches
@@ -92,11 +102,6 @@ def ways_of(options: argparse.Namespace) -> tuple[str, ...]:
     return (HERE, PUBLISHED) if options.gpu else (HERE, PUBLISHED, PUBLISHED_KEEPING)
 
 
-def waiting(options: argparse.Namespace) -> Callable[[], None]:
-    """What waits until the device has done its work."""
-    return torch.cuda.synchronize if options.gpu else lambda: None
-
-
 def cases_of(step: Step, codes: Tensor, labels: Tensor) -> dict[int | str, Callable[[], None]]:
     """What takes turns: a whole step at each patch side, and UPDATE, what comes after a backward pass."""
     step.loss(codes[:1], labels[:1], SIDES[-1]).backward()
@@ -115,17 +120,8 @@ def cases_of(step: Step, codes: Tensor, labels: Tensor) -> dict[int | str, Calla
 def at_work(way: str, options: argparse.Namespace) -> Iterator[Callable[[int | str, int], float]]:
     """What one way's process does: (case of `cases_of`, how many times) -> seconds each time."""
     _, step, codes, labels = set_up(options, way)
-    cases, wait = cases_of(step, codes, labels), waiting(options)
-
-    def seconds_of(case: int | str, times: int) -> float:
-        wait()
-        began = time.perf_counter()
-        for _ in range(times):
-            cases[case]()
-        wait()
-        return (time.perf_counter() - began) / times
-
-    yield seconds_of
+    cases, wait = cases_of(step, codes, labels), waiting_for(options.gpu)
+    yield lambda case, times: seconds_each(cases[case], times, wait)[0]
 
 
 def measure(options: argparse.Namespace) -> dict[tuple[int | str, str], list[float]]:
@@ -225,7 +221,7 @@ def compare(options: argparse.Namespace) -> dict:
 def explain(options: argparse.Namespace) -> dict:
     """Where the time of our step goes at each side: medians of turns, after one that is not profiled."""
     sizes, step, codes, labels = set_up(options, HERE)
-    wait = waiting(options)
+    wait = waiting_for(options.gpu)
     ours = {side: partial(step, codes, labels, side) for side in SIDES}
     for take in ours.values():
         take()

@@ -27,6 +27,15 @@ def pair() -> Iterator[WorkerPool]:
     pool.stop()
 
 
+@pytest.fixture(scope="module")
+def pools(pair: WorkerPool) -> Iterator[dict[int, WorkerPool]]:
+    """Worlds of 1, 2, 3 and 4 processes, started when they are first used."""
+    others = {size: WorkerPool(size) for size in (1, 3, 4)}
+    yield {2: pair, **others}
+    for pool in others.values():
+        pool.stop()
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """The folder of `runs.shards_in`."""

@@ -20,7 +20,6 @@ from runs import (
     state_of,
     tiny_config,
 )
-from workers import WorkerPool
 
 pytestmark = pytest.mark.processes
 
@@ -30,15 +29,6 @@ KEYS = {
     "logging": {"every": 1, "samples": True},
     "validation": {"every": 0},
 }
-
-
-@pytest.fixture(scope="module")
-def pools(pair):
-    """Worlds of 1, 2, 3 and 4 processes, started when they are first used."""
-    others = {size: WorkerPool(size) for size in (1, 3, 4)}
-    yield {2: pair, **others}
-    for pool in others.values():
-        pool.stop()
 
 
 @pytest.fixture(scope="module")

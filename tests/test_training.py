@@ -1,7 +1,6 @@
 """DeepSpeed training equals plain PyTorch, tells what it does, and stops before harm is done."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,17 +21,8 @@ from npp_ds.weights import checkpoint
 from npp_ds.weights.source import open_weights
 from npp_ds.weights.state_files import write_state
 from runs import NO_DROPOUT, error_of, metrics_of, plain_losses, run, tiny_config
-from workers import WorkerPool
 
 pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(scope="module")
-def pools(pair) -> Iterator[dict[int, WorkerPool]]:
-    """A pool of one process beside that of two."""
-    alone = WorkerPool(1)
-    yield {1: alone, 2: pair}
-    alone.stop()
 
 
 @pytest.mark.parametrize("world_size, zero_stage", [(2, 1), (2, 2), (2, 3), (1, 3)])
