@@ -1,6 +1,6 @@
 """Every knob of a run: typed, bounded, described. `npp_ds.config_checks` reads it and reports all problems at once.
 
-Keys made with `_free` may change when a run is resumed; all others are in the config hash that a checkpoint carries.
+Keys made with `_free` may change when a run is resumed. A checkpoint carries all others; they are compared key by key.
 """
 
 import hashlib
@@ -8,12 +8,13 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 from pydantic_core import PydanticCustomError
 
+from npp_ds.differences import differences
 from npp_ds.schedule import Schedule, Stage, coarse_batch_factor, stage_ends
 from npp_ds.sizes import SIZES, parameter_count, training_flops
 
@@ -278,12 +279,12 @@ class RunConfig(_Section):
     optimizer: OptimizerSection = OptimizerSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     validation: ValidationSection = ValidationSection()
-    evaluate: EvaluateSection = Field(EvaluateSection(), json_schema_extra={"free": True})  # no part of older hashes
+    evaluate: EvaluateSection = Field(EvaluateSection(), json_schema_extra={"free": True})
     checkpoint: CheckpointSection = CheckpointSection()
     watch: WatchSection = WatchSection()
     logging: LoggingSection = LoggingSection()
-    profile: ProfileSection = Field(ProfileSection(), json_schema_extra={"free": True})  # no part of older hashes
-    performance: PerformanceSection = Field(PerformanceSection(), json_schema_extra={"free": True})  # likewise
+    profile: ProfileSection = Field(ProfileSection(), json_schema_extra={"free": True})
+    performance: PerformanceSection = Field(PerformanceSection(), json_schema_extra={"free": True})
 
     @property
     def directory(self) -> Path:
@@ -297,8 +298,16 @@ class RunConfig(_Section):
         return hashlib.sha256(json.dumps(self.bound_keys(), sort_keys=True).encode()).hexdigest()
 
     def bound_keys(self) -> dict[str, Any]:
-        """The keys that must not change when the run is resumed."""
-        return _without_free_keys(self)
+        """The keys that must not change when the run is resumed, as JSON values."""
+        return _bound_keys(type(self), self.model_dump(mode="json"))
+
+    def differences_from(self, saved: dict[str, Any]) -> list[str]:
+        """Return a text for each key that must not change and has another value in the `saved` config.
+
+        A key that `saved` lacks, because an earlier version wrote it, has its default value. Keys that may change are
+        ignored.
+        """
+        return list(differences(_bound_keys(type(self), saved), self.bound_keys()))
 
     def stage_table(self) -> list[StageSection]:
         """The stages with every key but micro_batch_size filled in; lengths still in epochs or steps."""
@@ -364,11 +373,27 @@ def _micro_batch_size(rows: int, most: int | None) -> int:
     return next(size for size in range(min(rows, most or rows), 0, -1) if rows % size == 0)
 
 
-def _without_free_keys(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        bound = [k for k, f in fields.items() if not (f.json_schema_extra or {}).get("free")]
-        return {k: _without_free_keys(getattr(value, k)) for k in bound}
-    if isinstance(value, (list, tuple)):
-        return [_without_free_keys(v) for v in value]
-    return value
+def _bound_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a section that must not change; a missing one as its default, an unknown one as it is."""
+    fields = section.model_fields
+    bound = {name: value for name, value in values.items() if name not in fields}
+    for name, field in fields.items():
+        if (field.json_schema_extra or {}).get("free") or (name not in values and field.is_required()):
+            continue
+        value = (
+            values[name] if name in values else TypeAdapter(field.annotation).dump_python(field.default, mode="json")
+        )
+        inner = section_of(field.annotation)
+        if inner and isinstance(value, dict):
+            value = _bound_keys(inner, value)
+        elif inner and isinstance(value, list):
+            value = [_bound_keys(inner, item) for item in value]
+        bound[name] = value
+    return bound
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class in a field's annotation, such as StageSection in `list[StageSection] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_of, get_args(annotation))), None)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from npp_ds.config import RECIPES, RunConfig
+from npp_ds.config import RECIPES, RunConfig, section_of
 from npp_ds.errors import UserError
 
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
@@ -59,7 +59,8 @@ def _hint(found: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a config file, unchecked. Raises UserError when it is unreadable or no YAML mapping."""
     try:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -73,7 +74,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a file laid over those of the recipe that its key `extends` names."""
-    raw = _read(path)
+    raw = read_yaml(path)
     base = raw.pop("extends", None)
     if base is None:
         return raw
@@ -163,9 +164,7 @@ def _section(location: tuple[str | int, ...]) -> type[BaseModel] | None:
         field = section.model_fields.get(part)
         if field is None:
             return None
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        candidates += [a for c in candidates for a in getattr(c, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        section = section_of(field.annotation)
         if section is None:
             return None
     return section

@@ -162,8 +162,8 @@ def test_the_resolved_config_reads_back_as_itself():
     assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
 
 
-def test_the_hash_changes_with_what_is_trained_and_not_with_how_it_is_run(tmp_path):
-    base = load_config("b_256")
+def test_settings_differ_in_what_is_trained_and_not_in_how_it_is_run():
+    saved = load_config("b_256").bound_keys()
     for free in (
         "data.train=elsewhere",
         "schedule.micro_batch_size=2",
@@ -172,9 +172,37 @@ def test_the_hash_changes_with_what_is_trained_and_not_with_how_it_is_run(tmp_pa
         "run_dir=elsewhere",
         "profile.steps=10-12",
     ):
-        assert load_config("b_256", overrides=[free]).hash() == base.hash(), free
+        assert not load_config("b_256", overrides=[free]).differences_from(saved), free
     for bound in ("seed=1", "schedule.batch_size=512", "optimizer.weight_decay=0.1", "model.size=L", "precision=fp32"):
-        assert load_config("b_256", overrides=[bound]).hash() != base.hash(), bound
+        (found,) = load_config("b_256", overrides=[bound]).differences_from(saved)
+        assert found.startswith(f"{bound.split('=')[0]}: it has "), found
+
+
+def test_a_key_that_a_saved_config_lacks_has_its_default():
+    stages = "schedule.stages=[{patch_side: 2, epochs: 3}, {patch_side: 1, epochs: 3}]"
+    saved = load_config("b_256", overrides=[stages]).bound_keys()
+    del saved["optimizer"]["eps"], saved["schedule"]["stages"][1]["warmup_epochs"], saved["init_from"]
+    assert not load_config("b_256", overrides=[stages]).differences_from(saved)
+    changed = [stages, "optimizer.eps=1e-6", "schedule.stages.1.warmup_epochs=2"]
+    assert load_config("b_256", overrides=changed).differences_from(saved) == [
+        "optimizer.eps: it has 1e-08, asked for 1e-06",
+        "schedule.stages.1.warmup_epochs: it has None, asked for 2.0",
+    ]
+
+
+def test_one_stage_more_is_a_difference():
+    one, two = (
+        "schedule.stages=[" + stages + "{patch_side: 1, epochs: 3}]" for stages in ("", "{patch_side: 2, epochs: 3}, ")
+    )
+    saved = load_config("b_256", overrides=[one]).bound_keys()
+    (found,) = load_config("b_256", overrides=[two]).differences_from(saved)
+    assert found.startswith("schedule.stages: it has ")
+
+
+def test_a_saved_key_that_is_unknown_now_is_a_difference():
+    saved = load_config("b_256").bound_keys()
+    saved["optimizer"]["momentum"] = 0.5
+    assert load_config("b_256").differences_from(saved) == ["optimizer.momentum: it has 0.5, asked for None"]
 
 
 @pytest.mark.parametrize("given, numbers", [("10-12", [10, 11, 12]), ("7", [7]), ("3-3", [3]), ("null", [])])

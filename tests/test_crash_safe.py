@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_format_is_an_error_and_not_passed_over(tmp_path
     folder = tmp_path / "step-00000004"
     folder.mkdir()
     (folder / "COMPLETE.json").write_text(json.dumps({"format": 99, "news": 1}))
-    with pytest.raises(UserError, match="format 99, this version reads 2"):
+    with pytest.raises(UserError, match="format 99, this version reads 2 and 3"):
         checkpoint.newest_complete(tmp_path)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import npp_ds
 from npp_ds.config import RunConfig
-from npp_ds.config_checks import load_config
+from npp_ds.config_checks import read_yaml
 from npp_ds.errors import UserError
 from npp_ds.events import of_kind, read_events
 from npp_ds.files import write_json_atomic, write_text_atomic
@@ -24,13 +24,11 @@ from npp_ds.weights.checkpoint import CheckpointRecord
 def check_settings(config: RunConfig) -> None:
     """Raises UserError when the run folder belongs to a run with other settings."""
     path = config.directory / "config.yaml"
-    if path.is_file():
-        before = load_config(file=path)
-        if before.hash() != config.hash():
-            raise UserError(
-                f"{path}: this folder holds a run with other settings ({_differences(before, config)}); "
-                "set run_dir to a new folder, or these keys back"
-            )
+    if path.is_file() and (different := config.differences_from(read_yaml(path))):
+        raise UserError(
+            f"{path}: this folder holds a run with other settings ({'; '.join(different)}); "
+            "set run_dir to a new folder, or these keys back"
+        )
 
 
 def check_shared(run_dir: Path, token: str, patience: float = 60.0) -> None:
@@ -90,11 +88,7 @@ def checkpoint_to_resume(
             f"{folder}: trained on other shards than those in data.train ({config.data.train}), as the "
             "fingerprint of their manifest shows; name the shards it was trained on, or set run_dir to a new folder"
         )
-    if record.config_hash != config.hash():
-        raise UserError(
-            f"{folder}: saved by a run with other settings than {config.directory / 'config.yaml'} has now; "
-            "set run_dir to a new folder, or the settings back"
-        )
+    _check_saved_config(folder, record, config)
     if from_step is not None:
         _set_aside_later_than(checkpoints, from_step, say)
     return folder, record
@@ -118,17 +112,16 @@ def _set_aside_later_than(checkpoints: Path, step: int, say: Callable[[str], Non
             say(f"{folder.name}: set aside as {aside.name}, because step {step} was asked for")
 
 
-def _differences(a: RunConfig, b: RunConfig) -> str:
-    def flat(value: Any, key: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {
-                k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}" if key else name).items()
-            }
-        return {key: value}
-
-    old, new = flat(a.bound_keys()), flat(b.bound_keys())
-    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-    return "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} now" for k in changed)
+def _check_saved_config(folder: Path, record: CheckpointRecord, config: RunConfig) -> None:
+    """Raises UserError when a checkpoint was saved with other settings."""
+    if record.config is None:  # format 2: only config.yaml holds them, which `check_settings` has compared
+        if not (path := config.directory / "config.yaml").is_file():
+            raise UserError(f"{path}: missing, and {folder.name} was saved without its settings; restore that file")
+    elif different := config.differences_from(record.config):
+        raise UserError(
+            f"{folder}: saved by a run with other settings ({'; '.join(different)}); "
+            "set run_dir to a new folder, or these keys back"
+        )
 
 
 def _environment(processes: Processes) -> dict[str, Any]:

@@ -270,6 +270,7 @@ class Trainer:
             zero_stage=self.zero_stage,
             precision=self.config.precision,
             config_hash=self.config.hash(),
+            config=self.config.bound_keys(),
             data_fingerprint=self.train_store.manifest.fingerprint(),
             optimizer_steps=partitions.optimizer_steps,
             kinds=list(state),

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD = "COMPLETE.json"
-FORMAT = 2
+FORMAT = 3
+READABLE_FORMATS = (2, FORMAT)
 _FOLDER = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"step-\d{8,}\..+\.tmp")
 
@@ -35,7 +36,8 @@ class CheckpointRecord:
     """What COMPLETE.json says: `step` steps of the schedule are done, the next is step number `step`.
 
     `optimizer_steps` of them updated the weights, those of `excluded_steps` did not. `shapes` are the parameters' and
-    `kinds` what is saved of each: "master", "exp_avg", "exp_avg_sq", and "ema" where an average is kept.
+    `kinds` what is saved of each: "master", "exp_avg", "exp_avg_sq", and "ema" where an average is kept. `config` holds
+    the keys that must not change when the run is resumed; a record of format 2 has none.
     """
 
     step: int
@@ -51,6 +53,7 @@ class CheckpointRecord:
     excluded_steps: list[int] = field(default_factory=list)
     rollbacks: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
     format: int = FORMAT
 
 
@@ -105,13 +108,14 @@ def read_record(folder: Path) -> CheckpointRecord:
         found = raw["format"]
         digest = raw.pop("sha256", None)
         whole = digest == _digest(raw)
-        record = CheckpointRecord(**raw) if whole and found == FORMAT else None
+        record = CheckpointRecord(**raw) if whole and found in READABLE_FORMATS else None
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise TornError(f"{folder / RECORD}: not a readable completeness record ({error!r})") from error
     except OSError as error:
         raise _unreadable(folder / RECORD, error) from error
-    if found != FORMAT and (whole or digest is None):
-        raise UserError(f"{folder / RECORD}: format {found}, this version reads {FORMAT}; use the npp_ds that wrote it")
+    if found not in READABLE_FORMATS and (whole or digest is None):
+        known = " and ".join(map(str, READABLE_FORMATS))
+        raise UserError(f"{folder / RECORD}: format {found}, this version reads {known}; use the npp_ds that wrote it")
     if record is None:
         raise TornError(f"{folder / RECORD}: the record does not agree with its own SHA-256")
     return record
