@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.common import command_line, machine, made_by, publish, require_gpu
 from npp_ds.errors import UserError
-from npp_ds.files import write_json_atomic
 from npp_ds.model.attention_kernels import KERNELS, MEASURED, check_attention, chosen_kernel, use_flash_implementation
+from npp_ds.utils.files import write_json_atomic
 
 WIDTH = 64
 HEADS = {"B": 12, "XXL": 24}

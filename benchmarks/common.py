@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
 
-from npp_ds.files import write_json_atomic, write_text_atomic
+from npp_ds.utils.files import write_json_atomic, write_text_atomic
 
 NO_GPU = "--gpu: PyTorch finds no CUDA device on this machine; run it where there is one, or leave --gpu out"
 

@@ -28,8 +28,8 @@ from benchmarks.common import (
 )
 from benchmarks.own_processes import own_processes
 from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
-from npp_ds.config import RunConfig
-from npp_ds.training.launch import leave_processes
+from npp_ds.config.schema import RunConfig
+from npp_ds.distributed.process_group import leave_processes
 
 BARE = "bare loop"
 WAYS = {BARE: None, "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}

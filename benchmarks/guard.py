@@ -24,7 +24,7 @@ from statistics import median
 from benchmarks.common import give_up, versions, where
 from benchmarks.suite import ROOT, Benchmark, chosen, run
 from npp_ds.errors import UserError
-from npp_ds.files import write_json_atomic
+from npp_ds.utils.files import write_json_atomic
 
 BASELINE = ROOT / "benchmarks/baseline.json"
 TOLERANCE = 0.15

@@ -24,12 +24,12 @@ import torch
 
 from benchmarks.allocations import allocations, peak_bytes
 from benchmarks.common import bounds, command_line, machine, made_by, parsed, publish
-from npp_ds.config import RunConfig
-from npp_ds.reporting.memory import training_memory
+from npp_ds.config.schema import RunConfig
+from npp_ds.distributed.process_group import Processes, join_processes
+from npp_ds.planning.memory import training_memory
 from npp_ds.sizes import SIZES
 from npp_ds.training.deepspeed_config import read_settings, shipped_configs
 from npp_ds.training.engine import TrainingEngine
-from npp_ds.training.launch import Processes, join_processes
 
 STEPS = 3  # the first ones build what lives on
 BUCKET = 1_000_000  # elements: in proportion to models of a few million parameters

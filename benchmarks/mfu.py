@@ -24,12 +24,12 @@ import torch
 
 from benchmarks.common import command_line, machine, made_by, publish, require_gpu, seconds_each, waiting_for
 from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
-from npp_ds.config import RunConfig
-from npp_ds.gpus import gpu_of_device
-from npp_ds.reporting.memory import training_memory
-from npp_ds.schedule import Stage
+from npp_ds.config.schedule import Stage
+from npp_ds.config.schema import RunConfig
+from npp_ds.planning.memory import training_memory
 from npp_ds.training.deepspeed_config import read_settings
 from npp_ds.training.throughput import peak_tflops
+from npp_ds.utils.gpu_specs import gpu_of_device
 
 BARE, ENGINE = "bare", "engine"
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 512, "grid_size": 8}

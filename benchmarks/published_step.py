@@ -1,8 +1,8 @@
 """The training step as the published code takes it, on the weights of a `Transformer`: eager PyTorch, line by line.
 
 What it computes is what `Transformer` computes: without dropout the loss and all gradients are equal
-(`tests/test_training_step_benchmark.py`). How it computes it is the published way (LlamaGen, arXiv 2406.06525, and
-Next Patch Prediction, arXiv 2412.15321):
+(`tests/benchmarks/test_training_step_benchmark.py`). How it computes it is the published way (LlamaGen, arXiv
+2406.06525, and Next Patch Prediction, arXiv 2412.15321):
 
 - the embeddings of all codes are looked up, then averaged over each patch;
 - a norm is a row of operations in float32, the rotation of q and of k another one each;

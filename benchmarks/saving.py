@@ -15,12 +15,12 @@ from statistics import median
 import torch
 
 from benchmarks.common import command_line, in_the_same_turn, machine, made_by, parsed, publish
-from npp_ds.config import RunConfig
-from npp_ds.schedule import Stage
+from npp_ds.checkpoint.folders import CheckpointRecord
+from npp_ds.checkpoint.saver import CheckpointSaver, Saved
+from npp_ds.config.schedule import Stage
+from npp_ds.config.schema import RunConfig
+from npp_ds.distributed.process_group import Processes, join_processes, leave_processes
 from npp_ds.training.engine import TrainingEngine
-from npp_ds.training.launch import Processes, join_processes, leave_processes
-from npp_ds.training.saving import CheckpointSaver, Saved
-from npp_ds.weights.checkpoint import CheckpointRecord
 
 OURS, IN_THREAD, DEEPSPEED = "npp_ds, at once", "npp_ds, asynchronous", "DeepSpeed's save_checkpoint"
 GRID, BATCH = 8, 4

@@ -6,14 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from npp_ds.config import RunConfig
-from npp_ds.mixing import mix64
+from npp_ds.config.schedule import Stage
+from npp_ds.config.schema import RunConfig
+from npp_ds.distributed.host_memory import keep_freed_memory
+from npp_ds.distributed.process_group import join_processes
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.schedule import Stage
-from npp_ds.training.compiling import compile_blocks
+from npp_ds.training.compile import compile_blocks
 from npp_ds.training.engine import TrainingEngine, parameter_groups
-from npp_ds.training.host_memory import keep_freed_memory
-from npp_ds.training.launch import join_processes
+from npp_ds.utils.hash_rng import mix64
 
 Batches = list[tuple[Tensor, Tensor]]
 """Micro-batches of (codes[b, N, k], labels[b]) on the host."""

@@ -38,10 +38,10 @@ from benchmarks.common import (
     waiting_for,
 )
 from benchmarks.own_processes import own_processes
-from npp_ds.config import ModelSection
+from npp_ds.config.schema import ModelSection
+from npp_ds.distributed.host_memory import keep_freed_memory
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.training.engine import parameter_groups
-from npp_ds.training.host_memory import keep_freed_memory
 
 HERE, PUBLISHED, PUBLISHED_KEEPING = "this software", "published way", "published way, keeping memory"
 UPDATE = "update"

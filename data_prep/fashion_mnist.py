@@ -17,9 +17,9 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.errors import UserError
-from npp_ds.exits import exit_code_of
-from npp_ds.files import write_atomic, write_text_atomic
+from npp_ds.utils.files import write_atomic, write_text_atomic
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 IDX_PREFIX = {"train": "train", "test": "t10k"}

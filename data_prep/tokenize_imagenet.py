@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
+from npp_ds.cli.exit_codes import exit_code_of
+from npp_ds.distributed.environment import choose_device, place_of_environment
 from npp_ds.errors import UserError
-from npp_ds.exits import exit_code_of
-from npp_ds.place import choose_device, place_of_environment
 
 MOST_WORKERS = 16
 
@@ -124,7 +124,7 @@ def encode_images(options: argparse.Namespace) -> None:
 
 
 def report(manifest, out: Path, encoded: int, seconds: float) -> None:
-    from npp_ds.tokenizer.progress import size_against
+    from npp_ds.utils.progress import size_against
 
     size = size_against(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
     print(

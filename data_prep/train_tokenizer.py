@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from npp_ds.exits import exit_code_of
+from npp_ds.cli.exit_codes import exit_code_of
 
 
 def parse() -> argparse.Namespace:

@@ -16,11 +16,11 @@ from statistics import mean
 
 import torch
 
-from npp_ds.config import RunConfig
-from npp_ds.config_checks import load_config
+from npp_ds.config.load import load_config
+from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import Manifest
-from npp_ds.events import of_kind, read_events
-from npp_ds.files import write_json_atomic, write_text_atomic
+from npp_ds.training.events import of_kind, read_events
+from npp_ds.utils.files import write_json_atomic, write_text_atomic
 
 RESULTS = Path(__file__).parent / "results"
 

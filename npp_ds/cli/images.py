@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from npp_ds.cli.common import GridSize, Heads, progress_bar, warn
+from npp_ds.distributed.environment import Place, place_of_environment
 from npp_ds.errors import UserError
-from npp_ds.place import Place, place_of_environment
 
 if TYPE_CHECKING:
     from npp_ds.evaluation.sweep import Sweep
@@ -50,7 +50,8 @@ def sample(
 
     Several processes share the work: accelerate launch -m npp_ds sample ..., torchrun or srun.
     """
-    from npp_ds.place import choose_device, choose_dtype
+    from npp_ds.checkpoint.open import open_weights
+    from npp_ds.distributed.environment import choose_device, choose_dtype
     from npp_ds.sampling.job import Sampling
     from npp_ds.sampling.request import (
         Request,
@@ -62,7 +63,6 @@ def sample(
         stage_warning,
     )
     from npp_ds.sampling.sampler import Options
-    from npp_ds.weights.source import open_weights
 
     place = place_of_environment()
     device = choose_device(device, place.local_rank)
@@ -208,9 +208,9 @@ def _make_reference(
 def _check_reference(
     source: Path | None, reference: str, extractor: str, inception_weights: Path | None, image_size: int | None
 ) -> None:
+    from npp_ds.checkpoint.open import open_weights
     from npp_ds.evaluation.evaluate import open_extractor
     from npp_ds.evaluation.reference import check_reference
-    from npp_ds.weights.source import open_weights
 
     trained_on = open_weights(source).tokenizer if source else None
     network = open_extractor(extractor, reference, trained_on.name if trained_on else None, inception_weights)
@@ -289,10 +289,10 @@ def likelihood(
     """Measure held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure."""
     if place_of_environment().rank:  # one process does it all
         return
+    from npp_ds.checkpoint.open import open_weights
     from npp_ds.evaluation.likelihood import likelihood_of
-    from npp_ds.evaluation.targets import try_target, writing
+    from npp_ds.evaluation.output_paths import try_target, writing
     from npp_ds.reporting.likelihood import write_likelihood
-    from npp_ds.weights.source import open_weights
 
     opened = open_weights(source, step=step, kind=weights)
     shards = data or (opened.config.data.val if opened.config else None)

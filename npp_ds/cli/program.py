@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from npp_ds.cli import images, runs, shards, weights
-from npp_ds.exits import exit_code_of
+from npp_ds.cli.exit_codes import exit_code_of
 
 app = typer.Typer(
     name="npp",

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from npp_ds.cli.common import RunDirectory
+from npp_ds.cli.exit_codes import tell
+from npp_ds.distributed.environment import place_of_environment
 from npp_ds.errors import UserError
-from npp_ds.exits import tell
-from npp_ds.place import place_of_environment
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 
 
@@ -34,7 +34,7 @@ def train(
 def _train(
     recipe: str | None, config: Path | None, overrides: Sequence[str], from_step: int | None, stop: StopRequests
 ) -> None:
-    from npp_ds.config_checks import load_config
+    from npp_ds.config.load import load_config
 
     try:
         run = load_config(recipe, config, overrides, place_of_environment().world_size)
@@ -60,7 +60,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do."""
-    from npp_ds.doctor.examination import Request, examine
+    from npp_ds.doctor.runner import Request, examine
 
     code = examine(Request(recipe, config, tuple(overrides or ()), step, as_json))
     sys.stdout.flush()
@@ -93,10 +93,10 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tell what a run will take before it starts: FLOPs, memory per GPU, micro-batches, days."""
-    from npp_ds.config_checks import load_config
-    from npp_ds.gpus import find_gpu
-    from npp_ds.reporting.plan import make_plan
-    from npp_ds.reporting.plan_table import print_plan
+    from npp_ds.config.load import load_config
+    from npp_ds.planning.plan import make_plan
+    from npp_ds.planning.table import print_plan
+    from npp_ds.utils.gpu_specs import find_gpu
 
     run = load_config(recipe, config, overrides or (), gpus)
     print_plan(make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images), json_)

@@ -38,10 +38,10 @@ def show(
     seed: Annotated[int, typer.Option(help="another seed shows other images")] = 0,
 ) -> None:
     """Show what a set holds: manifest, code usage, images per class, and a picture of random images by class."""
-    from npp_ds.files import write_atomic
     from npp_ds.sampling.grid import sample_grid
     from npp_ds.tokenizer import contents
     from npp_ds.tokenizer.loading import tokenizer_of
+    from npp_ds.utils.files import write_atomic
 
     with progress_bar("reading") as progress:
         found = contents.read_contents(directory, progress)

@@ -22,8 +22,8 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="replace a file that exists")] = False,
 ) -> None:
     """Write the weights of a run to one file, for sampling, for further training, or in the published format."""
-    from npp_ds.weights.exported import export_weights
-    from npp_ds.weights.source import open_weights
+    from npp_ds.checkpoint.export import export_weights
+    from npp_ds.checkpoint.open import open_weights
 
     opened = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size, verify=True)
     export_weights(opened, out, layout=layout, dtype=dtype, force=force)
@@ -41,8 +41,8 @@ def import_(
     force: Annotated[bool, typer.Option("--force", help="replace a file that exists")] = False,
 ) -> None:
     """Turn a published LlamaGen or NPP checkpoint into a file for sampling, evaluation and further training."""
-    from npp_ds.weights.exported import export_weights
-    from npp_ds.weights.source import open_weights
+    from npp_ds.checkpoint.export import export_weights
+    from npp_ds.checkpoint.open import open_weights
 
     opened = open_weights(file, kind=weights, n_heads=heads, grid_size=grid_size)
     export_weights(opened, out, force=force)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from npp_ds.config.schedule import Stage
 from npp_ds.data.order import batch_ids, crop_index, drop_label, rank_slice
 from npp_ds.data.store import CodeStore
 from npp_ds.errors import UserError
 from npp_ds.model.patches import group
-from npp_ds.schedule import Stage
 
 PREFETCHED_STEPS = 4
 

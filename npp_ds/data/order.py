@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from npp_ds.errors import UserError
-from npp_ds.mixing import mix64, uniform
+from npp_ds.utils.hash_rng import mix64, uniform
 
 _PERMUTATION, _CROP, _LABEL = 1, 2, 3
 

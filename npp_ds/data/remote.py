@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from npp_ds.data.shards import MANIFEST_NAME, Manifest, ShardInfo, check_file
 from npp_ds.errors import UserError
-from npp_ds.files import write_atomic
+from npp_ds.utils.files import write_atomic
 
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 2.0

@@ -28,7 +28,7 @@ from pydantic import (
 
 from npp_ds import __version__
 from npp_ds.errors import UserError
-from npp_ds.files import fsync_directory, sha256, write_json_atomic
+from npp_ds.utils.files import fsync_directory, sha256, write_json_atomic
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

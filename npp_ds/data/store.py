@@ -18,7 +18,7 @@ import numpy as np
 from npp_ds.data import remote
 from npp_ds.data.shards import MANIFEST_NAME, Manifest, read_sound
 from npp_ds.errors import UserError
-from npp_ds.files import fsync_directory, nearest_folder, write_text_atomic
+from npp_ds.utils.files import fsync_directory, nearest_folder, write_text_atomic
 
 SHARED_MEMORY = Path("/dev/shm")
 _CODES, _LABELS, _SOURCE = "codes.npy", "labels.npy", "source.txt"

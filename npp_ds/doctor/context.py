@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from npp_ds.config import RunConfig
+from npp_ds.config.schedule import Schedule
+from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import here, load_manifest
+from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.schedule import Schedule
-from npp_ds.training.launch import Processes
 from npp_ds.training.preflight import fitting_schedule
 
 

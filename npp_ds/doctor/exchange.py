@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from npp_ds.training.launch import Processes
+from npp_ds.distributed.process_group import Processes
 
 PATIENCE_SECONDS = 180.0  # Python starts slowly on a busy shared file system
 _FAREWELL_SECONDS = 5.0

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from npp_ds import __version__
+from npp_ds.distributed.environment import is_srun_task
 from npp_ds.doctor.context import Context, gigabytes
 from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
-from npp_ds.place import is_srun_task
 from npp_ds.training.deepspeed_import import import_deepspeed
 
 DRIVER = Path("/sys/module/nvidia/version")

@@ -5,19 +5,19 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
-from npp_ds.config import CheckpointSection, RunConfig
-from npp_ds.config_checks import problems_of
+from npp_ds.checkpoint.folders import saved_steps
+from npp_ds.config.load import problems_of
+from npp_ds.config.schedule import Schedule
+from npp_ds.config.schema import CheckpointSection, RunConfig
 from npp_ds.data import remote
 from npp_ds.data.shards import Manifest, ShardInfo, read_shard
 from npp_ds.data.store import find_staged, place_to_stage
 from npp_ds.doctor.context import Context, gigabytes
 from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
 from npp_ds.errors import UserError
-from npp_ds.files import nearest_folder
-from npp_ds.schedule import Schedule
 from npp_ds.training.partitions import MOMENTS
 from npp_ds.training.run_folder import check_settings
-from npp_ds.weights.checkpoint import saved_steps
+from npp_ds.utils.files import nearest_folder
 
 SAMPLED_SHARDS = 3
 

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from npp_ds.config.schedule import Stage
 from npp_ds.doctor.context import Context, gigabytes
 from npp_ds.doctor.outcome import FAILURE, Check, Outcome
 from npp_ds.model.patches import group
-from npp_ds.schedule import Stage
 from npp_ds.training.engine import TrainingEngine
 
 MICRO_BATCHES = 2  # from the second on, gradients of the first are held too

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from npp_ds.errors import UserError
 from npp_ds.evaluation.features import FASHION_MNIST, Features
-from npp_ds.files import sha256, write_atomic
+from npp_ds.utils.files import sha256, write_atomic
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "fashion_mnist_classifier.safetensors"
 

@@ -8,7 +8,7 @@ import torch
 
 from npp_ds import __version__
 from npp_ds.errors import UserError
-from npp_ds.evaluation.comparability import warnings_of
+from npp_ds.evaluation.caveats import warnings_of
 from npp_ds.evaluation.features import (
     FASHION_MNIST,
     INCEPTION,
@@ -20,12 +20,12 @@ from npp_ds.evaluation.features import (
 )
 from npp_ds.evaluation.fid import frechet_distance
 from npp_ds.evaluation.images import ImageSet
+from npp_ds.evaluation.output_paths import try_target, writing
 from npp_ds.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from npp_ds.evaluation.reference import Reference, recorded_extractor
 from npp_ds.evaluation.scores import class_agreement, inception_score
-from npp_ds.evaluation.targets import try_target, writing
-from npp_ds.files import write_json_atomic
-from npp_ds.source_version import git_commit
+from npp_ds.utils.files import write_json_atomic
+from npp_ds.utils.git import git_commit
 
 EVALUATION_FILE = "evaluation.json"
 AUTO = "auto"

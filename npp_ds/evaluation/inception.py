@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npp_ds.errors import UserError
 from npp_ds.evaluation.features import INCEPTION, Features
-from npp_ds.files import sha256, write_atomic
+from npp_ds.utils.files import sha256, write_atomic
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"

@@ -12,9 +12,9 @@ from npp_ds.errors import UserError
 from npp_ds.evaluation.features import INCEPTION, Extractor, Measurement, Progress, measure
 from npp_ds.evaluation.fid import Statistics
 from npp_ds.evaluation.images import IMAGES_KEY, ImageSet, open_images
+from npp_ds.evaluation.output_paths import try_target, writing
 from npp_ds.evaluation.scores import class_agreement
-from npp_ds.evaluation.targets import try_target, writing
-from npp_ds.files import sha256, write_atomic
+from npp_ds.utils.files import sha256, write_atomic
 
 MANIFOLD_IMAGES = 10_000  # as many as ADM's reference files hold, for precision and recall
 POOL_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")

@@ -8,21 +8,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from npp_ds.checkpoint.folders import folder_of, saved_steps, what_is_wrong
+from npp_ds.checkpoint.open import open_weights
+from npp_ds.checkpoint.weights import Weights
+from npp_ds.distributed.environment import Place, choose_device, choose_dtype
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
 from npp_ds.evaluation.features import Extractor, Progress
 from npp_ds.evaluation.images import open_images
+from npp_ds.evaluation.output_paths import try_target, writing
 from npp_ds.evaluation.reference import Reference
-from npp_ds.evaluation.targets import try_target, writing
-from npp_ds.files import write_atomic, write_json_atomic, write_text_atomic
-from npp_ds.place import Place, choose_device, choose_dtype
 from npp_ds.sampling.job import Sampling
 from npp_ds.sampling.request import Request, companions, default_folder, image_count
 from npp_ds.sampling.sampler import Options
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.weights.checkpoint import folder_of, saved_steps, what_is_wrong
-from npp_ds.weights.opened import Weights
-from npp_ds.weights.source import open_weights
+from npp_ds.utils.files import write_atomic, write_json_atomic, write_text_atomic
 
 CFG, CHECKPOINT, ALL = "cfg", "checkpoint", "all"
 LABELS = {CFG: "scale of classifier-free guidance", CHECKPOINT: "checkpoint, step"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from npp_ds.files import write_atomic, write_json_atomic
+from npp_ds.utils.files import write_atomic, write_json_atomic
 
 MAPS = (
     ("nats_per_code", "nats per code", "magma"),

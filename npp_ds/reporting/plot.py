@@ -3,8 +3,8 @@
 import io
 from collections.abc import Sequence
 
-from npp_ds.events import Event, of_kind
-from npp_ds.schedule import Stage
+from npp_ds.config.schedule import Stage
+from npp_ds.training.events import Event, of_kind
 
 SHADES = ("#e3edf7", "#fdf0dd", "#e6f3e6", "#f3e6f0", "#eeeeee")
 TIME_UNITS = ((180, 1, "seconds"), (7200, 60, "minutes"), (float("inf"), 3600, "hours"))

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npp_ds.config.schedule import Schedule
 from npp_ds.errors import UserError
-from npp_ds.events import Event, entered_stages, of_kind, read_events
-from npp_ds.files import write_atomic, write_text_atomic
 from npp_ds.reporting.plot import plot_run
 from npp_ds.reporting.summary import RunSummary, summarize
 from npp_ds.reporting.table import STAGE_COLUMNS, print_summary, result_rows, stage_rows
-from npp_ds.schedule import Schedule
+from npp_ds.training.events import Event, entered_stages, of_kind, read_events
+from npp_ds.utils.files import write_atomic, write_text_atomic
 
 if TYPE_CHECKING:
-    from npp_ds.config import RunConfig
+    from npp_ds.config.schema import RunConfig
 
 PLOT_FILE, PAGE_FILE, LIKELIHOOD_PLOT = "training.png", "report.html", "likelihood.png"
 
@@ -125,7 +125,7 @@ def report_run(
     `evaluation` defaults to the newest evaluation.json under <run_dir>/samples. Works on an unfinished run too. Raises
     UserError when the folder is no run or holds no training line yet.
     """
-    from npp_ds.config_checks import load_config
+    from npp_ds.config.load import load_config
 
     run_dir = Path(run_dir)
     events = read_events(run_dir / "metrics.jsonl")

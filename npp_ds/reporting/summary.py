@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from npp_ds.events import Event, of_kind
-from npp_ds.schedule import Stage
+from npp_ds.config.schedule import Stage
+from npp_ds.training.events import Event, of_kind
 
 TYPICAL = ("images_per_second", "mfu", "data_wait_share", "communication_wait_share")
 """Figures of training lines that a stage is summed up by."""

@@ -8,8 +8,8 @@ from torch import Tensor
 from npp_ds.errors import UserError
 from npp_ds.model.patches import repeat_code, ungroup
 from npp_ds.model.transformer import Transformer
-from npp_ds.sampling.drawing import Drawing
 from npp_ds.sampling.guidance import check_guidance, guidance_scales
+from npp_ds.sampling.logits_processing import Drawing
 from npp_ds.sampling.noise import noise_keys
 from npp_ds.sampling.steps import Batch, recorded_steps
 

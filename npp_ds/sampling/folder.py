@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from npp_ds.errors import UserError
-from npp_ds.files import write_atomic, write_json_atomic, write_text_atomic
 from npp_ds.sampling.grid import sample_grid
+from npp_ds.utils.files import write_atomic, write_json_atomic, write_text_atomic
 
 SAMPLES_FILE, RECORD_FILE, GRID_FILE = "samples.npz", "samples.json", "grid.png"
 PNG_FOLDER, LABELS_FILE = "images", "labels.csv"

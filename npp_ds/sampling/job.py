@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 
 from npp_ds import __version__
-from npp_ds.claims import Claims, locked
-from npp_ds.differences import differences
+from npp_ds.checkpoint.weights import Weights
+from npp_ds.distributed.work_queue import Claims, locked
 from npp_ds.errors import UserError
-from npp_ds.files import write_atomic, write_json_atomic
 from npp_ds.model import Transformer
 from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, write_npy, write_pngs, write_samples
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.sampling.steps import worth_recording
-from npp_ds.source_version import git_commit
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.weights.opened import Weights
+from npp_ds.utils.differences import differences
+from npp_ds.utils.files import write_atomic, write_json_atomic
+from npp_ds.utils.git import git_commit
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"

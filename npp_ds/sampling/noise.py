@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npp_ds.mixing import mix64
+from npp_ds.utils.hash_rng import mix64
 
 _STREAM = int.from_bytes(b"sampling", "big")
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from npp_ds.checkpoint.weights import Weights
 from npp_ds.errors import UserError
 from npp_ds.sampling.decode import option_problems
 from npp_ds.sampling.folder import samples_of
 from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES, Options
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.weights.opened import Weights
 
 PART_SIZE = 256
 

@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npp_ds import tensor_files
+from npp_ds.checkpoint import safetensors_io
+from npp_ds.checkpoint.weights import Weights
 from npp_ds.errors import UserError
-from npp_ds.mixing import mix64
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sampling.decode import generate
 from npp_ds.sampling.steps import worth_recording
 from npp_ds.tokenizer import vq
-from npp_ds.weights.opened import Weights
+from npp_ds.utils.hash_rng import mix64
 
 _LABEL_STREAM = int.from_bytes(b"labels", "big")
 LABEL_CHOICES = ("balanced", "random")
-DTYPES = {name: tensor_files.DTYPES[name] for name in ("fp32", "bf16")}
+DTYPES = {name: safetensors_io.DTYPES[name] for name in ("fp32", "bf16")}
 
 
 @dataclass(frozen=True)

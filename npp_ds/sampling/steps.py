@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npp_ds.model.patches import repeat_code
 from npp_ds.model.transformer import Block, Transformer
-from npp_ds.sampling.drawing import Drawing, draw
+from npp_ds.sampling.logits_processing import Drawing, draw
 
 BUCKET = 16
 """A recorded step reads the cache up to the next multiple of this many positions."""

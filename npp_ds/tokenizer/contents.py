@@ -8,7 +8,7 @@ import numpy as np
 
 from npp_ds.data.shards import Manifest, read_shard, read_sound
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.progress import size_against
+from npp_ds.utils.progress import size_against
 
 LISTED_CLASSES = 40
 BAR = 40

@@ -13,7 +13,6 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
-from npp_ds.claims import Claims, locked
 from npp_ds.data.shards import (
     MANIFEST_NAME,
     CodeAgreement,
@@ -24,15 +23,16 @@ from npp_ds.data.shards import (
     TokenizerInfo,
     shard_name,
 )
-from npp_ds.differences import differences
+from npp_ds.distributed.work_queue import Claims, locked
 from npp_ds.errors import UserError
-from npp_ds.files import sha256, write_json_atomic, write_text_atomic
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.crops import crop_names
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_of
-from npp_ds.tokenizer.progress import Count, Progress
 from npp_ds.tokenizer.sources import ImageItem, Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
+from npp_ds.utils.differences import differences
+from npp_ds.utils.files import sha256, write_json_atomic, write_text_atomic
+from npp_ds.utils.progress import Count, Progress
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"

@@ -9,7 +9,7 @@ from npp_ds.data.shards import shard_bytes
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.decoding import DecodePool, tasks_of
 from npp_ds.tokenizer.encode import Encoding
-from npp_ds.tokenizer.progress import readable_bytes, size_against
+from npp_ds.utils.progress import readable_bytes, size_against
 
 
 @dataclass(frozen=True)

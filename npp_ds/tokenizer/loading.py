@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from npp_ds.checkpoint.safetensors_io import misfits, opened_safetensors, read_torch
 from npp_ds.errors import UserError
-from npp_ds.files import sha256, write_atomic
-from npp_ds.tensor_files import misfits, opened_safetensors, read_torch
 from npp_ds.tokenizer.vq import VQConfig, VQModel
+from npp_ds.utils.files import sha256, write_atomic
 
 if TYPE_CHECKING:
+    from npp_ds.checkpoint.weights import TokenizerId
     from npp_ds.data.shards import TokenizerInfo
-    from npp_ds.weights.opened import TokenizerId
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"fashion_mnist": ASSETS / "fashion_mnist_vq.safetensors"}

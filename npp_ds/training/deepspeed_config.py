@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import npp_ds
-from npp_ds.config import RunConfig
+from npp_ds.config.schedule import Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
-from npp_ds.schedule import Stage
 
 PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
 MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}

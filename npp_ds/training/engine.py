@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from npp_ds.config import RunConfig
-from npp_ds.mixing import mix64
+from npp_ds.checkpoint.rank_files import MASTER, SavedState
+from npp_ds.checkpoint.weights import Weights
+from npp_ds.config.schedule import Stage
+from npp_ds.config.schema import RunConfig
+from npp_ds.distributed.process_group import Processes
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.schedule import Stage
 from npp_ds.training.deepspeed_config import engine_settings
 from npp_ds.training.deepspeed_import import import_deepspeed
 from npp_ds.training.ema import EMA, ShardedEMA
-from npp_ds.training.launch import Processes
 from npp_ds.training.partitions import MOMENTS, Partitions
 from npp_ds.training.parts import part
 from npp_ds.training.performance import apply_performance
-from npp_ds.weights.opened import Weights
-from npp_ds.weights.state_files import MASTER, SavedState
+from npp_ds.utils.hash_rng import mix64
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from npp_ds.config import RunConfig
+from npp_ds.config.schedule import Schedule, Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import TokenizerInfo
+from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.evaluation.features import Extractor, load_extractor
 from npp_ds.evaluation.fid import Moments, frechet_distance
 from npp_ds.evaluation.reference import Reference, load_reference, recorded_extractor
-from npp_ds.events import Event
-from npp_ds.files import write_atomic
 from npp_ds.model import Transformer
 from npp_ds.sampling.grid import tiled
 from npp_ds.sampling.sampler import Options, labels_of, sample_images
 from npp_ds.sampling.steps import worth_recording
-from npp_ds.schedule import Schedule, Stage
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.training.engine import TrainingEngine
-from npp_ds.training.launch import Processes
+from npp_ds.training.events import Event
+from npp_ds.utils.files import write_atomic
 
 EVALUATION, PUT_OFF = "evaluation", "evaluation_put_off"
 SHOWN, SHOWN_PER_ROW = 40, 8  # most images in a picture

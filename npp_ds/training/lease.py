@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from npp_ds.errors import UserError
-from npp_ds.files import fsync_directory
-from npp_ds.training.holder import Holder, this_process
-from npp_ds.training.locks import locked
+from npp_ds.training.lease_owner import Holder, this_process
+from npp_ds.utils.files import fsync_directory
+from npp_ds.utils.locks import locked
 
 
 class LeaseLostError(UserError):

@@ -8,8 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from npp_ds.events import Event, read_events
-from npp_ds.files import write_text_atomic
+from npp_ds.training.events import Event, read_events
+from npp_ds.utils.files import write_text_atomic
 
 
 class StepLog:

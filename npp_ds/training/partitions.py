@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npp_ds.weights.state_files import Fragment
+from npp_ds.checkpoint.rank_files import Fragment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

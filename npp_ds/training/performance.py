@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from npp_ds.config import RunConfig
+from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.model.attention_kernels import chosen_kernel
 from npp_ds.model.transformer import Transformer
-from npp_ds.training.compiling import compile_blocks
+from npp_ds.training.compile import compile_blocks
+from npp_ds.training.cuda_graphs import record_passes
 from npp_ds.training.deepspeed_config import read_settings
-from npp_ds.training.recording import record_passes
 
 
 def apply_performance(model: Transformer, config: RunConfig, device: torch.device) -> None:

@@ -2,23 +2,23 @@
 
 from pathlib import Path
 
-from npp_ds.config import ModelSection, RunConfig
-from npp_ds.config_checks import problems_of
+from npp_ds.checkpoint.folders import saved_steps
+from npp_ds.checkpoint.open import open_weights
+from npp_ds.checkpoint.weights import Weights
+from npp_ds.config.load import problems_of
+from npp_ds.config.schedule import Schedule
+from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import load_manifest
 from npp_ds.errors import UserError
-from npp_ds.files import sha256
 from npp_ds.model import ModelConfig
 from npp_ds.model.attention_kernels import check_attention
-from npp_ds.schedule import Schedule
 from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import SHIPPED
 from npp_ds.training.deepspeed_config import engine_settings
 from npp_ds.training.evaluation import evaluation_problems
 from npp_ds.training.performance import check_performance
-from npp_ds.weights.checkpoint import saved_steps
-from npp_ds.weights.opened import Weights
-from npp_ds.weights.source import open_weights
+from npp_ds.utils.files import sha256
 
 
 def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:

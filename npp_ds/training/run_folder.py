@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 import npp_ds
-from npp_ds.config import RunConfig
-from npp_ds.config_checks import read_yaml
+from npp_ds.checkpoint import folders
+from npp_ds.checkpoint.folders import CheckpointRecord
+from npp_ds.config.load import read_yaml
+from npp_ds.config.schema import RunConfig
+from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.events import of_kind, read_events
-from npp_ds.files import write_json_atomic, write_text_atomic
-from npp_ds.training.launch import Processes
-from npp_ds.weights import checkpoint
-from npp_ds.weights.checkpoint import CheckpointRecord
+from npp_ds.training.events import of_kind, read_events
+from npp_ds.utils.files import write_json_atomic, write_text_atomic
 
 
 def check_settings(config: RunConfig) -> None:
@@ -63,14 +63,14 @@ def checkpoint_to_resume(
     was saved with.
     """
     checkpoints = config.directory / "checkpoints"
-    checkpoint.remove_unfinished(checkpoints)
+    folders.remove_unfinished(checkpoints)
     if from_step is None:
-        folder = checkpoint.newest_complete(checkpoints, say)
+        folder = folders.newest_complete(checkpoints, say)
     else:
-        folder = checkpoint.asked_for(checkpoints, from_step)
+        folder = folders.asked_for(checkpoints, from_step)
     saved = _newest_that_was_saved(config.directory)
     if folder is None:
-        steps = checkpoint.saved_steps(checkpoints) or ([saved] if saved is not None else [])
+        steps = folders.saved_steps(checkpoints) or ([saved] if saved is not None else [])
         if steps:
             raise UserError(
                 f"{checkpoints}: none of its checkpoints ({', '.join(map(str, steps))}) is complete; "
@@ -79,9 +79,9 @@ def checkpoint_to_resume(
         if (config.directory / "metrics.jsonl").is_file():
             say(f"{config.directory}: an earlier start saved no checkpoint; starting from the beginning")
         return None
-    record = checkpoint.read_record(folder)
+    record = folders.read_record(folder)
     if from_step is None and saved is not None and saved > record.step:
-        gone = checkpoint.folder_of(checkpoints, saved)
+        gone = folders.folder_of(checkpoints, saved)
         say(f"WARNING: {gone.name} was saved and is not complete any more; going on from {folder.name}")
     if record.data_fingerprint != data_fingerprint:
         raise UserError(
@@ -103,9 +103,9 @@ def _newest_that_was_saved(run_dir: Path) -> int | None:
 
 def _set_aside_later_than(checkpoints: Path, step: int, say: Callable[[str], None]) -> None:
     """Renames the checkpoints of later steps, so that the next start goes on from what this one saves."""
-    for later in checkpoint.saved_steps(checkpoints):
+    for later in folders.saved_steps(checkpoints):
         if later > step:
-            folder = checkpoint.folder_of(checkpoints, later)
+            folder = folders.folder_of(checkpoints, later)
             number = sum(1 for _ in checkpoints.glob(f"set-aside-{folder.name}*"))
             aside = checkpoints / f"set-aside-{folder.name}{f'-{number}' if number else ''}"
             folder.rename(aside)

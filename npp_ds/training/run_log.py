@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from npp_ds.config import RunConfig
+from npp_ds.config.schedule import Schedule, Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StepBatch
-from npp_ds.events import Event, of_kind
-from npp_ds.schedule import Schedule, Stage
+from npp_ds.distributed.process_group import Processes
 from npp_ds.training.communication import CommunicationWatch
 from npp_ds.training.engine import StepResult
 from npp_ds.training.evaluation import EVALUATION, PUT_OFF, Result
-from npp_ds.training.launch import Processes
+from npp_ds.training.events import Event, of_kind
 from npp_ds.training.metrics import MetricsLog, Progress, StepLog
 from npp_ds.training.throughput import Clock, peak_tflops, speed, take_peak_memory_gb
 

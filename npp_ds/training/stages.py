@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from npp_ds.config import RunConfig
+from npp_ds.config.schedule import Schedule, Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StageLoader, StepBatch
 from npp_ds.data.store import CodeStore
-from npp_ds.schedule import Schedule, Stage
+from npp_ds.distributed.process_group import Processes
 from npp_ds.training.engine import TrainingEngine
-from npp_ds.training.launch import Processes
 
 
 class StageManager:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from npp_ds.config import ModelSection
-from npp_ds.gpus import gpu_of_device
-from npp_ds.schedule import Stage
+from npp_ds.config.schedule import Stage
+from npp_ds.config.schema import ModelSection
 from npp_ds.training.communication import CommunicationWatch
+from npp_ds.utils.gpu_specs import gpu_of_device
 
 
 @dataclass(frozen=True)

@@ -6,30 +6,30 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from npp_ds.config import RunConfig
+from npp_ds.checkpoint import folders
+from npp_ds.checkpoint.folders import CheckpointRecord
+from npp_ds.checkpoint.saver import CheckpointSaver, SaveFailed
+from npp_ds.checkpoint.weights import Weights
+from npp_ds.config.schedule import Schedule, Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StepBatch
 from npp_ds.data.store import CodeStore
 from npp_ds.data.store import stage as stage_shards
+from npp_ds.distributed.process_group import Processes, join_processes, leave_processes
 from npp_ds.errors import UserError
-from npp_ds.schedule import Schedule, Stage
 from npp_ds.training import run_folder
 from npp_ds.training.deepspeed_config import read_settings
 from npp_ds.training.engine import StepResult, TrainingEngine
 from npp_ds.training.evaluation import EVALUATION, Evaluation
-from npp_ds.training.launch import Processes, join_processes, leave_processes
 from npp_ds.training.lease import Lease
-from npp_ds.training.outcomes import Outcomes, Signals
 from npp_ds.training.preemption import Preempted, StopRequests
 from npp_ds.training.preflight import fitting_schedule, initial_weights
-from npp_ds.training.profiling import StepProfile
+from npp_ds.training.profiler import StepProfile
 from npp_ds.training.run_log import RunLog
-from npp_ds.training.saving import CheckpointSaver, SaveFailed
 from npp_ds.training.stages import StageManager
+from npp_ds.training.step_results import Outcomes, Signals
 from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
-from npp_ds.weights import checkpoint
-from npp_ds.weights.checkpoint import CheckpointRecord
-from npp_ds.weights.opened import Weights
 
 Told = Set[tuple[str, int | None]]  # events and patch sides
 
@@ -254,10 +254,10 @@ class Trainer:
         return record.step
 
     def _checkpoint_to_roll_back_to(self) -> tuple[Path, CheckpointRecord]:
-        folder = checkpoint.newest_complete(self.checkpoints, self.log.say)
+        folder = folders.newest_complete(self.checkpoints, self.log.say)
         if folder is None:
             raise UserError(f"{self.checkpoints}: no complete checkpoint to roll back to")
-        return folder, checkpoint.read_record(folder)
+        return folder, folders.read_record(folder)
 
     def _save(self, stage: Stage, done: int, must: bool = False) -> None:
         """Begins a checkpoint, finishing one that is still being written; with `must` it is complete afterwards."""
@@ -301,7 +301,7 @@ class Trainer:
         self.log.write("checkpoint", step, seconds=saved.seconds_waited, bytes=saved.bytes)
         if self.processes.is_first:
             keep = self.config.checkpoint.keep_last, self._is_kept
-            self.saver.afterwards(checkpoint.remove_old, self.checkpoints, step, *keep, self.log.say)
+            self.saver.afterwards(folders.remove_old, self.checkpoints, step, *keep, self.log.say)
 
     def _is_kept(self, step: int) -> bool:
         """Whether a checkpoint stays however old it is."""
@@ -309,7 +309,7 @@ class Trainer:
 
     def _live_without(self, step: int, error: SaveFailed, must: bool) -> None:
         """Goes on without the checkpoint of `step`, unless the run ends with it."""
-        left = self.processes.on_first(checkpoint.saved_steps, self.checkpoints)
+        left = self.processes.on_first(folders.saved_steps, self.checkpoints)
         last = f"the last one is that of step {left[0]}" if left else "there is none yet"
         text = f"the checkpoint of step {step} could not be written: {error}; {last}; make room or mend the disk"
         self.log.write("save_failed", step, problem=str(error))

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from npp_ds.config import RunConfig
+from npp_ds.config.schedule import Schedule, Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import EvalLoader
 from npp_ds.data.store import CodeStore
+from npp_ds.distributed.process_group import Processes
 from npp_ds.evaluation.likelihood import mean_nll
-from npp_ds.schedule import Schedule, Stage
 from npp_ds.training.ema import EMA
 from npp_ds.training.engine import TrainingEngine
-from npp_ds.training.launch import Processes
 
 _KINDS = {"raw": ["raw"], "ema": [EMA], "both": ["raw", EMA]}
 _EVENTS = {"raw": "validation", EMA: f"validation_{EMA}"}

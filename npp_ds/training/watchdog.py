@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from npp_ds.training.locks import locked
+from npp_ds.utils.locks import locked
 
 STALLED = 4
 """Exit code of a process that has stood still for too long."""

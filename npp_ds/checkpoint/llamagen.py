@@ -1,0 +1,159 @@
+"""Published LlamaGen and NPP checkpoints (`c2i_B_256.pt` ..): unwrapping them, and the model that their tensors tell.
+
+The weights lie under `model` (DDP), `module` (DeepSpeed), `state_dict`, or are the file's content itself (FSDP).
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from npp_ds.checkpoint.safetensors_io import Shape, read_torch
+from npp_ds.checkpoint.weights import Reader, Weights, fitting_shapes
+from npp_ds.config.schema import ModelSection
+from npp_ds.errors import UserError
+from npp_ds.sizes import SIZES, ffn_hidden
+
+WRAPPINGS = ("model", "module", "state_dict")
+HEAD_DIM = 64
+OTHER_HEADS = {(24, 3200): 32, (32, 4096): 32}  # LlamaGen's 3B and 7B: (n_layers, dim) whose head width is not 64
+GRID_SIZE = 16
+_WRAPPERS = {  # DistributedDataParallel, torch.compile, FSDP, activation checkpointing: no part of a plain name
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
+_BUFFERS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")  # computed when the published code samples
+
+
+def open_published(path: Path, kind: str, n_heads: int | None = None, grid_size: int | None = None) -> Weights:
+    """The weights of a published checkpoint; `kind` "ema" is the average that LlamaGen's training saves beside them.
+
+    The number of heads and the grid leave no trace in most such files: then they are `n_heads` and `grid_size`, or when
+    not given, heads are 64 wide (but for LlamaGen's 3B and 7B) and the grid is 16. Raises UserError when the tensors
+    are not those of such a model.
+    """
+    content = read_torch(path)
+    tensors, buffers = _tensors_of(path, content, kind)
+    told_heads = _told_heads(buffers, tensors) or n_heads
+    grid_size = _told_grid_size(content, buffers) or grid_size
+    model = _infer_model(path, tensors, told_heads, grid_size or GRID_SIZE)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    steps = content.get("steps")
+    return Weights(
+        path=path,
+        name=path.stem,
+        step=steps if isinstance(steps, int) else None,
+        kind=kind,
+        model=model,
+        shapes=fitting_shapes(path, shapes, model),
+        fingerprinted=path,
+        open_reader=partial(_reading, path, kind),
+        grid_is_guessed=grid_size is None,
+    )
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[Reader]:
+    tensors, _ = _tensors_of(path, read_torch(path), kind)
+    yield lambda name: tensors[name].float()
+
+
+def _tensors_of(path: Path, content: Any, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(parameters, buffers) of the raw or the averaged weights, by their plain names."""
+    content = content if isinstance(content, dict) else {}
+    if kind == "ema":
+        if "ema" not in content:
+            raise UserError(f"{path}: holds no `ema` entry, so no averaged weights; ask for the raw ones")
+        state = content["ema"]
+    else:
+        state = next((content[key] for key in WRAPPINGS if key in content), content)
+    state = state if isinstance(state, dict) else {}
+    tensors = {_plain(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: no weights under {', '.join(WRAPPINGS)} or at the top; found {_some(content)}")
+    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(f"{path}: {wrong[0]} is {tensors[wrong[0]].dtype}, expected a floating-point type")
+    is_buffer = {name: name.rpartition(".")[2] in _BUFFERS for name in tensors}
+    return tuple({n: t for n, t in tensors.items() if is_buffer[n] == which} for which in (False, True))
+
+
+def _plain(name: str) -> str:
+    """The name without those that wrappers add, also around single layers."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _some(content: dict) -> str:
+    return ", ".join(map(str, list(content)[:3])) or "nothing"
+
+
+def _told_heads(buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> int | None:
+    """What the rotary table [positions, head_dim / 2, 2] tells, where it was saved."""
+    table, norm = buffers.get("freqs_cis"), tensors.get("norm.weight")
+    return norm.numel() // (2 * table.shape[1]) if norm is not None and table is not None and table.ndim == 3 else None
+
+
+def _told_grid_size(content: dict, buffers: dict[str, Tensor]) -> int | None:
+    """What the rotary table tells (one row per code, and one for the class), else the training script's arguments."""
+    if (table := buffers.get("freqs_cis")) is not None and table.ndim == 3:
+        return isqrt(len(table))
+    arguments = vars(content["args"]) if isinstance(content.get("args"), Namespace) else {}
+    image_size, downsample_size = arguments.get("image_size"), arguments.get("downsample_size")
+    if isinstance(image_size, int) and isinstance(downsample_size, int) and image_size >= downsample_size > 0:
+        return image_size // downsample_size
+    return None
+
+
+def _infer_model(path: Path, tensors: dict[str, Tensor], told_heads: int | None, grid_size: int) -> ModelSection:
+    """The model section of tensors named as published. Raises UserError."""
+
+    def shape(name: str) -> Shape:
+        found = tuple(tensors[name].shape) if name in tensors else ()
+        if len(found) != 2:
+            what = f"is {list(found)}" if name in tensors else "is missing"
+            raise UserError(
+                f"{path}: not the weights of a class-conditional LlamaGen model: {name} {what}; found {_some(tensors)}"
+            )
+        return found
+
+    vocab_size, dim = shape("tok_embeddings.weight")
+    n_layers = next(i for i in range(len(tensors) + 1) if f"layers.{i}.attention.wqkv.weight" not in tensors)
+    key_and_value_rows = shape("layers.0.attention.wqkv.weight")[0] - dim
+    n_heads = told_heads or OTHER_HEADS.get((n_layers, dim)) or dim // HEAD_DIM
+    if not n_heads or dim % n_heads or (told_heads is None and dim % HEAD_DIM):
+        heads = f"{told_heads} heads" if told_heads else f"heads of width {HEAD_DIM}, the usual one"
+        raise UserError(f"{path}: its width {dim} does not divide into {heads}; give the number of heads (--heads)")
+    n_kv_heads, rest = divmod(key_and_value_rows, 2 * (dim // n_heads))
+    if rest:
+        raise UserError(
+            f"{path}: {key_and_value_rows} rows of keys and values do not fit heads that are {dim // n_heads} wide; "
+            "give the number of heads (--heads)"
+        )
+    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads}
+    size = next((name for name, known in SIZES.items() if known == sizes), None)
+    try:
+        return ModelSection(
+            **({"size": size} if size else sizes),
+            n_kv_heads=None if n_kv_heads == n_heads else n_kv_heads,
+            vocab_size=vocab_size,
+            grid_size=grid_size,
+            num_classes=shape("cls_embedding.embedding_table.weight")[0] - 1,
+            ffn_multiple_of=_ffn_multiple_of(dim, shape("layers.0.feed_forward.w1.weight")[0]),
+        )
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise UserError(
+            f"{path}: no model can have its shape: {found['loc'][0]} {found['input']}: {found['msg']}"
+        ) from error
+
+
+def _ffn_multiple_of(dim: int, hidden: int) -> int:
+    """A rounding that gives this feed-forward width: the published one where it does."""
+    return next((m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if ffn_hidden(dim, m) == hidden), hidden)

@@ -1,0 +1,399 @@
+"""Every knob of a run: typed, bounded, described. `npp_ds.config.load` reads it and reports all problems at once.
+
+Keys made with `_free` may change when a run is resumed. A checkpoint carries all others; they are compared key by key.
+"""
+
+import hashlib
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic_core import PydanticCustomError
+
+from npp_ds.config.schedule import Schedule, Stage, coarse_batch_factor, stage_ends
+from npp_ds.sizes import SIZES, parameter_count, training_flops
+from npp_ds.utils.differences import differences
+
+RECIPES = Path(__file__).parent / "recipes"
+
+MOST_PROFILED_STEPS = 100
+"""A trace is held in memory until its last step: tens of thousands of events for each."""
+
+
+def _free(default: Any, description: str, **bounds: Any) -> Any:
+    """A key that may differ between the starts of one run; `...` as its default makes it required."""
+    return Field(default, description=description, json_schema_extra={"free": True}, **bounds)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    size: Literal["B", "L", "XL", "1B", "XXL", "2B"] | None = Field(
+        None, description="a published size, instead of dim, n_layers and n_heads"
+    )
+    dim: int | None = Field(None, ge=8, description="width of the residual stream")
+    n_layers: int | None = Field(None, ge=1, description="transformer blocks")
+    n_heads: int | None = Field(None, ge=1, description="attention heads; dim / n_heads is the head width")
+    n_kv_heads: int | None = Field(
+        None, ge=1, description="key and value heads (grouped-query attention); null: n_heads"
+    )
+    vocab_size: int = Field(16384, ge=2, le=65536, description="codes in the tokenizer's codebook")
+    grid_size: int = Field(16, ge=1, le=1024, description="side of an image's code map: 16 at 256 px, 24 at 384 px")
+    num_classes: int = Field(1000, ge=1, description="classes; the null class of guidance is one more")
+    ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
+    token_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the embedded sequence")
+    residual_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the attention projection")
+    ffn_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the feed-forward layer")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention weights")
+    attention: Literal[
+        "auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flash_attn_4"
+    ] = _free(
+        "auto",
+        "attention kernel; auto: the fastest measured on this kind of GPU, else flash-attn where it applies, else "
+        "PyTorch's choice (sdpa)",
+    )
+    activation_checkpointing: Literal["none", "selective", "block"] = _free(
+        "none",
+        "what the backward pass computes again to save memory, with equal results: nothing, all but products and "
+        "attention (selective), or whole blocks",
+    )
+
+    def shape(self) -> dict[str, int | None]:
+        """dim, n_layers and n_heads, from `size` or as given."""
+        return dict(SIZES[self.size]) if self.size else {k: getattr(self, k) for k in ("dim", "n_layers", "n_heads")}
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `npp_ds.model.ModelConfig`."""
+        return {**self.model_dump(exclude={"size", "dim", "n_layers", "n_heads"}), **self.shape()}
+
+    def parameters(self) -> int:
+        """Trainable parameters."""
+        sizes = ("n_kv_heads", "vocab_size", "num_classes", "ffn_multiple_of")
+        return parameter_count(**self.shape(), **{k: getattr(self, k) for k in sizes})
+
+    def training_flops(self, positions: int) -> int:
+        """FLOPs of training on one image cut into this many patches."""
+        sizes = ("n_kv_heads", "vocab_size", "ffn_multiple_of")
+        return training_flops(positions, **self.shape(), **{k: getattr(self, k) for k in sizes})
+
+
+class DataSection(_Section):
+    train: str = _free(
+        ...,
+        "code shards to train on: a folder (its $VARIABLES are each node's), its URL, or a pipe: command",
+    )
+    val: str | None = _free(None, "held-out code shards, likewise; null: no validation")
+    tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
+    cache_dir: str | None = _free(
+        None, "where shards are staged on each node; null: /dev/shm if it has room, else ~/.cache/npp_ds"
+    )
+    class_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
+
+
+class StageSection(_Section):
+    """One stage; keys left null take the schedule's and the optimizer's values."""
+
+    patch_side: int = Field(ge=1, description="side p of the patches, k = p * p codes each")
+    epochs: float | None = Field(None, gt=0, description="length in epochs; give this or steps")
+    steps: int | None = Field(None, gt=0, description="length in optimizer steps")
+    batch_size: int | None = Field(None, ge=1, description="images per optimizer step over all processes")
+    micro_batch_size: int | None = _free(None, "most images per forward pass and process", ge=1)
+    learning_rate: float | None = Field(None, gt=0, description="peak rate")
+    final_learning_rate: float | None = Field(None, ge=0, description="rate at the stage's last step")
+    warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up in epochs")
+    decay_fraction: float | None = Field(None, ge=0, le=1, description="share of the stage's steps that decays")
+
+
+class ScheduleSection(_Section):
+    epochs: int = Field(300, ge=1, le=1_000_000, description="epochs of the whole run; unused when stages are listed")
+    patch_sides: list[int] = Field(
+        [2, 1], min_length=1, description="patch side of each stage, coarse to fine; [1] is next-token training"
+    )
+    ratio: float = Field(0.5, gt=0, lt=1, description="stage i of L ends at epoch int(epochs * ratio^(L-1-i))")
+    stages: list[StageSection] | None = Field(
+        None, min_length=1, description="an explicit table instead of epochs, patch_sides and ratio"
+    )
+    batch_size: int = Field(256, ge=1, description="images per optimizer step over all processes")
+    micro_batch_size: int | None = _free(
+        None,
+        "most images per forward pass and process: the largest divisor of batch_size / processes up to it is used; "
+        "null: batch_size / processes",
+        ge=1,
+    )
+    coarse_batch_scale: int = Field(
+        1,
+        ge=1,
+        description="a stage of patch_sides with side p takes batches min(this, p * p) times as large and both of its "
+        "learning rates times the square root of that; 1: the same batch everywhere",
+    )
+    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up at the start of each stage, in epochs")
+    decay_fraction: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of each stage's steps, its last, in which the rate falls linearly; 1: all after the warm-up",
+    )
+    end_at_patch_side_one: bool = Field(
+        True, description="refuse a schedule whose last stage is coarser than plain tokens"
+    )
+
+
+class OptimizerSection(_Section):
+    learning_rate: float = Field(1e-4, gt=0, description="peak rate of every stage")
+    final_learning_rate: float = Field(1e-5, ge=0, description="rate at the last step of every stage")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.05, ge=0, description="on tensors of two and more dimensions, none on the rest")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of an exponential moving average of the weights, such as 0.9999; 0: none"
+    )
+
+
+class ValidationSection(_Section):
+    every: int = _free(1000, "optimizer steps between validations; 0: only at the ends of stages", ge=0)
+    batch_size: int = _free(64, "images per forward pass and process", ge=1)
+    limit: int | None = _free(None, "images to validate on; null: all", ge=1)
+    weights: Literal["raw", "ema", "both"] = _free("raw", "validate the weights, their moving average, or both")
+
+
+class EvaluateSection(_Section):
+    """Samples of a run in progress compared with real images. The weights are copied for it to every device, in
+    float32 with precision fp32, else in bfloat16, and removed afterwards.
+    """
+
+    every: int = _free(0, "optimizer steps between evaluations, also made at the run's last step; 0: none at all", ge=0)
+    reference: str | None = _free(
+        None, "statistics of real images: an .npz of `npp evaluate --make-reference` or ADM's; its extractor is used"
+    )
+    inception_weights: str | None = _free(None, "file of Inception's weights; null: torch-fidelity's own download")
+    images: int = _free(1000, "images to sample, the classes in turn: a multiple of them shows each as often", ge=2)
+    batch_size: int = _free(50, "images decoded at a time; the processes take turns, batch by batch", ge=1)
+    cfg_scale: float = _free(1.5, "scale of classifier-free guidance; 1: none", ge=0)
+    seed: int = _free(0, "image i shows the same class and takes the same draws in every evaluation", ge=0, lt=2**63)
+    weights: Literal["raw", "ema"] = _free("raw", "sample with the weights, or their moving average")
+    max_share: float = _free(
+        0.05,
+        "an evaluation waits for a later multiple of `every` while the last one's seconds are more than this share of "
+        "the training seconds since; the run's last step never waits",
+        gt=0,
+    )
+
+
+class CheckpointSection(_Section):
+    every: int = _free(1000, "optimizer steps between checkpoints; 0: only at the ends of stages", ge=0)
+    keep_last: int = _free(3, "newest checkpoints to keep, besides those at the ends of stages", ge=1)
+    keep_every: int = _free(0, "also keep checkpoints of steps that are multiples of this; 0: none", ge=0)
+    asynchronous: bool = _free(
+        False, "copy to host memory, then write in a thread while training goes on; takes that much host memory"
+    )
+
+
+class WatchSection(_Section):
+    on_nonfinite: Literal["stop", "skip", "rollback"] = _free(
+        "stop",
+        "a step whose loss or gradient norm is not finite never changes the weights; then stop, leave that step out "
+        "for good, or also go back to the newest checkpoint (the third rollback stops the run)",
+    )
+    spike_window: int = _free(100, "losses of a stage that a new one is compared with; 0: no spike warnings", ge=0)
+    spike_threshold: float = _free(8.0, "standard deviations above their mean that make a loss a spike", gt=0)
+    stall_seconds: float = _free(
+        900.0, "a process without a step for so long writes its stacks to stalled.txt and ends; 0: never", ge=0
+    )
+
+
+class LoggingSection(_Section):
+    every: int = _free(10, "optimizer steps between lines in metrics.jsonl and on the screen", ge=1)
+    monitors: list[Literal["tensorboard", "wandb", "csv"]] = _free(
+        [], "also write to these, through DeepSpeed's monitor"
+    )
+    samples: bool = _free(False, "write the ids and crops of every step's images to sample_log.jsonl")
+
+
+class ProfileSection(_Section):
+    steps: str | None = _free(
+        None,
+        "optimizer steps, such as 10-12, whose torch profiler trace goes to the run folder's profile/; numbered as in "
+        "metrics.jsonl, from 1; null: none",
+    )
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _is_a_range(cls, value: Any) -> str | None:
+        if value is None:
+            return None
+        found = re.fullmatch("([0-9]{1,15})(?:-([0-9]{1,15}))?", str(value))
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last < first + MOST_PROFILED_STEPS:
+            raise PydanticCustomError(
+                "steps", f"one step or a range such as 10-12, from 1 on, of at most {MOST_PROFILED_STEPS} steps"
+            )
+        return str(value)
+
+    def numbers(self) -> range:
+        """The steps to profile, counted from 1."""
+        first, _, last = (self.steps or "1-0").partition("-")
+        return range(int(first), int(last or first) + 1)
+
+
+class DeepSpeedSection(_Section):
+    config: str = _free(
+        "zero2", "a name in ds_configs/ (zero1, zero2, zero3 ..) or a JSON file; may change when a run is resumed"
+    )
+
+
+class PerformanceSection(_Section):
+    """Ways to compute the same faster. A run's losses agree with those of a run without them to rounding only."""
+
+    compile: bool = _free(
+        False, "compile the transformer's blocks for each stage's shape, while its first step runs; not with ZeRO-3"
+    )
+    cuda_graphs: bool = _free(
+        False,
+        "record forward and backward pass of a micro-batch in each stage and replay them, for steps so short that "
+        "starting kernels limits them; takes the room of another set of gradients; on GPUs, not with ZeRO-3",
+    )
+
+
+class RunConfig(_Section):
+    name: str = _free("run", "shown in logs and pictures", pattern=r"^\w[\w.-]*$")
+    run_dir: str | None = _free(None, "folder of this run; null: runs/<name>")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order, crops, dropout")
+    init_from: str | None = Field(
+        None,
+        description="weights that the run starts from, with a fresh optimizer: a run folder, a file of npp export or "
+        "npp import, or a published checkpoint; read at the first start only; null: random weights",
+    )
+    precision: Literal["autocast_bf16", "bf16", "fp32"] = Field(
+        "autocast_bf16", description="autocast_bf16: fp32 weights, bf16 products; bf16: DeepSpeed's bf16 engine; fp32"
+    )
+    model: ModelSection
+    data: DataSection
+    schedule: ScheduleSection = ScheduleSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    validation: ValidationSection = ValidationSection()
+    evaluate: EvaluateSection = Field(EvaluateSection(), json_schema_extra={"free": True})
+    checkpoint: CheckpointSection = CheckpointSection()
+    watch: WatchSection = WatchSection()
+    logging: LoggingSection = LoggingSection()
+    profile: ProfileSection = Field(ProfileSection(), json_schema_extra={"free": True})
+    performance: PerformanceSection = Field(PerformanceSection(), json_schema_extra={"free": True})
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def hash(self) -> str:
+        """SHA-256 over every key that must not change when the run is resumed, as hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.bound_keys(), sort_keys=True).encode()).hexdigest()
+
+    def bound_keys(self) -> dict[str, Any]:
+        """The keys that must not change when the run is resumed, as JSON values."""
+        return _bound_keys(type(self), self.model_dump(mode="json"))
+
+    def differences_from(self, saved: dict[str, Any]) -> list[str]:
+        """Return a text for each key that must not change and has another value in the `saved` config.
+
+        A key that `saved` lacks, because an earlier version wrote it, has its default value. Keys that may change are
+        ignored.
+        """
+        return list(differences(_bound_keys(type(self), saved), self.bound_keys()))
+
+    def stage_table(self) -> list[StageSection]:
+        """The stages with every key but micro_batch_size filled in; lengths still in epochs or steps."""
+        s, o = self.schedule, self.optimizer
+        stages = s.stages
+        if stages is None:
+            ends = [0, *stage_ends(s.epochs, len(s.patch_sides), s.ratio)]
+            lengths = [b - a for a, b in pairwise(ends)]
+            stages = [self._stage_of(side, n) for side, n in zip(s.patch_sides, lengths, strict=True)]
+        inherited = {
+            "batch_size": s.batch_size,
+            "micro_batch_size": s.micro_batch_size,
+            "learning_rate": o.learning_rate,
+            "final_learning_rate": o.final_learning_rate,
+            "warmup_epochs": s.warmup_epochs,
+            "decay_fraction": s.decay_fraction,
+        }
+        return [
+            stage.model_copy(update={k: v for k, v in inherited.items() if getattr(stage, k) is None})
+            for stage in stages
+        ]
+
+    def _stage_of(self, patch_side: int, epochs: int) -> StageSection:
+        """A stage of the schedule's `patch_sides`, also when it is too short to be valid."""
+        s, o, keys = self.schedule, self.optimizer, StageSection(patch_side=1).model_dump()
+        keys.update(patch_side=patch_side, epochs=epochs)
+        if (factor := coarse_batch_factor(patch_side, s.coarse_batch_scale)) > 1:
+            keys.update(
+                batch_size=s.batch_size * factor,
+                learning_rate=o.learning_rate * factor**0.5,
+                final_learning_rate=o.final_learning_rate * factor**0.5,
+            )
+        return StageSection.model_construct(**keys)
+
+    def build_schedule(self, num_samples: int, world_size: int = 1) -> Schedule:
+        """The run's steps on `num_samples` training images; `config_checks.problems_of` must have found none."""
+        stages, step, epoch = [], 0, 0
+        for index, s in enumerate(self.stage_table()):
+            steps_per_epoch = num_samples // s.batch_size
+            steps = s.steps or round(s.epochs * steps_per_epoch)
+            warmup_steps = round(s.warmup_epochs * steps_per_epoch)
+            stage = Stage(
+                index=index,
+                patch_side=s.patch_side,
+                start_step=step,
+                end_step=step + steps,
+                start_epoch=epoch,
+                steps_per_epoch=steps_per_epoch,
+                batch_size=s.batch_size,
+                micro_batch_size=_micro_batch_size(s.batch_size // world_size, s.micro_batch_size),
+                peak_learning_rate=s.learning_rate,
+                final_learning_rate=s.final_learning_rate,
+                warmup_steps=warmup_steps,
+                decay_steps=min(round(s.decay_fraction * steps), steps - warmup_steps),
+            )
+            stages.append(stage)
+            step, epoch = stage.end_step, stage.end_epoch
+        return Schedule(tuple(stages))
+
+
+def _micro_batch_size(rows: int, most: int | None) -> int:
+    """The largest divisor of a process's rows of a batch that is at most `most`."""
+    return next(size for size in range(min(rows, most or rows), 0, -1) if rows % size == 0)
+
+
+def _bound_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a section that must not change; a missing one as its default, an unknown one as it is."""
+    fields = section.model_fields
+    bound = {name: value for name, value in values.items() if name not in fields}
+    for name, field in fields.items():
+        if (field.json_schema_extra or {}).get("free") or (name not in values and field.is_required()):
+            continue
+        value = (
+            values[name] if name in values else TypeAdapter(field.annotation).dump_python(field.default, mode="json")
+        )
+        inner = section_of(field.annotation)
+        if inner and isinstance(value, dict):
+            value = _bound_keys(inner, value)
+        elif inner and isinstance(value, list):
+            value = [_bound_keys(inner, item) for item in value]
+        bound[name] = value
+    return bound
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class in a field's annotation, such as StageSection in `list[StageSection] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_of, get_args(annotation))), None)

@@ -1,0 +1,174 @@
+"""Joins this process to its peers, as torchrun, the deepspeed launcher or SLURM's srun have started them, or alone."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from npp_ds.distributed.environment import (
+    Place,
+    host_of_environment,
+    lacks_srun,
+    place_of_environment,
+    variables_of_srun,
+)
+from npp_ds.distributed.host_memory import keep_freed_memory
+from npp_ds.errors import RendezvousError, UserError
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+"""Until all processes have met: imports from a shared file system may take one node minutes longer than another."""
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+"""For one exchange, in which one process may be staging data while the others wait."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place: `rank` of `world_size` in all, `local_rank` on its node, and the device it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> list[float]:
+        """Sums over all processes of a vector of float32 numbers; waits for the device."""
+        return self.begin_sum(values).read()
+
+    def begin_sum(self, values: torch.Tensor) -> "PendingSum":
+        """Like `sum`, but goes on at once: what comes of it is read later."""
+        return PendingSum(values.detach().float().clone())
+
+    def largest(self, values: list[float]) -> list[float]:
+        """The largest of each of some numbers over all processes; waits for the device."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process passed, by rank; small plain values."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_first(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Result of `action(*arguments)` on the first process, for all; what a person can mend is raised on all."""
+        outcome = [_attempt(action, *arguments) if self.is_first else None]
+        dist.broadcast_object_list(outcome, device=self.device)
+        result, problem = outcome[0]
+        if problem is not None:
+            raise UserError(problem, on_all_ranks=True)
+        return result
+
+    def on_all(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """This process's result of `action(*arguments)`; what a person can mend on any process is raised on all."""
+        result, problem = _attempt(action, *arguments)
+        found = self.gather(problem and (problem, f"rank {self.rank}, host {host_of_environment()}"))
+        if problems := [p for p in found if p is not None]:
+            text, who = problems[0]
+            raise UserError(text if len(problems) == self.world_size else f"{who}: {text}", on_all_ranks=True)
+        return result
+
+
+class PendingSum:
+    """Sums over all processes on their way to this host. Neither making nor copying them holds up host or device."""
+
+    def __init__(self, values: torch.Tensor):
+        self._work = dist.all_reduce(values, async_op=True)
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._work.wait()  # lets the device's stream wait, not the host
+            self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The sums, once they are here."""
+        self._arrived.synchronize() if self._arrived else self._work.wait()
+        return self._values.tolist()
+
+
+def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """(result, None), or (None, what a person can mend): wrong input, or files that cannot be read or written."""
+    try:
+        return action(*arguments), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename}: {error.strerror}; mend that or name another place"
+
+
+def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
+    """Joins the process group of this launch (NCCL on GPUs, gloo on CPUs), alone when no launcher started us.
+
+    `timeout` is for one exchange; to meet, each waits RENDEZVOUS_TIMEOUT. Raises UserError when there are more
+    processes on the node than GPUs, RendezvousError when the others do not come. On CPUs the process keeps from then on
+    what its tensors free.
+    """
+    if lacks_srun():
+        raise UserError(
+            f"SLURM job {os.environ['SLURM_JOB_ID']} has room for {os.environ['SLURM_NTASKS']} tasks, but this process "
+            "is none of them: it would train alone; start it with srun, or one task per node with torchrun in it"
+        )
+    os.environ.update(variables_of_srun())
+    place = place_of_environment()
+    for name, value in {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size}.items():
+        os.environ[name] = str(value)  # DeepSpeed reads them, whoever launched us
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", _gpu_of(place.local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if cuda else "gloo",
+            store=_meet(place, RENDEZVOUS_TIMEOUT, timeout),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=device if cuda else None,
+        )
+    return Processes(place.rank, place.local_rank, place.world_size, device)
+
+
+def _gpu_of(local_rank: int, visible: int) -> int:
+    """The GPU of a process: the one of its number on the node, or the only one that it sees where each sees its own."""
+    if local_rank < visible:
+        return local_rank
+    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if visible == 1 and on_node.isdecimal() and local_rank < int(on_node):  # srun --gpus-per-task, --gpu-bind
+        return 0
+    raise UserError(
+        f"local rank {local_rank} has no GPU of its own: {visible} visible; start at most one process per GPU"
+    )
+
+
+def _meet(place: Place, patience: timedelta, timeout: timedelta) -> dist.Store:
+    """The store through which the processes of this launch find each other, once all have come within `patience`."""
+    if place.world_size == 1:
+        return dist.HashStore()
+    try:
+        url = f"env://?rank={place.rank}&world_size={place.world_size}"
+        store, _, _ = next(dist.rendezvous(url, timeout=patience))
+    except (RuntimeError, ValueError) as error:  # ValueError: a variable is missing
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RendezvousError(
+            f"rank {place.rank} on {host_of_environment()} did not meet all {place.world_size} processes at {where} "
+            f"(MASTER_ADDR:MASTER_PORT) within {patience}: {str(error).splitlines()[0]}"
+        ) from error
+    store.set_timeout(timeout)
+    return dist.PrefixStore("npp_ds", store)
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,111 @@
+"""A profile of some optimizer steps of a run: a trace for a viewer, and a table of what took the time."""
+
+import os
+from collections.abc import Generator
+from itertools import count
+from pathlib import Path
+from shutil import copyfileobj
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+
+from torch.profiler import ProfilerActivity, profile
+
+from npp_ds.config.schema import RunConfig
+from npp_ds.distributed.process_group import Processes
+from npp_ds.training.parts import part
+from npp_ds.training.run_log import RunLog
+from npp_ds.utils.files import write_atomic, write_text_atomic
+
+PROFILE_DIR = "profile"
+TABLE_ROWS = 50
+
+
+class StepProfile:
+    """Profiles the steps that `profile.steps` names, on the first rank; on all others it does nothing.
+
+    Steps are numbered as in metrics.jsonl, from 1. The step before the first of them, where this start makes it, warms
+    the profiler up. What profiling itself takes does not count as training time.
+    """
+
+    def __init__(self, config: RunConfig, processes: Processes, log: RunLog):
+        self._folder, self._rank = config.directory / PROFILE_DIR, processes.rank
+        self._steps = config.profile.numbers() if processes.is_first else range(0)
+        self._log = log
+        self._on_gpu = processes.device.type == "cuda"
+        if self._steps and not self._on_gpu:  # or the profiler's library complains of the GPU that is not there
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        self._profiler: profile | None = None
+        self._begun: list[int] = []  # steps that are in the trace
+
+    def around(self, batches: Generator[Any, None, None], first_step: int) -> Generator[Any, None, None]:
+        """Passes on the batches of the steps after `first_step` steps; a step lasts until the next batch is asked for.
+
+        Closing it closes `batches`, and writes what has been recorded when that is before the last step to profile.
+        """
+        try:
+            for number in count(first_step + 1):
+                self._before(number)
+                with part(f"step {number}"):
+                    with part("data"):
+                        batch = next(batches, None)
+                    if batch is None:
+                        return
+                    yield batch
+                self._after(number)
+        finally:
+            self._finish()
+            batches.close()
+
+    def _before(self, number: int) -> None:
+        if number + 1 not in self._steps and number not in self._steps:
+            return
+        with self._log.clock.paused():
+            if self._profiler is None:
+                activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
+                self._profiler = profile(activities=activities)
+                self._profiler.prepare_trace()
+            if number in self._steps:
+                if not self._begun:
+                    self._profiler.start_trace()
+                self._begun.append(number)
+
+    def _after(self, number: int) -> None:
+        if self._steps and number == self._steps[-1]:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Ends what is being recorded and writes it; a disk that takes it not is no reason to lose a run."""
+        profiler, begun = self._profiler, self._begun
+        self._profiler, self._begun = None, []
+        if profiler is None:
+            return
+        with self._log.clock.paused():
+            try:
+                if not begun:  # the run has ended in the warm-up, which only a trace that has begun can end
+                    profiler.start_trace()
+                profiler.stop_trace()
+                if begun:
+                    self._write(profiler, begun)
+            except (OSError, RuntimeError) as error:
+                self._log.say(f"WARNING: the profile could not be written: {error}; the run goes on")
+
+    def _write(self, profiler: profile, steps: list[int]) -> None:
+        self._folder.mkdir(exist_ok=True)
+        name = f"steps-{steps[0]}-{steps[-1]}-rank-{self._rank}"
+        trace, table = self._folder / f"{name}.json", self._folder / f"{name}.txt"
+        write_atomic(trace, lambda file: _export(profiler, file))
+        by = f"self_{'device' if self._on_gpu else 'cpu'}_time_total"
+        head = f"optimizer steps {steps[0]} to {steps[-1]}, rank {self._rank}: operations by their own time\n"
+        averages = profiler.key_averages()
+        text = averages.table(sort_by=by, row_limit=TABLE_ROWS, max_name_column_width=80)
+        write_text_atomic(table, head + text)
+        self._log.say(f"profile of steps {steps[0]} to {steps[-1]}: {trace} for ui.perfetto.dev; as a table: {table}")
+
+
+def _export(profiler: profile, file: BinaryIO) -> None:
+    """The trace in Chrome's JSON format; torch writes to a path of its own choosing beside the one it is given."""
+    with TemporaryDirectory(prefix=".trace-", dir=Path(file.name).parent) as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        with open(path, "rb") as trace:
+            copyfileobj(trace, file)

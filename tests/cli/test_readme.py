@@ -1,0 +1,84 @@
+"""The README's commands work as they stand there."""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from image_sets import few_images
+from npp_ds.config.load import load_config, recipe_names
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+TINY = [
+    "schedule.batch_size=16", "model.dim=32", "model.n_layers=1", "model.n_heads=2",
+    "logging.every=1",
+]  # fmt: skip
+
+
+def commands(section: str) -> list[str]:
+    """The lines of the bash blocks under a heading."""
+    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def run(command: str, folder: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.processes
+def test_the_road_goes_from_images_to_a_report(tmp_path):
+    for split, count in (("train", 96), ("val", 32)):
+        few_images(tmp_path / "data_prep/fashion_mnist", split, count)
+    (tmp_path / "data_prep/fashion_mnist/classes.txt").symlink_to(ROOT / "data_prep/fashion_mnist/classes.txt")
+    (tmp_path / "data_prep/tokenize_imagenet.py").symlink_to(ROOT / "data_prep/tokenize_imagenet.py")
+    road = commands("The road")
+    assert road[0] == "source .venv/bin/activate"
+    for command in road[1:]:
+        if "npp_ds train" in command:
+            command = " ".join([command, f"data.cache_dir={tmp_path}/cache", *TINY])
+        out = run(command, tmp_path)
+    assert "runs/quickstart" in out
+    for made in ("report.html", "training.png", "config.yaml", "metrics.jsonl", "checkpoints/latest"):
+        assert (tmp_path / "runs/quickstart" / made).is_file(), made
+    assert list(tmp_path.glob("runs/quickstart/samples/*/grid.png"))
+    assert (tmp_path / "runs/longer/config.yaml").is_file()
+
+
+def test_the_imagenet_commands_name_options_and_recipes_that_exist():
+    parse = runpy.run_path(str(ROOT / "data_prep/tokenize_imagenet.py"))["parse"]
+    seen = []
+    for command in commands("On to ImageNet"):
+        words = shlex.split(command)
+        seen.append(words[0])
+        if words[0] == "python":
+            parse(words[2:])
+        else:
+            at = words.index("train")
+            config = load_config(words[at + 2], overrides=words[at + 3 :], world_size=8)
+            assert config.data.train in README
+    assert set(seen) == {"python", "torchrun"}
+
+
+def test_every_recipe_is_named():
+    text = README.replace("ntp_*_256", " ".join(n for n in recipe_names() if n.startswith("ntp_")))
+    missing = [name for name in recipe_names() if not re.search(rf"\b{name}\b", text)]
+    assert missing in ([], ["ntp_256", "paper_256"], ["paper_256"]), missing
+
+
+def test_every_linked_file_is_there():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert len(links) >= 4
+    assert not [link for link in links if not (ROOT / link).exists()]

@@ -1,0 +1,288 @@
+"""A config says everything that is wrong with it at once, and every shipped recipe and DeepSpeed setting is right."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from npp_ds.config.load import load_config, problems_of, recipe_names
+from npp_ds.config.schema import RunConfig
+from npp_ds.errors import UserError
+from npp_ds.training.deepspeed_config import engine_settings, read_settings, shipped_configs
+
+MINIMAL = {"model": {"size": "B"}, "data": {"train": "shards"}}
+
+
+def write(path: Path, keys: dict) -> Path:
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+def complaint(tmp_path: Path, keys: dict, *overrides: str, world_size: int | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(file=write(tmp_path / "run.yaml", keys), overrides=overrides, world_size=world_size)
+    return str(caught.value)
+
+
+def test_every_problem_is_reported_at_once_with_key_value_expectation_and_fix(tmp_path):
+    keys = {
+        "model": {"size": "B", "dims": 3, "grid_size": 6},
+        "data": {"train": "shards", "class_dropout": 2},
+        "schedule": {"patch_sides": [4, 1], "batch_size": 7},
+        "optimizer": {"betas": [2, 0.1]},
+        "loging": {"every": 3},
+        "seed": "abc",
+    }
+    text = complaint(tmp_path, keys, "schedule.epochs=x", "nonsense", world_size=2)
+    for expected in (
+        "9 problems",
+        "model.dims: unknown key, did you mean dim?",
+        "loging: unknown key, did you mean logging?",
+        "seed: found 'abc', expected integer",
+        "data.class_dropout: found 2, expected less than or equal to 1 (share of labels replaced by the null class)",
+        "schedule.epochs: found 'x', expected integer",
+        "nonsense: expected key=value",
+        "schedule.patch_sides.0: side 4 does not cut a 6x6 grid evenly; use one of [1, 2, 3, 6]",
+        "optimizer.betas: the first is 2.0, expected at least 0 and below 1",
+        "schedule.batch_size: 7 (every stage) is no multiple of 2 processes; use 8",
+    ):
+        assert expected in text, text
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ({"epochs": 3, "patch_sides": [8, 4, 2, 1]}, "leave stage 0 (side 8) empty"),
+        ({"patch_sides": [2, 4, 1]}, "sides [2, 4, 1] must fall from stage to stage"),
+        ({"patch_sides": [2, 2, 1]}, "must fall from stage to stage"),
+        ({"patch_sides": [4, 2]}, "the last stage has side 2"),
+        ({"patch_sides": [3, 1]}, "side 3 does not cut a 16x16 grid evenly"),
+        ({"stages": [{"patch_side": 1}]}, "neither of epochs and steps given; give exactly one"),
+        ({"stages": [{"patch_side": 1, "epochs": 1, "steps": 2}]}, "both of epochs and steps given"),
+        ({"stages": [{"patch_side": 1, "epochs": 0}]}, "schedule.stages.0.epochs: found 0, expected greater than 0"),
+        ({"stages": []}, "schedule.stages: found [], expected"),
+        ({"ratio": 1.0}, "schedule.ratio: found 1.0, expected less than 1"),
+        (
+            {"coarse_batch_scale": 4, "stages": [{"patch_side": 1, "epochs": 1}]},
+            "schedule.coarse_batch_scale: 4 has no effect on listed stages",
+        ),
+        ({"coarse_batch_scale": 0}, "schedule.coarse_batch_scale: found 0, expected greater than or equal to 1"),
+    ],
+)
+def test_impossible_stages_are_refused(tmp_path, schedule, expected):
+    assert expected in complaint(tmp_path, {**MINIMAL, "schedule": schedule})
+
+
+def test_a_coarse_last_stage_can_be_asked_for(tmp_path):
+    keys = {**MINIMAL, "schedule": {"patch_sides": [4, 2], "end_at_patch_side_one": False}}
+    assert load_config(file=write(tmp_path / "run.yaml", keys)).stage_table()[-1].patch_side == 2
+
+
+def test_stages_that_do_not_fit_the_number_of_images_are_refused():
+    config = RunConfig.model_validate({**MINIMAL, "schedule": {"epochs": 4, "warmup_epochs": 3}})
+    assert "exceeds the 255 training images" in problems_of(config, 1, 255)[0]
+    assert "schedule.warmup_epochs: 3.0 (6 steps) exceeds stage 0 of 4; lower it" in problems_of(config, 1, 512)[0]
+    assert not problems_of(RunConfig.model_validate({**MINIMAL, "schedule": {"epochs": 4}}), 1, 512)
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        ({"size": "B", "dim": 64}, "model.size: B fixes dim, n_layers and n_heads, found also model.dim"),
+        ({"dim": 64}, "model: n_layers, n_heads missing"),
+        ({"dim": 100, "n_layers": 1, "n_heads": 8}, "model.dim: 100 is no multiple of 4 x n_heads = 32"),
+        ({"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 3}, "model.n_kv_heads: 3 does not divide n_heads 4"),
+        ({"size": "XXXL"}, "model.size: found 'XXXL', expected 'B', 'L', 'XL', '1B', 'XXL' or '2B'"),
+    ],
+)
+def test_impossible_models_are_refused(tmp_path, model, expected):
+    assert expected in complaint(tmp_path, {**MINIMAL, "model": model})
+
+
+def test_batches_must_factor_into_processes(tmp_path):
+    text = complaint(tmp_path, {**MINIMAL, "schedule": {"batch_size": 250}}, world_size=8)
+    assert "schedule.batch_size: 250 (every stage) is no multiple of 8 processes; use 248" in text
+
+
+@pytest.mark.parametrize("world_size, expected", [(1, 32), (8, 32), (16, 16), (64, 4)])
+def test_micro_batches_are_the_largest_that_fit_whatever_the_number_of_processes(tmp_path, world_size, expected):
+    keys = {**MINIMAL, "schedule": {"batch_size": 256, "micro_batch_size": 48}}
+    config = load_config(file=write(tmp_path / "run.yaml", keys), world_size=world_size)
+    assert {s.micro_batch_size for s in config.build_schedule(1000, world_size).stages} == {expected}
+
+
+def test_validating_an_average_that_is_not_kept_is_refused(tmp_path):
+    text = complaint(tmp_path, {**MINIMAL, "validation": {"weights": "ema"}})
+    assert "validation.weights: ema, but optimizer.ema_decay is 0" in text
+
+
+def test_a_wrong_key_causes_no_second_complaint_about_what_it_would_have_set(tmp_path):
+    stages = [{"patch_side": 3, "epoch": 1}, {"patch_side": 1, "epochs": 1}]
+    keys = {"model": {"size": "XXXL", "grid_size": 9}, "data": {"train": "x"}, "schedule": {"stages": stages}}
+    text = complaint(tmp_path, keys)
+    assert text.startswith("2 problems"), text
+    assert "schedule.stages.0.epoch: unknown key, did you mean epochs?" in text
+    assert "model.size: found 'XXXL'" in text
+
+
+def test_odd_yaml_is_reported_and_empty_sections_are_defaults(tmp_path):
+    text = complaint(tmp_path, MINIMAL, "seed=2024-02-31", "name=..")
+    assert "seed: '2024-02-31' is not valid YAML" in text
+    assert "name: found '..'" in text
+    (tmp_path / "dates.yaml").write_text("seed: 2024-02-31\n")
+    with pytest.raises(UserError, match=r"dates\.yaml: not valid YAML"):
+        load_config(file=tmp_path / "dates.yaml")
+    assert load_config(file=write(tmp_path / "run.yaml", {**MINIMAL, "schedule": None})).schedule.epochs == 300
+    assert "model: missing" not in complaint(tmp_path, {**MINIMAL, "model": None})
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read"):
+        load_config(file=tmp_path / "nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
+        load_config(file=tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match="recipe quickstrat: no such recipe, did you mean quickstart"):
+        load_config(recipe="quickstrat")
+    assert "data: missing" in complaint(tmp_path, {"model": {"size": "B"}})
+
+
+def test_overrides_reach_every_level(tmp_path):
+    keys = {**MINIMAL, "schedule": {"stages": [{"patch_side": 2, "epochs": 1}, {"patch_side": 1, "epochs": 1}]}}
+    overrides = ["schedule.stages.0.epochs=2.5", "model.size=L", "optimizer.learning_rate=3e-4", "name=mine"]
+    config = load_config(file=write(tmp_path / "run.yaml", keys), overrides=overrides)
+    assert config.stage_table()[0].epochs == 2.5
+    assert (config.model.size, config.optimizer.learning_rate, config.name) == ("L", 3e-4, "mine")
+    assert str(config.directory) == "runs/mine"
+
+
+def test_the_resolved_config_reads_back_as_itself():
+    config = load_config("article_256")
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_settings_differ_in_what_is_trained_and_not_in_how_it_is_run():
+    saved = load_config("b_256").bound_keys()
+    for free in (
+        "data.train=elsewhere",
+        "schedule.micro_batch_size=2",
+        "deepspeed.config=zero3",
+        "logging.every=1",
+        "run_dir=elsewhere",
+        "profile.steps=10-12",
+    ):
+        assert not load_config("b_256", overrides=[free]).differences_from(saved), free
+    for bound in ("seed=1", "schedule.batch_size=512", "optimizer.weight_decay=0.1", "model.size=L", "precision=fp32"):
+        (found,) = load_config("b_256", overrides=[bound]).differences_from(saved)
+        assert found.startswith(f"{bound.split('=')[0]}: it has "), found
+
+
+def test_a_key_that_a_saved_config_lacks_has_its_default():
+    stages = "schedule.stages=[{patch_side: 2, epochs: 3}, {patch_side: 1, epochs: 3}]"
+    saved = load_config("b_256", overrides=[stages]).bound_keys()
+    del saved["optimizer"]["eps"], saved["schedule"]["stages"][1]["warmup_epochs"], saved["init_from"]
+    assert not load_config("b_256", overrides=[stages]).differences_from(saved)
+    changed = [stages, "optimizer.eps=1e-6", "schedule.stages.1.warmup_epochs=2"]
+    assert load_config("b_256", overrides=changed).differences_from(saved) == [
+        "optimizer.eps: it has 1e-08, asked for 1e-06",
+        "schedule.stages.1.warmup_epochs: it has None, asked for 2.0",
+    ]
+
+
+def test_one_stage_more_is_a_difference():
+    one, two = (
+        "schedule.stages=[" + stages + "{patch_side: 1, epochs: 3}]" for stages in ("", "{patch_side: 2, epochs: 3}, ")
+    )
+    saved = load_config("b_256", overrides=[one]).bound_keys()
+    (found,) = load_config("b_256", overrides=[two]).differences_from(saved)
+    assert found.startswith("schedule.stages: it has ")
+
+
+def test_a_saved_key_that_is_unknown_now_is_a_difference():
+    saved = load_config("b_256").bound_keys()
+    saved["optimizer"]["momentum"] = 0.5
+    assert load_config("b_256").differences_from(saved) == ["optimizer.momentum: it has 0.5, asked for None"]
+
+
+@pytest.mark.parametrize("given, numbers", [("10-12", [10, 11, 12]), ("7", [7]), ("3-3", [3]), ("null", [])])
+def test_steps_to_profile_are_one_or_a_range(given, numbers):
+    config = load_config("b_256", overrides=[f"profile.steps={given}"])
+    assert list(config.profile.numbers()) == numbers
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+    assert "profile" not in config.bound_keys(), "runs from before this key go on"
+
+
+@pytest.mark.parametrize("given", ["12-10", "0", "0-3", "-4", "10-", "true", "1.5", "[1,2]", "1-101", "ten"])
+def test_other_steps_to_profile_are_refused(tmp_path, given):
+    text = complaint(tmp_path, MINIMAL, f"profile.steps={given}")
+    assert "expected one step or a range such as 10-12, from 1 on, of at most 100 steps" in text
+
+
+def test_steps_to_profile_lie_within_the_run():
+    def problems(steps: str) -> list[str]:
+        keys = {**MINIMAL, "schedule": {"epochs": 4}, "profile": {"steps": steps}}
+        return problems_of(RunConfig.model_validate(keys), 1, 512)
+
+    assert problems("7-8") == []
+    assert problems("7-9") == ["profile.steps: 7-9, but the run ends with step 8; name earlier steps, or use null"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_sound(name):
+    config = load_config(name, world_size=2)
+    assert config.name == name
+    num_samples = 9000 if name == "quickstart" else 1281167
+    assert not problems_of(config, 2, num_samples)
+    stage = config.build_schedule(num_samples, 2).stages[0]
+    assert engine_settings(config, stage, 2)["train_batch_size"] == config.schedule.batch_size
+
+
+def test_the_paper_recipe_is_the_default_of_every_key():
+    defaults = RunConfig.model_validate({"model": {"size": "B"}, "data": {"train": "x"}})
+    paper = load_config("paper_256")
+    for section in ("optimizer", "schedule", "model", "precision"):
+        assert getattr(defaults, section) == getattr(paper, section), section
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_deepspeed_setting_is_filled_from_the_run_config(name):
+    assert f"zero{read_settings(name)['zero_optimization']['stage']}" == name
+    config = load_config("quickstart", overrides=[f"deepspeed.config={name}", "schedule.micro_batch_size=8"])
+    settings = engine_settings(config, config.build_schedule(9000, 2).stages[0], 2)
+    assert "auto" not in json.dumps(settings)
+    assert settings["train_batch_size"] == config.schedule.batch_size
+    assert settings["gradient_accumulation_steps"] == config.schedule.batch_size // 16
+    assert settings["gradient_clipping"] == 1.0
+
+
+def test_a_process_alone_scatters_no_gradients_under_zero3():
+    config = load_config("quickstart", overrides=["deepspeed.config=zero3"])
+    stages = {n: config.build_schedule(9000, n).stages[0] for n in (1, 2)}
+    assert engine_settings(config, stages[1], 1)["zero_optimization"]["reduce_scatter"] is False
+    assert "reduce_scatter" not in engine_settings(config, stages[2], 2)["zero_optimization"]
+
+
+def test_a_deepspeed_setting_that_contradicts_the_run_config_is_refused(tmp_path):
+    path = tmp_path / "mine.json"
+    config = load_config("b_256", overrides=[f"deepspeed.config={path}"])
+    stage = config.build_schedule(1281167, 2).stages[0]
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5, "bf16": {"enabled": True}})
+    )
+    with pytest.raises(UserError, match="gradient_clipping, bf16 belong to the run config"):
+        engine_settings(config, stage, 2)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    with pytest.raises(UserError, match=r"precision: bf16 with deepspeed\.config .* set precision to autocast_bf16"):
+        engine_settings(config.model_copy(update={"precision": "bf16"}), stage, 2)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "compute_grad_norm": False}))
+    with pytest.raises(UserError, match="compute_grad_norm"):
+        engine_settings(config, stage, 2)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    with pytest.raises(UserError, match=r"zero_optimization\.stage is 0, expected 1, 2 or 3"):
+        engine_settings(config, stage, 2)
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        engine_settings(config, stage, 2)
+    with pytest.raises(UserError, match="neither a file nor one of zero1, zero2, zero3"):
+        read_settings("zero7")

@@ -1,0 +1,168 @@
+"""A process learns from its launcher who it is, where the others are, and what to say when they do not come."""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from npp_ds.distributed import environment, process_group
+from npp_ds.distributed.environment import Place, place_of_environment, rendezvous_port, variables_of_srun
+from npp_ds.errors import RendezvousError, UserError
+from workers import free_port
+
+ROOT = Path(__file__).parents[2]
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16", "SLURM_NODEID": "0"}
+TASK = {
+    **BATCH, "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NODEID": "1", "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "12", "SLURM_STEP_NODELIST": "gpu[08-09]", "SLURM_STEP_TASKS_PER_NODE": "8,4",
+}  # fmt: skip
+TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, Place()),
+        (TORCHRUN, Place(1, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 0, 2)),
+        (TASK, Place(11, 3, 12)),
+        (TASK | TORCHRUN, Place(1, 1, 2)),  # torchrun in a task of srun
+        (BATCH, Place()),  # a batch script is one process, whatever SLURM_NTASKS says
+        ({"WORLD_SIZE": "2"}, Place()),
+    ],
+)
+def test_a_place_is_the_launchers_before_sruns_and_a_batch_script_is_alone(environment, expected):
+    assert place_of_environment(environment) == expected
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_variable_that_is_no_number_is_named(name):
+    with pytest.raises(UserError, match=f"{name}: found 'two', expected a whole number"):
+        place_of_environment(TORCHRUN | {name: "two"})
+
+
+@pytest.mark.parametrize(
+    "text, nodes",
+    [
+        ("n1", ["n1"]),
+        ("node[01-03,7]", ["node01", "node02", "node03", "node7"]),
+        ("a,b[9-11]", ["a", "b9", "b10", "b11"]),
+        ("r[1-2]n[098-100]-ib,login", [f"r{r}n{n}-ib" for r in "12" for n in ("098", "099", "100")] + ["login"]),
+        ("", []),
+    ],
+)
+def test_node_lists_are_read_as_scontrol_reads_them(text, nodes):
+    assert environment.expand_nodes(text) == nodes
+
+
+def test_tasks_per_node_are_read():
+    assert environment.expand_counts("8(x2),4") == [8, 8, 4]
+    assert environment.expand_counts("1") == [1]
+
+
+def test_srun_sets_what_torchrun_would():
+    found = variables_of_srun(TASK, lambda node: f"address of {node}")
+    assert found == {
+        "RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "4",
+        "MASTER_ADDR": "address of gpu08", "MASTER_PORT": str(rendezvous_port(7, 2, 0)),
+    }  # fmt: skip
+    assert variables_of_srun(TASK | {"MASTER_PORT": "1", "MASTER_ADDR": "b"}).keys().isdisjoint({"MASTER_PORT"})
+    assert variables_of_srun(TASK | {"SLURM_STEP_NODELIST": "gpu08"})["MASTER_ADDR"] == "127.0.0.1"
+    assert variables_of_srun(TASK | TORCHRUN) == variables_of_srun(BATCH) == variables_of_srun({}) == {}
+
+
+def test_jobs_steps_and_restarts_that_may_share_a_node_have_ports_of_their_own():
+    ports = {rendezvous_port(job, step, restart) for job in range(900, 1100) for step in range(6) for restart in (0, 6)}
+    assert len(ports) == 200 * 12
+    assert min(ports) >= 10_000 and max(ports) < 30_000
+    assert 10_000 <= rendezvous_port(2**26, 4000, 99) < 30_000
+
+
+def test_a_node_whose_name_does_not_resolve_is_reached_where_slurm_reaches_it(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "NodeName=$3 Arch=x\n   NodeAddr=10.0.0.8 NodeHostName=$3 Version=1"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert environment.address_of_node("localhost") == "localhost"
+    assert environment.address_of_node("no-such-node.invalid") == "10.0.0.8"
+    scontrol.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no-such-node\.invalid.*set MASTER_ADDR"):
+        environment.address_of_node("no-such-node.invalid")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM", "MASTER_")) or name in TORCHRUN]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_training_in_a_batch_script_without_srun_is_refused(no_launcher):
+    for name, value in BATCH.items():
+        no_launcher.setenv(name, value)
+    with pytest.raises(UserError, match=r"room for 16 tasks, but this process is none of them.*srun"):
+        process_group.join_processes()
+
+
+@pytest.mark.parametrize(
+    "local_rank, visible, on_node, gpu",
+    [(3, 8, "", 3), (3, 8, "8", 3), (3, 1, "8", 0), (3, 1, "", None), (1, 1, "1", None), (8, 8, "8", None)],
+)
+def test_a_process_takes_the_gpu_of_its_number_or_the_only_one_that_slurm_shows_it(
+    no_launcher, local_rank, visible, on_node, gpu
+):
+    no_launcher.setenv("SLURM_GPUS_ON_NODE", on_node)
+    if gpu is not None:
+        assert process_group._gpu_of(local_rank, visible) == gpu
+        return
+    with pytest.raises(UserError, match=f"local rank {local_rank} has no GPU of its own: {visible} visible"):
+        process_group._gpu_of(local_rank, visible)
+
+
+def test_who_waits_in_vain_says_who_and_where(no_launcher):
+    port = free_port()
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        no_launcher.setenv(name, value)
+    with pytest.raises(RendezvousError, match=rf"rank 0 on \S+ did not meet all 2 processes at 127\.0\.0\.1:{port} "):
+        process_group._meet(Place(0, 0, 2), timedelta(seconds=1), timedelta(minutes=1))
+
+
+@pytest.mark.parametrize(
+    "error, rank, code, said",
+    [
+        ("UserError('bad')", 1, 2, "error (rank 1, host n2): bad\n"),
+        ("UserError('bad')", 0, 2, "error (rank 0, host n2): bad\n"),
+        ("UserError('bad', on_all_ranks=True)", 0, 2, "error: bad\n"),
+        ("UserError('bad', on_all_ranks=True)", 1, 2, ""),
+        ("RendezvousError('nobody came')", 1, 1, "error: nobody came\n"),
+        ("RuntimeError('broken')", 1, 1, "[rank 1, host n2] RuntimeError: broken\n"),
+    ],
+)
+def test_errors_among_several_processes_begin_with_rank_and_host(error, rank, code, said):
+    program = f"""
+from npp_ds.cli import program
+from npp_ds.errors import RendezvousError, UserError
+def app():
+    raise {error}
+program.app = app
+program.main()"""
+    environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURMD_NODENAME": "n2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert done.stderr.endswith(said) if "broken" in error else done.stderr == said
+    assert all(line.startswith("[rank 1, host n2] ") for line in done.stderr.splitlines()) or "broken" not in error
+
+
+def test_a_script_of_several_processes_tells_its_errors_as_npp_does(tmp_path):
+    command = [sys.executable, ROOT / "data_prep/tokenize_imagenet.py", "--images", tmp_path / "nowhere"]
+    command += ["--out", tmp_path / "codes", "--tokenizer", "fashion_mnist", "--device", "cpu"]
+    environment = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURMD_NODENAME": "n2"}
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error (rank 1, host n2): ") and f"{tmp_path}/nowhere" in done.stderr

@@ -1,0 +1,232 @@
+"""One choice of attention kernel, causal without a mask, with errors that say what is missing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from npp_ds.config.load import problems_of
+from npp_ds.config.schema import ModelSection, RunConfig
+from npp_ds.errors import UserError
+from npp_ds.model import attention_kernels
+from npp_ds.model.attention import rotary_table, rotate
+from npp_ds.model.attention_kernels import ATTENTION_CHOICES, KERNELS, causal_attention, check_attention, chosen_kernel
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v over positions 0..i in float64; [B, N, H, D]."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def random_qkv(positions: int, heads: int = 4, kv_heads: int = 4, dim: int = 16, **options):
+    g = torch.Generator().manual_seed(positions)
+    return [torch.randn(2, positions, h, dim, generator=g).to(**options) for h in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("positions", [1, 4, 17, 64])
+def test_sdpa_is_causal_attention(positions, kv_heads):
+    q, k, v = random_qkv(positions, kv_heads=kv_heads)
+    torch.testing.assert_close(
+        causal_attention(q, k, v, "sdpa").double(), plain_attention(q, k, v), rtol=1e-5, atol=1e-6
+    )
+
+
+def by_rotation_matrices(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Each pair of neighbouring features times [[cos, -sin], [sin, cos]], in float64."""
+    cos, sin = table.double().unbind(-1)
+    matrices = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+    return torch.einsum("npij,bnhpj->bnhpi", matrices, x.double().unflatten(-1, (-1, 2))).flatten(-2)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rotation_and_its_gradient_are_those_of_rotation_matrices(monkeypatch, compiling, dtype, tolerance):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    qkv, upstream = torch.randn(2, 16, 12, 16).to(dtype).requires_grad_(), torch.randn(2, 16, 4, 16).to(dtype)
+    k, table = qkv.split(4, dim=2)[1], rotary_table(4, 16)
+    found, expected = rotate(k, table), by_rotation_matrices(k, table)
+    assert found.dtype == dtype and not found[:, 0].any() and found[:, 1:].any(dim=-1).all()
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    gradients = [torch.autograd.grad(y, qkv, g)[0] for y, g in ((found, upstream), (expected, upstream.double()))]
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """The packages that are installed, by module; nothing of earlier choices is remembered."""
+    installed: set[str] = set()
+    monkeypatch.setattr(attention_kernels, "importable", installed.__contains__)
+    attention_kernels._chosen.cache_clear()
+    attention_kernels.measured_orders.cache_clear()
+    yield installed
+    attention_kernels._chosen.cache_clear()
+    attention_kernels.measured_orders.cache_clear()
+
+
+FLASH_ATTN, FLASH_ATTN_4 = "flash_attn.flash_attn_interface", "flash_attn.cute.interface"
+
+
+@pytest.fixture
+def hopper(monkeypatch, packages):
+    """A GPU of compute capability 9.0 on which every kernel of PyTorch applies; returns kernel(choice, positions)."""
+    monkeypatch.setattr(attention_kernels, "capability", lambda device: (9, 0) if device.type == "cuda" else None)
+    monkeypatch.setattr(attention_kernels, "_torch_applies", lambda kernel, call: True)
+    switched = []
+    monkeypatch.setattr(attention_kernels, "use_flash_implementation", switched.append)
+
+    def kernel(choice, positions, dtype=torch.bfloat16, dropout=False):
+        return chosen_kernel(choice, torch.device("cuda"), dtype, positions, 12, 12, 64, dropout)
+
+    kernel.switched = switched
+    return kernel
+
+
+def write_measured(monkeypatch, path, devices):
+    path.write_text(json.dumps({"devices": devices}))
+    monkeypatch.setattr(attention_kernels, "MEASURED", path)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa_flash", "sdpa_math"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_kernels_that_a_cpu_has_are_causal_attention_with_equal_gradients(kernel, kv_heads):
+    q, k, v = (x.requires_grad_() for x in random_qkv(17, kv_heads=kv_heads))
+    out = causal_attention(q, k, v, kernel)
+    torch.testing.assert_close(out.double(), plain_attention(q, k, v), rtol=1e-5, atol=1e-6)
+    found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    expected = torch.autograd.grad(plain_attention(q, k, v).square().sum(), (q, k, v))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_sdpa_is_asked_for_the_kernel_that_was_chosen():
+    seen = []
+    with torch.profiler.profile() as profiler:
+        causal_attention(*random_qkv(17), "sdpa_math")
+        causal_attention(*random_qkv(17), "sdpa_flash")
+    seen = [e.key for e in profiler.key_averages() if "_scaled_dot_product" in e.key]
+    assert {"aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_flash_attention_for_cpu"} <= {*seen}
+
+
+def test_the_config_knows_every_choice():
+    assert ModelSection.model_fields["attention"].annotation.__args__ == ATTENTION_CHOICES
+
+
+def test_asking_for_a_kernel_that_is_not_installed_says_what_to_do(packages):
+    with pytest.raises(UserError, match="flash-attn is not installed; run `pip install flash-attn`, or set"):
+        check_attention("flash_attn")
+    with pytest.raises(UserError, match="flash-attn-4 is not installed; run `pip install flash-attn-4`, or set"):
+        check_attention("flash_attn_4")
+    for choice in set(ATTENTION_CHOICES) - {"flash_attn", "flash_attn_4"}:
+        check_attention(choice)
+    with pytest.raises(UserError, match="'flash' is not one of auto, flash_attn, sdpa"):
+        check_attention("flash")
+
+
+@pytest.mark.parametrize(
+    "kernel, needs",
+    [
+        ("flash_attn", "bf16 or fp16 on an Ampere GPU"),
+        ("flash_attn_4", "capability 9.0 or 10.0, without attention dropout"),
+        ("sdpa_cudnn", "a CUDA device"),
+        ("sdpa_efficient", "a CUDA device"),
+    ],
+)
+def test_asking_for_a_kernel_on_tensors_it_cannot_take_says_so(kernel, needs):
+    with pytest.raises(UserError, match=f"{needs}.* found torch.float32 on cpu, head width 16; set precision"):
+        causal_attention(*random_qkv(4), kernel)
+
+
+def test_flash_attn_4_with_attention_dropout_is_refused(hopper):
+    assert hopper("flash_attn_4", 64) == "flash_attn_4" and hopper.switched == ["FA4"]
+    with pytest.raises(UserError, match="without attention dropout"):
+        hopper("flash_attn_4", 64, dropout=True)
+    config = {"model": {"size": "B", "attention": "flash_attn_4"}, "data": {"train": "x"}}
+    assert not problems_of(RunConfig.model_validate(config))
+    config["model"]["attention_dropout"] = 0.1
+    assert "model.attention: flash_attn_4 has no dropout" in problems_of(RunConfig.model_validate(config))[0]
+
+
+def test_auto_uses_flash_attn_only_where_it_applies(packages):
+    packages.add(FLASH_ATTN)
+    q, k, v = random_qkv(5)
+    assert torch.equal(causal_attention(q, k, v, "auto"), causal_attention(q, k, v, "sdpa"))
+
+
+def test_auto_without_a_measurement_is_flash_attn_where_it_is_installed_and_applies(hopper, packages):
+    assert hopper("auto", 256) == "sdpa"
+    attention_kernels._chosen.cache_clear()
+    packages.add(FLASH_ATTN)
+    assert hopper("auto", 256) == "flash_attn"
+    assert hopper("auto", 256, dtype=torch.float32) == "sdpa"
+
+
+def test_auto_takes_the_fastest_kernel_measured_for_the_nearest_number_of_positions(
+    hopper, packages, monkeypatch, tmp_path
+):
+    order = {"16": ["sdpa_math", "sdpa_flash"], "64": ["flash_attn", "sdpa_cudnn"], "256": ["flash_attn_4", "sdpa"]}
+    write_measured(monkeypatch, tmp_path / "measured.json", {"9.0": {"order": order}})
+    chosen = {n: hopper("auto", n) for n in (4, 16, 31, 33, 64, 256, 576)}
+    assert chosen == {
+        4: "sdpa_math", 16: "sdpa_math", 31: "sdpa_math", 33: "sdpa_cudnn", 64: "sdpa_cudnn", 256: "sdpa", 576: "sdpa"
+    }  # fmt: skip
+    assert not hopper.switched
+    attention_kernels._chosen.cache_clear()
+    packages |= {FLASH_ATTN, FLASH_ATTN_4}
+    assert [hopper("auto", n) for n in (16, 64, 256)] == ["sdpa_math", "flash_attn", "flash_attn_4"]
+    assert hopper.switched == ["FA4"]
+    assert hopper("auto", 256, dropout=True) == "sdpa"
+    monkeypatch.setattr(attention_kernels, "capability", lambda device: (8, 0))
+    attention_kernels._chosen.cache_clear()
+    assert hopper("auto", 16) == "flash_attn", "another kind of GPU was not measured"
+
+
+def test_the_committed_measurement_can_be_read_and_never_asks_for_two_flash_kernels_of_torch():
+    for by_positions in attention_kernels.measured_orders().values():
+        named = {kernel for order in by_positions.values() for kernel in order}
+        assert named <= set(KERNELS) and not {"sdpa_flash", "flash_attn_4"} <= named
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"devices": {"9.0": {}}}', '{"devices": {"9.0": {"order": {"x": []}}}}'])
+def test_a_measurement_that_cannot_be_read_is_told(packages, monkeypatch, tmp_path, text):
+    path = tmp_path / "measured.json"
+    path.write_text(text)
+    monkeypatch.setattr(attention_kernels, "MEASURED", path)
+    with pytest.raises(UserError, match=r"write it anew with `python -m benchmarks\.attention --gpu"):
+        attention_kernels.measured_orders()
+    write_measured(monkeypatch, path, {"9.0": {"order": {"16": ["fast"]}}})
+    with pytest.raises(UserError, match="names fast, which are none of"):
+        attention_kernels.measured_orders()
+
+
+def test_choosing_a_kernel_does_not_load_the_compiler():
+    code = "import sys, npp_ds.model; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flash_attn", "flash_attn_4"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("positions", [4, 16, 64, 144, 256, 576])
+def test_kernels_of_a_gpu_equal_plain_attention_and_its_gradients(kernel, positions, kv_heads):
+    try:
+        check_attention(kernel)
+    except UserError as error:
+        pytest.skip(str(error))
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    q, k, v = (x.requires_grad_() for x in random_qkv(positions, kv_heads=kv_heads, dim=64, **options))
+    try:
+        out = causal_attention(q, k, v, kernel)
+    except UserError as error:
+        pytest.skip(str(error))
+    torch.testing.assert_close(out.double(), plain_attention(q, k, v), rtol=2e-2, atol=2e-2)
+    found = torch.autograd.grad(out.float().sum(), (q, k, v))
+    expected = torch.autograd.grad(plain_attention(q, k, v).sum(), (q, k, v))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=4e-2, atol=4e-2)

@@ -1,0 +1,119 @@
+"""Between lines of the log the host runs one step ahead of the device, and what a run leaves does not show it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from test_watchful import _break_loss
+
+from npp_ds.distributed.process_group import Processes
+from npp_ds.training.preemption import Preempted
+from npp_ds.training.trainer import Trainer
+from runs import WATCHED, Outcome, assert_same, outcome_of, run, tiny_config, told
+
+pytestmark = pytest.mark.processes
+
+EVERY = 6
+RARELY = {**WATCHED, "logging": {"every": EVERY, "samples": True}}
+
+
+def _sparse(outcome: Outcome) -> Outcome:
+    """What a run that logs every step would have left, had it logged rarely; its stages end at 10, 20 and 40."""
+    at = {1, 10, 20, 40, *range(EVERY, 40, EVERY)}
+    return outcome._replace(metrics=[m for m in outcome.metrics if m["event"] != "train" or m["step"] in at])
+
+
+def _order(processes: Processes, config) -> list[tuple[str, int]]:
+    """Steps as they are given to the engine and as their outcomes are read, on this rank."""
+    seen: list[tuple[str, int]] = []
+    trainer = Trainer(config, processes)
+    outcomes = trainer.outcomes
+    step, begin, read = trainer.engine.step, outcomes._begin_exchange, outcomes._agreed
+    steps_of: dict[int, int] = {}
+
+    def stepped(at: int, *rest: Any) -> Any:
+        seen.append(("step", at))
+        return step(at, *rest)
+
+    def begun(result: Any) -> Any:
+        exchange = begin(result)
+        steps_of[id(exchange)] = seen[-1][1]
+        return exchange
+
+    def agreed(exchange: Any) -> Any:
+        seen.append(("read", steps_of[id(exchange)]))
+        return read(exchange)
+
+    trainer.engine.step, outcomes._begin_exchange, outcomes._agreed = stepped, begun, agreed
+    trainer.run()
+    return seen
+
+
+def test_an_outcome_is_waited_for_only_where_something_is_due_after_its_step(pair, shards, tmp_path):
+    keys = {"logging": {"every": 4}, "checkpoint": {"every": 7}, "data": {"val": None}}
+    found = pair.run(_order, tiny_config(shards, tmp_path / "run", **keys))
+    due = {1, 10, 20, 40, *range(4, 40, 4), *range(7, 40, 7)}  # steps done: lines, stages' ends, checkpoints
+    expected, unread = [], []
+    for at in range(40):
+        expected.append(("step", at))
+        unread.append(("read", at))
+        while len(unread) > (0 if at + 1 in due else 1):
+            expected.append(unread.pop(0))
+    assert found == [expected] * 2
+
+
+def test_logging_rarely_changes_nothing_but_the_lines(pair, shards, tmp_path, undisturbed):
+    checkpoints = {"every": 5, "asynchronous": True}
+    pair.run(run, tiny_config(shards, tmp_path / "run", **RARELY, checkpoint=checkpoints))
+    assert_same(outcome_of(tmp_path / "run"), _sparse(undisturbed))
+
+
+def _stopped_after(processes: Processes, config, prepare: Callable[..., None], *arguments: Any) -> int:
+    trainer = Trainer(config, processes)
+    prepare(trainer, *arguments)
+    try:
+        trainer.run()
+    except Preempted as stop:
+        return stop.step
+    return -1
+
+
+def _ask_at(trainer: Trainer, at: int) -> None:
+    """Asks the last rank to stop while it is at a step."""
+    step = trainer.engine.step
+
+    def asked(number: int, *rest: Any) -> Any:
+        if number == at and trainer.processes.rank == 1:
+            trainer.stop.requested = "SIGTERM"
+        return step(number, *rest)
+
+    trainer.engine.step = asked
+
+
+@pytest.mark.parametrize("asked_at, stops_after", [(0, 1), (7, 9), (10, 12), (38, 40)])
+def test_all_stop_at_most_a_step_after_the_one_that_was_asked_in(
+    pair, shards, tmp_path, undisturbed, asked_at, stops_after
+):
+    config = tiny_config(shards, tmp_path / "run", **RARELY)
+    assert pair.run(_stopped_after, config, _ask_at, asked_at) == [stops_after] * 2
+    pair.run(run, config)
+    assert_same(outcome_of(tmp_path / "run"), _sparse(undisturbed))
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_steps_between_the_lines_that_are_not_finite_are_answered_as_if_every_step_was_logged(
+    pair, shards, tmp_path, policy
+):
+    keys = {"watch": {"on_nonfinite": policy}, "checkpoint": {"every": 10}}
+    for name, watched in (("often", WATCHED), ("rarely", RARELY)):
+        pair.run(told, tiny_config(shards, tmp_path / name, **watched, **keys), _break_loss, [13, 14])
+    often, rarely = outcome_of(tmp_path / "often"), outcome_of(tmp_path / "rarely")
+    assert sum(m["event"] == "left_out" for m in rarely.metrics) == 2
+    assert_same(rarely, _sparse(often))
+
+
+def test_a_spike_between_the_lines_is_told_with_its_step(pair, shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run", watch={"spike_window": 12, "spike_threshold": 6}, **RARELY)
+    said = pair.run(told, config, _break_loss, [33], 1.5, 0)[0]
+    assert [line[:23] for line in said if "is a spike" in line] == ["WARNING: step 33 (stage"]
+    assert [m["step"] for m in outcome_of(tmp_path / "run").metrics if m["event"] == "spike"] == [34]

@@ -1,0 +1,296 @@
+"""The report of a run: figures from a hand-made metrics.jsonl, the table, the plot, the self-contained page."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from npp_ds.config.schedule import Schedule, Stage
+from npp_ds.config.schema import RunConfig
+from npp_ds.errors import UserError
+from npp_ds.reporting.plot import plot_run, smooth
+from npp_ds.reporting.report import report_run
+from npp_ds.reporting.summary import summarize
+from npp_ds.reporting.table import duration, print_summary
+from npp_ds.training.events import entered_stages, read_events
+
+ROOT = Path(__file__).parents[2]
+RATES = {4: 800.0, 2: 200.0, 1: 50.0}
+EVALUATION = {
+    "frechet_distance": 3.25,
+    "class_agreement": 0.785,
+    "reference_class_agreement": 0.91,
+    "num_images": 400,
+    "num_reference_images": 1000,
+    "extractor": "tiny-features",
+    "samples": {"cfg_scale": 2.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 11},
+}
+
+
+def make_stage(index: int, patch_side: int, start_step: int, end_step: int) -> Stage:
+    return Stage(
+        index=index,
+        patch_side=patch_side,
+        start_step=start_step,
+        end_step=end_step,
+        start_epoch=start_step // 10,
+        steps_per_epoch=10,
+        batch_size=20,
+        micro_batch_size=20,
+        peak_learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        warmup_steps=5,
+        decay_steps=5,
+    )
+
+
+STAGES = (make_stage(0, 4, 0, 20), make_stage(1, 2, 20, 40), make_stage(2, 1, 40, 100))
+
+
+def run_lines(last_step: int = 100) -> list[dict]:
+    """A line every 5 steps at exactly `RATES` (the first of a stage says half of it), validations at stage ends."""
+    lines, elapsed = [], 0.0
+    for stage in STAGES:
+        shape = {k: v for k, v in asdict(stage).items() if k not in ("index", "start_step")}
+        lines.append(
+            {"event": "stage", "step": stage.start_step, "stage": stage.index, "elapsed_seconds": elapsed, **shape}
+        )
+        for done in range(stage.start_step + 5, stage.end_step + 1, 5):
+            rate = RATES[stage.patch_side]
+            elapsed += 5 * stage.batch_size / rate
+            lines.append(
+                {
+                    "event": "train",
+                    "step": done,
+                    "stage": stage.index,
+                    "patch_side": stage.patch_side,
+                    "epoch": stage.epoch_at(done - 1)[0],
+                    "loss": 6 - done / 25,
+                    "learning_rate": stage.learning_rate(done - 1),
+                    "grad_norm": 0.5,
+                    "images_per_second": rate / 2 if done == stage.start_step + 5 else rate,
+                    "elapsed_seconds": elapsed,
+                }
+            )
+        for side in sorted({1, stage.patch_side}):
+            validation = {"event": "validation", "step": stage.end_step, "stage": stage.index, "patch_side": side}
+            lines.append({**validation, "nll": 5 - stage.end_step / 40 + side / 10})
+    lines = [line for line in lines if line["step"] <= last_step]
+    return lines if last_step < 100 else [*lines, {"event": "end", "step": 100, "elapsed_seconds": elapsed}]
+
+
+def write_lines(path, lines: list[dict], torn: str = "") -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", run_lines())
+    sections = {
+        "model": {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 64, "grid_size": 8, "num_classes": 3},
+        "data": {"train": str(tmp_path / "none")},
+    }
+    (tmp_path / "config.yaml").write_text(RunConfig(name="tiny-run", **sections).to_yaml())
+    samples = tmp_path / "samples/step-00000100"
+    samples.mkdir(parents=True)
+    (samples / "evaluation.json").write_text(json.dumps(EVALUATION))
+    Image.fromarray(np.full((6, 6, 3), 77, np.uint8)).save(samples / "grid.png")
+    return tmp_path
+
+
+def test_stages_add_up_and_measured_cost_is_relative_to_the_rate_at_side_one():
+    summary = summarize("run", run_lines(), STAGES)
+    assert [s.patch_side for s in summary.stages] == [4, 2, 1]
+    assert [s.steps for s in summary.stages] == [20, 20, 60]
+    assert [s.epochs for s in summary.stages] == [2, 2, 6]
+    assert [s.images_per_second for s in summary.stages] == [800, 200, 50]
+    assert [s.seconds for s in summary.stages] == pytest.approx([0.5, 2, 24])
+    assert summary.total("images") == 2000 and summary.total("seconds") == pytest.approx(26.5)
+    assert summary.time_cost == pytest.approx(26.5 / (2000 / 50))
+    assert summary.validation_nll == pytest.approx(2.6) and summary.validation_step == 100
+    assert summary.finished
+
+
+def test_an_unfinished_run_is_summed_up_to_its_last_line(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", run_lines(last_step=30), torn='{"event": "train", "step": 31, "lo')
+    summary = summarize("run", read_events(tmp_path / "metrics.jsonl"), STAGES)
+    assert [(s.steps, s.planned_steps) for s in summary.stages] == [(20, 20), (10, 20), (0, 60)]
+    assert [s.seconds for s in summary.stages] == pytest.approx([0.5, 1, 0])
+    assert summary.time_cost is None and not summary.finished
+    assert summary.stages[2].images_per_second is None and summary.stages[2].loss is None
+
+
+def test_a_resumed_run_reads_like_one_that_was_never_stopped(tmp_path):
+    before, after = run_lines(last_step=30), [line for line in run_lines() if line["step"] > 30]
+    write_lines(tmp_path / "metrics.jsonl", [*before, *after])
+    assert summarize("run", read_events(tmp_path / "metrics.jsonl"), STAGES) == summarize("run", run_lines(), STAGES)
+
+
+def test_the_stage_table_is_read_back_from_the_metrics():
+    assert tuple(entered_stages(run_lines())) == STAGES
+    assert tuple(entered_stages(run_lines(last_step=30))) == STAGES[:2]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train", "step": 1}\nnonsense\n{"event": "end", "step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: found 'nonsense'"):
+        read_events(path)
+    with pytest.raises(UserError, match="not found"):
+        read_events(tmp_path / "other.jsonl")
+
+
+def printed(summary, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_summary(summary, console)
+    return console.file.getvalue()
+
+
+def test_the_closing_table_says_everything_that_is_known():
+    summary = summarize(
+        "run [1]",
+        run_lines(),
+        STAGES,
+        token_cost=0.625,
+        flop_cost=0.61,
+        evaluation=EVALUATION,
+        files=[("metrics", "runs/[x]/metrics.jsonl")],
+        next_steps=["npp sample runs/x"],
+    )
+    text = printed(summary)
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in text.splitlines() if "│" in line]
+    assert rows[0] == ["1", "4", "2", "20", "0.5 s", "800", "5.2000"]
+    assert rows[2] == ["3", "1", "6", "60", "24.0 s", "50", "2.0000"]
+    assert rows[3] == ["all", "", "10", "100", "26.5 s", "75", ""]
+    for piece in (
+        "0.625 in positions, 0.610 in FLOPs, 0.662 in measured time",
+        "2.6000 nats per code after step 100",
+        "78.5% (real images: 91.0%)",
+        "3.25 to 1,000 real images, features of tiny-features",
+        "400 images, CFG 2.5, temperature 1, top-k all, top-p 1, seed 11",
+        "runs/[x]/metrics.jsonl",
+        "npp sample runs/x",
+    ):
+        assert piece in text
+    long_path = "runs/" + "x" * 200 + "/metrics.jsonl"
+    assert long_path in printed(summarize("run", run_lines(), STAGES, files=[("metrics", long_path)]), width=60)
+    assert "not finished" in printed(summarize("run", run_lines(30), STAGES))
+
+
+def test_the_closing_table_says_what_held_a_stage_up_where_it_is_known():
+    lines = run_lines()
+    plain = printed(summarize("run", lines, STAGES))
+    assert not any(word in plain for word in ("MFU", "waiting", "memory")), "lines of older runs do not tell"
+    for line in lines:
+        if line["event"] == "train":
+            side, is_first = line["patch_side"], line["step"] in (5, 25, 45)
+            shares = {"mfu": 0.4 / side, "data_wait_share": 0.012, "communication_wait_share": 0.06 * side}
+            line |= {name: 0.9 if is_first else value for name, value in shares.items()}
+            line["peak_memory_gb"] = 20.0 / side
+    summary = summarize("run", lines, STAGES)
+    assert [s.mfu for s in summary.stages] == [0.1, 0.2, 0.4], "the first line of a stage apart"
+    text = printed(summary)
+    for what, shares in (
+        ("MFU", "10.0% at side 4, 20.0% at side 2, 40.0% at side 1"),
+        ("waiting for data", "1.2% at side 4, 1.2% at side 2, 1.2% at side 1"),
+        ("waiting in exchanges", "24.0% at side 4, 12.0% at side 2, 6.0% at side 1"),
+        ("peak memory", "20 GB in the process with the most"),
+    ):
+        assert re.search(f"^{what} +{shares}", text, re.MULTILINE), text
+    for line in lines:
+        line["mfu"] = None
+    assert "MFU" not in printed(summarize("run", lines, STAGES)), "that of a CPU is unknown"
+
+
+def test_durations_are_readable():
+    texts = [duration(s) for s in (0.5, 59.94, 65, 3599, 7325, 2 * 86400 + 60)]
+    assert texts == ["0.5 s", "59.9 s", "1:05 min", "59:59 min", "2:02:05", "2 days, 0:01:00"]
+
+
+@pytest.mark.parametrize("last_step", [5, 30, 100])
+def test_the_plot_shows_each_stage_in_its_shade_at_any_point_of_the_run(last_step):
+    picture = Image.open(io.BytesIO(plot_run(run_lines(last_step), STAGES, "run"))).convert("RGB")
+    assert picture.size == (1210, 770)
+    pixels = np.asarray(picture).reshape(-1, 3)
+    for shade in ((0xE3, 0xED, 0xF7), (0xFD, 0xF0, 0xDD), (0xE6, 0xF3, 0xE6)):
+        assert (pixels == shade).all(1).mean() > 0.02
+    for line_colour in ((0x48, 0x78, 0xA8), (0x55, 0x83, 0x4F)):
+        assert (pixels == line_colour).all(1).sum() >= (0 if last_step == 5 else 50)
+
+
+def test_smoothing_keeps_the_mean_and_the_length():
+    assert smooth([1.0, 2.0, 6.0], 1) == [1.5, 3.0, 4.0]
+    assert smooth([1.0, 2.0], 0) == [1.0, 2.0]
+
+
+class Page(HTMLParser):
+    """Collects text, image sources and every address a browser would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.images, self.fetched, self.open = "", [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag == "img":
+            self.images.append(values["src"])
+        elif tag in ("link", "script", "iframe"):
+            self.fetched.append(tag)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_one_file_with_pictures_and_all_figures(run_dir):
+    summary = report_run(run_dir, next_steps=["npp sample <run> & look"], show=False)
+    page = Page()
+    page.feed((run_dir / "report.html").read_text())
+    assert page.open == [] and page.fetched == []
+    assert len(page.images) == 2 and all(src.startswith("data:image/png;base64,iVBOR") for src in page.images)
+    assert "url(" not in (run_dir / "report.html").read_text()
+    for piece in ("tiny-run", "78.5%", "2.6000 nats per code", "0.662", "npp sample <run> & look", "ffn_multiple_of"):
+        assert piece in page.text
+    assert Image.open(run_dir / "training.png").size == (1210, 770)
+    assert dict(summary.files)["samples to look at"] == str(run_dir / "samples/step-00000100/grid.png")
+    assert "checkpoints" not in dict(summary.files)
+    schedule = Schedule(STAGES)
+    assert summary.token_cost == schedule.token_cost() == pytest.approx((20 / 16 + 20 / 4 + 60) / 100)
+    assert summary.token_cost * 0.9 < summary.flop_cost < summary.token_cost
+
+
+def test_an_unfinished_run_claims_no_cost_when_its_later_stages_are_unknown(run_dir):
+    write_lines(run_dir / "metrics.jsonl", run_lines(last_step=30))
+    summary = report_run(run_dir, show=False)
+    assert (summary.token_cost, summary.flop_cost) == (None, None)
+    assert [s.patch_side for s in summary.stages] == [4, 2]
+
+
+def test_reports_are_made_without_torch():
+    code = "import sys, npp_ds.reporting.report, npp_ds.config.load, npp_ds.data.shards; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_run_without_samples_or_lines_is_handled(run_dir, capsys):
+    (run_dir / "samples/step-00000100/evaluation.json").unlink()
+    summary = report_run(run_dir)
+    assert summary.evaluation == {} and "Frechet" not in capsys.readouterr().out
+    given = report_run(run_dir, evaluation=EVALUATION)
+    assert given.evaluation == EVALUATION and "Frechet distance" in capsys.readouterr().out
+    (run_dir / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no training line yet"):
+        report_run(run_dir)
