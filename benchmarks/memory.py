@@ -27,7 +27,7 @@ from benchmarks.common import bounds, command_line, machine, made_by, parsed, pu
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes, join_processes
 from npp_ds.planning.memory import training_memory
-from npp_ds.sizes import SIZES
+from npp_ds.sizes import SIZES, num_positions
 from npp_ds.training.deepspeed_config import read_settings, shipped_configs
 from npp_ds.training.engine import TrainingEngine
 
@@ -125,7 +125,7 @@ def steps(config: RunConfig, case: Case, processes: Processes, before_last: Any)
     with constant_weights():
         engine = TrainingEngine(config, config.build_schedule(batch, case.world_size).stages[0], processes)
     generator = torch.Generator().manual_seed(0)
-    shape = case.micro_batch, (model.grid_size // case.patch_side) ** 2, case.patch_side**2
+    shape = case.micro_batch, num_positions(model.grid_size, case.patch_side), case.patch_side**2
     codes = torch.randint(model.vocab_size, shape, generator=generator)
     labels = torch.randint(model.num_classes, shape[:1], generator=generator)
     for step in range(STEPS):
@@ -191,7 +191,7 @@ def table(result: dict) -> str:
     for r in result["cases"]:
         grid = 16 if r["size"] else 8
         model = r["size"] or f"{r['dim']} x {r['layers']}, {r['parameters'] / 1e6:.1f}M"
-        rows = r["micro_batch"] * (grid // r["patch_side"]) ** 2
+        rows = r["micro_batch"] * num_positions(grid, r["patch_side"])
         lines.append(
             f"| {r['zero_stage']} | {r['precision']} | {r['world_size']} | {model} | {rows:,} | {r['micro_batches']} | "
             f"{r['checkpointing']} | {'yes' if r['ema_decay'] else 'no'} | {r['measured'] / 1e6:,.1f} | "

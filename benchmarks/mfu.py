@@ -27,6 +27,7 @@ from benchmarks.step_loops import BareLoop, EngineLoop, batches_of
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.planning.memory import training_memory
+from npp_ds.sizes import num_positions
 from npp_ds.training.deepspeed_config import read_settings
 from npp_ds.training.throughput import peak_tflops
 from npp_ds.utils.gpu_specs import gpu_of_device
@@ -139,7 +140,7 @@ def run_case(case: Case, batch: int, repeats: int) -> list[dict]:
     peak = peak_tflops(device)
     rows = []
     for stage in stages:
-        values, positions = seconds[stage.index], (config.model.grid_size // stage.patch_side) ** 2
+        values, positions = seconds[stage.index], num_positions(config.model.grid_size, stage.patch_side)
         tflops = config.model.training_flops(positions) * batch / median(values) / 1e12
         rows.append(
             {

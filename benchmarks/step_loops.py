@@ -11,6 +11,7 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.host_memory import keep_freed_memory
 from npp_ds.distributed.process_group import join_processes
 from npp_ds.model import ModelConfig, Transformer
+from npp_ds.sizes import num_positions
 from npp_ds.training.compile import compile_blocks
 from npp_ds.training.engine import TrainingEngine, parameter_groups
 from npp_ds.utils.hash_rng import mix64
@@ -109,7 +110,7 @@ class EngineLoop:
 def batches_of(config: RunConfig, stage: Stage, device: torch.device) -> Batches:
     """Random micro-batches of (codes, labels) as the loader hands them over: on the host, pinned for a GPU."""
     model, generator = config.model, torch.Generator().manual_seed(stage.index)
-    shape = stage.micro_batch_size, (model.grid_size // stage.patch_side) ** 2, stage.patch_side**2
+    shape = stage.micro_batch_size, num_positions(model.grid_size, stage.patch_side), stage.patch_side**2
     pin = {"pin_memory": device.type == "cuda", "generator": generator}
     return [
         (torch.randint(model.vocab_size, shape, **pin), torch.randint(model.num_classes, shape[:1], **pin))

@@ -41,6 +41,7 @@ from benchmarks.own_processes import own_processes
 from npp_ds.config.schema import ModelSection
 from npp_ds.distributed.host_memory import keep_freed_memory
 from npp_ds.model import ModelConfig, Transformer, patches
+from npp_ds.sizes import num_positions
 from npp_ds.training.engine import parameter_groups
 
 HERE, PUBLISHED, PUBLISHED_KEEPING = "this software", "published way", "published way, keeping memory"
@@ -197,7 +198,7 @@ def facts(options: argparse.Namespace, name: str, sizes: ModelSection) -> dict:
 def compare(options: argparse.Namespace) -> dict:
     """All ways and the update of each, as the JSON line tells it."""
     sizes, ways, seconds = sizes_of(options), ways_of(options), measure(options)
-    flops = {side: options.batch * sizes.training_flops((sizes.grid_size // side) ** 2) for side in SIDES}
+    flops = {side: options.batch * sizes.training_flops(num_positions(sizes.grid_size, side)) for side in SIDES}
     rows, here = [], {side: median(seconds[side, HERE]) for side in SIDES}
     for side in SIDES:
         row = {"patch_side": side, "flops": flops[side], "wanted": WANTED[side]}
@@ -226,7 +227,7 @@ def explain(options: argparse.Namespace) -> dict:
     for take in ours.values():
         take()
     turns = [{side: breakdown(take, wait, options.gpu) for side, take in ours.items()} for _ in range(options.repeats)]
-    flops = {side: sizes.training_flops((sizes.grid_size // side) ** 2) for side in SIDES}
+    flops = {side: sizes.training_flops(num_positions(sizes.grid_size, side)) for side in SIDES}
     rows = [
         {
             "patch_side": side,

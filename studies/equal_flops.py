@@ -19,6 +19,7 @@ import torch
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import Manifest
+from npp_ds.sizes import num_positions
 from npp_ds.training.events import of_kind, read_events
 from npp_ds.utils.files import write_json_atomic, write_text_atomic
 
@@ -29,7 +30,7 @@ def flops_of(config: RunConfig, num_samples: int) -> int:
     """FLOPs of all training steps of a run (forward and backward, attention included)."""
     grid = config.model.grid_size
     stages = config.build_schedule(num_samples).stages
-    return sum(s.steps * s.batch_size * config.model.training_flops((grid // s.patch_side) ** 2) for s in stages)
+    return sum(s.steps * s.batch_size * config.model.training_flops(num_positions(grid, s.patch_side)) for s in stages)
 
 
 def next_token_overrides(config: RunConfig, num_samples: int, learning_rate: float) -> list[str]:

@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from npp_ds.sizes import num_positions
+
 
 def stage_ends(epochs: int, levels: int, ratio: float) -> list[int]:
     """Epochs at which the stages end, coarse to fine: int(E r^i) for i = L-1 .. 0 (NPP, arXiv 2412.15321, appendix).
@@ -94,4 +96,4 @@ class Schedule:
 
     def flop_cost(self, grid_size: int, flops: Callable[[int], int]) -> float:
         """FLOPs relative to next-token training on the same images; `flops(positions)` is the cost of one image."""
-        return self._relative_cost(lambda side: flops((grid_size // side) ** 2))
+        return self._relative_cost(lambda side: flops(num_positions(grid_size, side)))

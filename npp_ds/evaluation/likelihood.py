@@ -20,6 +20,7 @@ from npp_ds.data.shards import Manifest
 from npp_ds.data.store import stage
 from npp_ds.errors import UserError
 from npp_ds.sampling.sampler import DTYPES, build_model
+from npp_ds.sizes import num_positions
 from npp_ds.utils.git import git_commit
 
 LOGIT_BYTES = 256 << 20
@@ -153,7 +154,7 @@ def likelihood_of(
     store = stage(shards, cache_dir)
     _check_fit(source, store.manifest, shards)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    positions = store.manifest.num_tokens // patch_side**2 or 1
+    positions = num_positions(store.manifest.grid_size, patch_side) or 1
     batch_size = images_at_a_time(positions, source.model.vocab_size)
     loader = EvalLoader(store, patch_side, batch_size, rank=0, world_size=1, limit=limit)
     model = build_model(source, device)

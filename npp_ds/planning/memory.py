@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from npp_ds.config.schema import ModelSection, RunConfig
-from npp_ds.sizes import LOGITS_CHUNK_BYTES, block_parameters, ffn_hidden
+from npp_ds.sizes import LOGITS_CHUNK_BYTES, block_parameters, ffn_hidden, num_positions
 
 FP32 = 4
 MAX_LIVE = 1_000_000_000
@@ -50,7 +50,7 @@ def training_memory(
     `accumulates` says whether a step has more than one micro-batch. What is not counted: the CUDA context, NCCL's
     buffers, what the allocator loses to fragments; and offloading, as if it were off.
     """
-    rows = micro_batch_size * (config.model.grid_size // patch_side) ** 2
+    rows = micro_batch_size * num_positions(config.model.grid_size, patch_side)
     share = -(-config.model.parameters() // world_size)
     optimizer, ema = 3 * FP32 * share, FP32 * share if config.optimizer.ema_decay else 0
     kept = activations(config, rows, device, keeps_casts=zero["stage"] != 3)

@@ -14,6 +14,7 @@ from npp_ds.data.store import manifest_at_hand
 from npp_ds.errors import UserError
 from npp_ds.planning.memory import FP32, Memory, training_memory, weight_bytes
 from npp_ds.planning.mfu import Mfu, mfu_by_side
+from npp_ds.sizes import num_positions
 from npp_ds.training.deepspeed_config import read_settings
 from npp_ds.utils.gpu_specs import GPU
 
@@ -187,7 +188,7 @@ class _Fit:
 
 def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfus: Mfus) -> StagePlan:
     config, rows, mfu = fit.config, stage.batch_size // fit.gpus, mfus(stage.patch_side)
-    positions = (config.model.grid_size // stage.patch_side) ** 2
+    positions = num_positions(config.model.grid_size, stage.patch_side)
     micro_batch_size = fit.micro_batch_size(zero, stage)
     step_flops = stage.batch_size * config.model.training_flops(positions)
     repeated = REPEATED_FLOPS[config.model.activation_checkpointing]

@@ -12,6 +12,7 @@ from npp_ds.sampling.guidance import check_guidance, guidance_scales
 from npp_ds.sampling.logits_processing import Drawing
 from npp_ds.sampling.noise import noise_keys
 from npp_ds.sampling.steps import Batch, recorded_steps
+from npp_ds.sizes import num_positions
 
 
 def option_problems(
@@ -86,7 +87,7 @@ def generate(
     problems = option_problems(model.config.grid_size, **guidance, **asdict(drawing))
     if problems := problems + _label_problems(labels, model.config.num_classes):
         raise UserError("sampling options: " + "; ".join(problems))
-    positions = (model.config.grid_size // patch_side) ** 2
+    positions = num_positions(model.config.grid_size, patch_side)
     if not len(labels):
         return labels.new_zeros((0, model.config.grid_size**2), dtype=torch.int64)
     scales = guidance_scales(positions, **guidance)

@@ -11,6 +11,7 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.model.attention_kernels import chosen_kernel
 from npp_ds.model.transformer import Transformer
+from npp_ds.sizes import num_positions
 from npp_ds.training.compile import compile_blocks
 from npp_ds.training.cuda_graphs import record_passes
 from npp_ds.training.deepspeed_config import read_settings
@@ -80,6 +81,6 @@ def _check_attention_kernels(config: RunConfig, device: torch.device) -> None:
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     heads, kv_heads = shape["n_heads"], config.model.n_kv_heads or shape["n_heads"]
     for stage in config.stage_table():
-        positions = (config.model.grid_size // stage.patch_side) ** 2
+        positions = num_positions(config.model.grid_size, stage.patch_side)
         call = device, dtype, positions, heads, kv_heads, shape["dim"] // heads, config.model.attention_dropout > 0
         chosen_kernel(config.model.attention, *call)

@@ -11,6 +11,7 @@ import torch
 
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import ModelSection
+from npp_ds.sizes import num_positions
 from npp_ds.training.communication import CommunicationWatch
 from npp_ds.utils.gpu_specs import gpu_of_device
 
@@ -89,7 +90,7 @@ def speed(
     Images and positions are those of all processes, FLOPs those of one: `npp_ds.sizes.training_flops` per image over
     the time of the whole step. `mfu` is their share of the device's peak, None where that is unknown.
     """
-    positions = (model.grid_size // stage.patch_side) ** 2
+    positions = num_positions(model.grid_size, stage.patch_side)
     images_per_second = lap.images / lap.seconds
     tflops = images_per_second * model.training_flops(positions) / world_size / 1e12
     return {
