@@ -56,7 +56,7 @@ def ours(engine: TrainingEngine, saver: CheckpointSaver, step: int) -> tuple[flo
     """(seconds that training stood still, seconds until the checkpoint was complete, bytes)."""
     began = time.perf_counter()
     saver.begin(record_of(engine, step), engine.partitions.fragments, engine.state())
-    while saver.asynchronous and not saver.is_written:
+    while saver.asynchronous and not saver.writing.done():
         train(engine, step)
     saved: Saved = saver.finish()
     return saved.seconds_waited, time.perf_counter() - began, saved.bytes

@@ -20,7 +20,7 @@ from npp_ds.config.load import load_config
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import Manifest
 from npp_ds.sizes import num_positions
-from npp_ds.training.events import of_kind, read_events
+from npp_ds.training.metrics import events_named, read_events
 from npp_ds.utils.files import write_json_atomic, write_text_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,8 +49,8 @@ def train(overrides: list[str], run_dir: Path, processes: int) -> dict[str, floa
     command = [*launcher, "-m", "npp_ds", "train", "--recipe", "quickstart", f"run_dir={run_dir}", *overrides]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     events = read_events(run_dir / "metrics.jsonl")
-    nll = [e["nll"] for e in of_kind(events, "validation") if e["patch_side"] == 1][-1]
-    return {"validation_nll": nll, "seconds": of_kind(events, "end")[-1]["elapsed_seconds"]}
+    nll = [e["nll"] for e in events_named(events, "validation") if e["patch_side"] == 1][-1]
+    return {"validation_nll": nll, "seconds": events_named(events, "end")[-1]["elapsed_seconds"]}
 
 
 def table(result: dict) -> str:

@@ -6,10 +6,11 @@ killed while making it. How one is made is in `saving.py`, what its files hold i
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,8 @@ from npp_ds.utils.files import sha256, write_json_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 RECORD = "COMPLETE.json"
 FORMAT = 3
@@ -136,8 +139,8 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted((int(m.group(1)) for m in names if m), reverse=True)
 
 
-def newest_complete(checkpoints: Path, warn: Callable[[str], None] = print, verify: bool = True) -> Path | None:
-    """The newest checkpoint whose files agree with its record; torn ones are named to `warn` and passed over.
+def newest_complete(checkpoints: Path, verify: bool = True) -> Path | None:
+    """The newest checkpoint whose files agree with its record; incomplete ones are logged and passed over.
 
     `verify` as in `what_is_wrong`.
     """
@@ -146,7 +149,7 @@ def newest_complete(checkpoints: Path, warn: Callable[[str], None] = print, veri
         wrong = what_is_wrong(folder, verify)
         if wrong is None:
             return folder
-        warn(f"WARNING: checkpoint {folder.name} is torn and passed over: {wrong}")
+        logger.warning(f"checkpoint {folder.name} is incomplete and passed over: {wrong}")
     return None
 
 
@@ -208,19 +211,24 @@ def remove_unfinished(checkpoints: Path) -> None:
 
 
 def remove_old(
-    checkpoints: Path, step: int, keep_last: int, keep: Callable[[int], bool], warn: Callable[[str], None] = print
+    checkpoints: Path,
+    step: int,
+    keep_last: int,
+    keep_every: int,
+    keep_steps: Collection[int],
 ) -> None:
-    """Deletes all but the `keep_last` newest checkpoints up to `step`, which is complete, and those that `keep` names.
+    """Delete all but the `keep_last` newest checkpoints up to `step`, which is complete, and incomplete folders.
 
-    Also deletes what is left of half-deleted ones. Later steps are none of this run's and stay. What cannot be deleted
-    is named to `warn`: no reason to stop a run.
+    Multiples of `keep_every` (0: none) and `keep_steps` stay, and so do later steps, which are none of this run's. What
+    cannot be deleted is logged: no reason to stop a run.
     """
     old = [s for s in saved_steps(checkpoints) if s < step]
     recorded = [s for s in old if (folder_of(checkpoints, s) / RECORD).is_file()]
-    kept = {*recorded[: keep_last - 1], *(s for s in recorded if keep(s))}
+    kept = set(recorded[: keep_last - 1])
+    kept |= {s for s in recorded if s in keep_steps or (keep_every > 0 and s % keep_every == 0)}
     try:
         for s in old:
             if s not in kept:
                 remove(folder_of(checkpoints, s))
     except OSError as error:
-        warn(f"WARNING: an old checkpoint could not be deleted: {error}")
+        logger.warning(f"an old checkpoint could not be deleted: {error}")

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,20 @@ from npp_ds.checkpoint.rank_files import Fragment, file_of, write_state
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.utils.files import fsync_directory, write_text_atomic
+
+
+class Lease(Protocol):
+    """The right to write into the run folder."""
+
+    def check(self) -> None:
+        """Raises UserError when another start has taken it."""
+
+
+class Watchdog(Protocol):
+    """What ends a process that makes no progress."""
+
+    def beat(self) -> None:
+        """Report progress."""
 
 
 class SaveFailed(Exception):
@@ -43,28 +57,26 @@ class Saved:
 class CheckpointSaver:
     """Saves one checkpoint at a time: `begin`, then `finish`; all ranks call both together. A thread writes.
 
-    `token` names temporary folders; `may_commit()` is called on the first rank right before the commit and raises when
-    the run folder is no longer ours. `asynchronous`: `begin` copies to host memory, so training may go on until
-    `is_written`; otherwise nothing may change between `begin` and `finish`. `beat()` is called while ranks wait for
-    each other and any of them still makes progress.
+    `token` names temporary folders. The first rank checks the `lease` right before the commit. `asynchronous`: `begin`
+    copies to host memory, so training may continue until `writing` is done; otherwise nothing may change between
+    `begin` and `finish`. The `watchdog` hears of progress while ranks wait for each other.
     """
 
     def __init__(
         self,
         checkpoints: Path,
         processes: Processes,
-        *,
         token: str,
-        may_commit: Callable[[], None] = lambda: None,
+        lease: Lease | None = None,
+        watchdog: Watchdog | None = None,
         asynchronous: bool = False,
-        beat: Callable[[], None] = lambda: None,
     ):
         self.checkpoints, self.processes, self.token = checkpoints, processes, token
-        self.may_commit, self.asynchronous, self.beat = may_commit, asynchronous, beat
+        self.lease, self.watchdog, self.asynchronous = lease, watchdog, asynchronous
         self._thread = ThreadPoolExecutor(1, "npp-checkpoint")
         self._host: dict[str, list[Tensor]] = {}
         self._record: CheckpointRecord | None = None
-        self._writing: Future | None = None
+        self.writing: Future | None = None
         self._blocks = 0
         self._seconds = 0.0
 
@@ -72,11 +84,6 @@ class CheckpointSaver:
     def pending(self) -> CheckpointRecord | None:
         """The record of the checkpoint that has begun and is not finished."""
         return self._record
-
-    @property
-    def is_written(self) -> bool:
-        """Whether this rank's part of the pending checkpoint is on disk, or has failed."""
-        return self._writing is not None and self._writing.done()
 
     def begin(self, record: CheckpointRecord, fragments: list[Fragment], kinds: dict[str, list[Tensor]]) -> None:
         """Starts to write this rank's `fragments` of every kind. Raises SaveFailed on all ranks."""
@@ -89,20 +96,20 @@ class CheckpointSaver:
         self._record = record
         try:
             kinds = self._copied_to_host(kinds) if self.asynchronous else kinds
-            self._writing = self._thread.submit(write_state, path, fragments, kinds, self._count_block)
+            self.writing = self._thread.submit(write_state, path, fragments, kinds, self._count_block)
         except Exception as error:  # told to all ranks by `finish`
-            self._writing = Future()
-            self._writing.set_exception(error)
+            self.writing = Future()
+            self.writing.set_exception(error)
         self._seconds = time.perf_counter() - began
 
     def finish(self) -> Saved:
-        """Waits for all ranks' parts and commits. Raises SaveFailed on all ranks, what `may_commit` raises likewise."""
-        record, writing = self._record, self._writing
+        """Wait for all ranks' parts and commit. Raises SaveFailed, or UserError for a lost lease, on all ranks."""
+        record, writing = self._record, self.writing
         if record is None or writing is None:
             raise RuntimeError("no checkpoint has begun")
         began = time.perf_counter()
         self._wait_for_all(writing)
-        self._record = self._writing = None
+        self._record = self.writing = None
         outcomes = self.processes.gather(self._outcome(writing))
         names = [file_of(rank, self.processes.world_size) for rank in range(len(outcomes))]
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(outcomes) if problem]
@@ -125,8 +132,8 @@ class CheckpointSaver:
         while True:
             state = torch.tensor([float(writing.done()), float(self._blocks)], device=self.processes.device)
             written, blocks = self.processes.sum(state)
-            if blocks != before:
-                self.beat()
+            if blocks != before and self.watchdog:
+                self.watchdog.beat()
             if written == self.processes.world_size:
                 return
             before = blocks
@@ -180,7 +187,8 @@ class CheckpointSaver:
         try:
             write_record(temporary, record)
             fsync_directory(temporary)
-            self.may_commit()
+            if self.lease:
+                self.lease.check()
             if folder.exists() and what_is_wrong(folder) is not None:
                 folder.rename(torn)
             if not folder.exists():  # else whoever made it was at the same step of the same run

@@ -41,7 +41,7 @@ def _train(
     except UserError as error:
         raise UserError(str(error), on_all_ranks=True) from error
 
-    from npp_ds.training.trainer import NonFiniteError
+    from npp_ds.training.loss_checks import NonFiniteError
     from npp_ds.training.trainer import train as train_run
 
     try:

@@ -39,12 +39,10 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> list[float]:
-        """Sums over all processes of a vector of float32 numbers; waits for the device."""
-        return self.begin_sum(values).read()
-
-    def begin_sum(self, values: torch.Tensor) -> "PendingSum":
-        """Like `sum`, but goes on at once: what comes of it is read later."""
-        return PendingSum(values.detach().float().clone())
+        """Return the sums over all processes of a vector of float32 numbers; waits for the device."""
+        values = values.detach().float().clone()
+        dist.all_reduce(values)
+        return values.tolist()
 
     def largest(self, values: list[float]) -> list[float]:
         """The largest of each of some numbers over all processes; waits for the device."""
@@ -75,24 +73,6 @@ class Processes:
             text, who = problems[0]
             raise UserError(text if len(problems) == self.world_size else f"{who}: {text}", on_all_ranks=True)
         return result
-
-
-class PendingSum:
-    """Sums over all processes on their way to this host. Neither making nor copying them holds up host or device."""
-
-    def __init__(self, values: torch.Tensor):
-        self._work = dist.all_reduce(values, async_op=True)
-        self._values, self._arrived = values, None
-        if values.is_cuda:
-            self._work.wait()  # lets the device's stream wait, not the host
-            self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        """The sums, once they are here."""
-        self._arrived.synchronize() if self._arrived else self._work.wait()
-        return self._values.tolist()
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:

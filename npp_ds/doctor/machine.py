@@ -10,7 +10,7 @@ from npp_ds import __version__
 from npp_ds.distributed.environment import is_srun_task
 from npp_ds.doctor.context import Context, gigabytes
 from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
-from npp_ds.training.deepspeed_import import import_deepspeed
+from npp_ds.training.deepspeed_config import import_deepspeed
 
 DRIVER = Path("/sys/module/nvidia/version")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # set by torchrun and accelerate, and by the deepspeed launcher

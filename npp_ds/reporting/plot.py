@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 
 from npp_ds.config.schedule import Stage
-from npp_ds.training.events import Event, of_kind
+from npp_ds.training.metrics import Event, events_named
 
 SHADES = ("#e3edf7", "#fdf0dd", "#e6f3e6", "#f3e6f0", "#eeeeee")
 TIME_UNITS = ((180, 1, "seconds"), (7200, 60, "minutes"), (float("inf"), 3600, "hours"))
@@ -31,11 +31,11 @@ def _shade(axis, edges: Sequence[tuple[float, float, int]]) -> None:
 def _draw_losses(axis, events: list[Event], stages: Sequence[Stage]) -> None:
     axis.plot([], [], color=TRAIN, label="training, at the stage's side")
     for stage in stages:
-        lines = of_kind(events, "train", stage.index)
+        lines = events_named(events, "train", stage.index)
         steps, losses = [e["step"] for e in lines], [e["loss"] for e in lines]
         axis.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=0.8)
         axis.plot(steps, smooth(losses, len(losses) // 40), color=TRAIN, linewidth=1.5)
-    validations = of_kind(events, "validation")
+    validations = events_named(events, "validation")
     own = [e for e in validations if e["patch_side"] != 1]
     plain = [e for e in validations if e["patch_side"] == 1]
     for points, style in (
@@ -50,13 +50,13 @@ def _draw_losses(axis, events: list[Event], stages: Sequence[Stage]) -> None:
 
 
 def _seconds_at(events: list[Event], step: int) -> float:
-    return max((e["elapsed_seconds"] for e in of_kind(events, "train") if e["step"] <= step), default=0.0)
+    return max((e["elapsed_seconds"] for e in events_named(events, "train") if e["step"] <= step), default=0.0)
 
 
 def _draw_likelihood(axis, events: list[Event], stages: Sequence[Stage]) -> None:
     total = _seconds_at(events, stages[-1].end_step) or 1.0
     unit, name = next((u, n) for most, u, n in TIME_UNITS if total < most)
-    points = [e for e in of_kind(events, "validation") if e["patch_side"] == 1]
+    points = [e for e in events_named(events, "validation") if e["patch_side"] == 1]
     times, nll = [_seconds_at(events, e["step"]) / unit for e in points], [e["nll"] for e in points]
     if points:
         axis.plot(times, nll, color=VALIDATION, marker="o", markersize=4, linewidth=1.2, clip_on=False, zorder=3)
@@ -70,7 +70,7 @@ def _draw_likelihood(axis, events: list[Event], stages: Sequence[Stage]) -> None
 
 def _draw_distances(axis, events: list[Event]) -> None:
     """The distance of samples drawn at each patch side, for those at different sides do not compare."""
-    points = of_kind(events, "evaluation")
+    points = events_named(events, "evaluation")
     for number, side in enumerate(sorted({e["patch_side"] for e in points})):
         own = [e for e in points if e["patch_side"] == side]
         style = {"color": VALIDATION, "marker": "o"} if side == 1 else {"color": OWN_SIDE, "marker": "sDv^"[number % 4]}
@@ -85,14 +85,14 @@ def plot_run(events: list[Event], stages: Sequence[Stage], title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    evaluations = of_kind(events, "evaluation")
+    evaluations = events_named(events, "evaluation")
     figure = Figure(figsize=(11, 10 if evaluations else 7), layout="constrained")
     FigureCanvasAgg(figure)
     rows = [["losses", "likelihood"], ["learning rate", "throughput"], ["distance", "distance"]]
     rows = rows if evaluations else rows[:2]
     panels = list(figure.subplot_mosaic(rows, height_ratios=[1.6, 1, 1][: len(rows)]).values())
     losses, likelihood, learning_rate, throughput, *distance = panels
-    lines = of_kind(events, "train")
+    lines = events_named(events, "train")
     steps = [e["step"] for e in lines]
     _draw_losses(losses, events, stages)
     learning_rate.plot(steps, [e["learning_rate"] for e in lines], color=TRAIN, linewidth=1.4)
@@ -105,7 +105,7 @@ def plot_run(events: list[Event], stages: Sequence[Stage], title: str) -> bytes:
     _draw_likelihood(likelihood, events, stages)
     for axis in (learning_rate, throughput):
         axis.set_ylim(bottom=0)
-    nll = [e["nll"] for e in of_kind(events, "validation") if e["patch_side"] == 1]
+    nll = [e["nll"] for e in events_named(events, "validation") if e["patch_side"] == 1]
     last = f" (last {nll[-1]:.3f})" if nll else ""
     titles = ["Loss, nats per code", f"Validation at side 1, nats per code{last}", "Learning rate", "Images per second"]
     titles += [f"Frechet distance of {e['images']:,} samples, CFG {e['cfg_scale']:g}" for e in evaluations[-1:]]

@@ -12,7 +12,7 @@ from npp_ds.errors import UserError
 from npp_ds.reporting.plot import plot_run
 from npp_ds.reporting.summary import RunSummary, summarize
 from npp_ds.reporting.table import STAGE_COLUMNS, print_summary, result_rows, stage_rows
-from npp_ds.training.events import Event, entered_stages, of_kind, read_events
+from npp_ds.training.metrics import Event, events_named, read_events, stages_begun
 from npp_ds.utils.files import write_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def _schedule(config: "RunConfig", events: list[Event]) -> tuple[Schedule, dict[
     from npp_ds.data.store import manifest_at_hand
 
     manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
-    schedule = config.build_schedule(manifest.num_samples) if manifest else Schedule(tuple(entered_stages(events)))
-    if not (manifest or of_kind(events, "end")):
+    schedule = config.build_schedule(manifest.num_samples) if manifest else Schedule(tuple(stages_begun(events)))
+    if not (manifest or events_named(events, "end")):
         return schedule, {}
     flop_cost = schedule.flop_cost(config.model.grid_size, config.model.training_flops)
     return schedule, {"token_cost": schedule.token_cost(), "flop_cost": flop_cost}
@@ -129,7 +129,7 @@ def report_run(
 
     run_dir = Path(run_dir)
     events = read_events(run_dir / "metrics.jsonl")
-    if not of_kind(events, "train"):
+    if not events_named(events, "train"):
         raise UserError(f"{run_dir}/metrics.jsonl: no training line yet; let the run log its first step")
     config = load_config(file=run_dir / "config.yaml")
     schedule, costs = _schedule(config, events)

@@ -6,9 +6,9 @@ from statistics import median
 from typing import Any
 
 from npp_ds.config.schedule import Stage
-from npp_ds.training.events import Event, of_kind
+from npp_ds.training.metrics import Event, events_named
 
-TYPICAL = ("images_per_second", "mfu", "data_wait_share", "communication_wait_share")
+TYPICAL = ("images_per_second", "mfu", "data_wait_share")
 """Figures of training lines that a stage is summed up by."""
 
 
@@ -29,7 +29,6 @@ class StageSummary:
     images_per_second: float | None
     mfu: float | None
     data_wait_share: float | None
-    communication_wait_share: float | None
     loss: float | None
 
 
@@ -80,9 +79,9 @@ def _typical(lines: list[Event], name: str) -> float | None:
 
 def _stage_summaries(events: list[Event], stages: Sequence[Stage]) -> list[StageSummary]:
     summaries, elapsed = [], 0.0
-    last_step = max((e["step"] for e in of_kind(events, "train")), default=0)
+    last_step = max((e["step"] for e in events_named(events, "train")), default=0)
     for stage in stages:
-        lines = of_kind(events, "train", stage.index)
+        lines = events_named(events, "train", stage.index)
         steps = min(max(last_step - stage.start_step, 0), stage.steps)
         until = lines[-1]["elapsed_seconds"] if lines else elapsed
         summaries.append(
@@ -125,12 +124,12 @@ def summarize(
     `evaluation` is what `npp_ds.evaluation.evaluate.evaluate_images` returned; `files` are (what it is, where it lies).
     """
     summaries = _stage_summaries(events, stages)
-    saves, evaluations = of_kind(events, "checkpoint"), of_kind(events, "evaluation")
-    plain = [e for e in of_kind(events, "validation") if e["patch_side"] == 1]
+    saves, evaluations = events_named(events, "checkpoint"), events_named(events, "evaluation")
+    plain = [e for e in events_named(events, "validation") if e["patch_side"] == 1]
     return RunSummary(
         name=name,
         stages=summaries,
-        finished=bool(of_kind(events, "end")),
+        finished=bool(events_named(events, "end")),
         token_cost=token_cost,
         flop_cost=flop_cost,
         time_cost=_time_cost(summaries),
@@ -141,7 +140,7 @@ def summarize(
         evaluations=len(evaluations),
         evaluation_seconds=sum(e["seconds"] for e in evaluations),
         last_distance=evaluations[-1]["frechet_distance"] if evaluations else None,
-        peak_memory_gb=max(_known(of_kind(events, "train"), "peak_memory_gb"), default=None),
+        peak_memory_gb=max(_known(events_named(events, "train"), "peak_memory_gb"), default=None),
         evaluation=dict(evaluation or {}),
         files=list(files),
         next_steps=list(next_steps),

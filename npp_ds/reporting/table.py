@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 STAGE_COLUMNS = ("stage", "patch side", "epochs", "steps", "time", "images/s", "last loss")
 
-SHARES = {"MFU": "mfu", "waiting for data": "data_wait_share", "waiting in exchanges": "communication_wait_share"}
+SHARES = {"MFU": "mfu", "waiting for data": "data_wait_share"}
 """Figures of a stage that are shown where they are known: shares of the GPU's peak, or of the time."""
 
 

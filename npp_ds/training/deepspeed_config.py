@@ -1,8 +1,13 @@
-"""DeepSpeed's JSON settings: read from ds_configs/ or a file, with every "auto" filled from the run's config."""
+"""DeepSpeed: its import, and its JSON settings from ds_configs/ or a file, with every "auto" filled from the config."""
 
 import json
+import logging
+import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import torch
 
 import npp_ds
 from npp_ds.config.schedule import Stage
@@ -13,15 +18,28 @@ PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
 MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 
 
+def import_deepspeed() -> ModuleType:
+    """Return the package `deepspeed`, silent below warnings, ready on machines without a compiler."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # Built with a C++ compiler on first use (40 s, and a failure where there is none) to speed up collectives between
+    # CPU processes of one host: not worth it for CPU runs, unused on GPUs. As of deepspeed 0.19.8.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
 def shipped_configs() -> dict[str, Path]:
-    """Name -> file of the settings in ds_configs/, in a checkout or installed."""
+    """Return name -> file of the settings in ds_configs/, in a checkout or installed."""
     package = Path(npp_ds.__file__).parent
     folder = next((d for d in (package / "ds_configs", package.parent / "ds_configs") if d.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
 def read_settings(name_or_file: str) -> dict[str, Any]:
-    """Settings of a shipped name or a JSON file as they stand, "auto" included. Raises UserError."""
+    """Return the settings of a shipped name or a JSON file, "auto" included. Raises UserError."""
     shipped = shipped_configs()
     path = shipped.get(name_or_file, Path(name_or_file))
     if not path.is_file():
@@ -39,8 +57,13 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
     return settings
 
 
+def zero_stage_of(config: RunConfig) -> int:
+    """Return the ZeRO stage (1, 2 or 3) that a run asks for."""
+    return read_settings(config.deepspeed.config)["zero_optimization"]["stage"]
+
+
 def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets: the settings with batch sizes, clipping, precision and monitors of the run.
+    """Return the settings for `deepspeed.initialize`, with batch sizes, clipping, precision and monitors of the run.
 
     Raises UserError when the JSON sets a value of its own for what the run config decides.
     """
@@ -77,15 +100,15 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
     settings.update(decided)
     zero = settings["zero_optimization"]
     if zero["stage"] == 3 and world_size == 1:
-        zero.setdefault("reduce_scatter", False)  # alone it would only copy the gradients, twice
+        zero.setdefault("reduce_scatter", False)  # a single process would only copy its gradients, twice
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
     elif config.precision == "autocast_bf16":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     for monitor in config.logging.monitors:
-        place = {"output_path": str(config.directory / "monitor"), "job_name": config.name}
+        files = {"output_path": str(config.directory / "monitor"), "job_name": config.name}
         settings[MONITOR_SECTIONS[monitor]] = {
             "enabled": True,
-            **({"project": config.name} if monitor == "wandb" else place),
+            **({"project": config.name} if monitor == "wandb" else files),
         }
     return settings

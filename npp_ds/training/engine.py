@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from npp_ds.checkpoint.rank_files import MASTER, SavedState
 from npp_ds.checkpoint.weights import Weights
@@ -17,11 +18,8 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training.deepspeed_config import engine_settings
-from npp_ds.training.deepspeed_import import import_deepspeed
-from npp_ds.training.ema import EMA, ShardedEMA
-from npp_ds.training.partitions import MOMENTS, Partitions
-from npp_ds.training.parts import part
+from npp_ds.training.deepspeed_config import engine_settings, import_deepspeed
+from npp_ds.training.partitions import EMA, MOMENTS, Partitions, ShardedEMA
 from npp_ds.training.performance import apply_performance
 from npp_ds.utils.hash_rng import mix64
 
@@ -95,13 +93,13 @@ class TrainingEngine:
         for micro_step, (codes, labels) in enumerate(micro_batches):
             torch.manual_seed(int(mix64(self.seed, step, micro_step, self.processes.rank) >> 1))
             self.engine.set_gradient_accumulation_boundary(micro_step == len(micro_batches) - 1)
-            with part("forward"):
+            with record_function("forward"):
                 loss = self.engine(codes.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             losses.append(loss.detach())
             # 1 for a finite loss, else NaN: every gradient is then NaN on all ranks, and DeepSpeed drops the step.
-            with part("backward"):
+            with record_function("backward"):
                 self.engine.backward(loss * (1 + 0 * loss.detach()))
-        with part("optimizer"):
+        with record_function("optimizer"):
             self.engine.step()
             was_applied = self.engine.was_step_applied()
             if was_applied and self.ema:

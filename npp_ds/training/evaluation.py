@@ -1,7 +1,7 @@
-"""Samples of a run in progress compared with real images: when, which images on which process, and at what cost."""
+"""Evaluation of a run in progress: samples compared with real images; when, on which process, at what cost."""
 
+import logging
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
@@ -24,9 +24,12 @@ from npp_ds.sampling.sampler import Options, labels_of, sample_images
 from npp_ds.sampling.steps import worth_recording
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.training.engine import TrainingEngine
-from npp_ds.training.events import Event
+from npp_ds.training.hooks import Context, Hook, Logged
+from npp_ds.training.metrics import Event
+from npp_ds.training.run_log import RunLog
 from npp_ds.utils.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 EVALUATION, PUT_OFF = "evaluation", "evaluation_put_off"
 SHOWN, SHOWN_PER_ROW = 40, 8  # most images in a picture
@@ -53,9 +56,10 @@ class Judge:
 
 
 def load_judge(config: RunConfig, made_by: TokenizerInfo, device: torch.device) -> Judge:
-    """Raises UserError with everything that is missing or does not fit, one line each; `made_by` made the run's codes.
+    """Load tokenizer, extractor and reference; `made_by` made the run's codes.
 
-    One black image goes all the way, so that whatever would refuse it does so now.
+    One black image takes the whole way, so that what would refuse samples refuses it now. Raises UserError with
+    everything that is missing or does not fit, one line each.
     """
     evaluate, problems, parts = config.evaluate, [], []
     for key, load in (
@@ -100,7 +104,7 @@ def _misfits(judge: Judge, grid_size: int, device: torch.device) -> list[str]:
 
 
 def evaluation_problems(config: RunConfig, made_by: TokenizerInfo) -> list[str]:
-    """Why the evaluations that a config asks for could not be made here."""
+    """Return why the evaluations that a config asks for could not be made here."""
     if not config.evaluate.every:
         return []
     try:
@@ -111,35 +115,39 @@ def evaluation_problems(config: RunConfig, made_by: TokenizerInfo) -> list[str]:
 
 
 class Budget:
-    """Keeps evaluations to a share of the time, from when the last one was made and how long it took."""
+    """Limit evaluations to a share of the training time, by when the last one was made and how long it took."""
 
     def __init__(self, max_share: float, last: Event | None):
         self.max_share = max_share
         self._made_at, self._seconds = (last["elapsed_seconds"], last["seconds"]) if last else (0.0, 0.0)
 
     def share(self, elapsed: float, seconds: float | None = None) -> float:
-        """`seconds`, by default those of the last evaluation, over the training seconds since then."""
+        """Return `seconds`, by default those of the last evaluation, over the training seconds since then."""
         seconds = self._seconds if seconds is None else seconds
         return seconds / max(elapsed - self._made_at, 1e-9)
 
     def allows(self, elapsed: float) -> bool:
-        """Whether the next evaluation may be made, taken that it costs as much as the last; the first always may."""
+        """Return whether the next evaluation fits if it costs as much as the last one; the first always fits."""
         return self.share(elapsed) <= self.max_share
 
     def spend(self, elapsed: float, seconds: float) -> float:
-        """Notes an evaluation; returns its share."""
+        """Record an evaluation; return its share."""
         share = self.share(elapsed, seconds)
         self._made_at, self._seconds = elapsed, seconds
         return share
 
 
-class Evaluation:
-    """The evaluations of a run. Batch b of the images is sampled by process b modulo their number, whole: the images,
-    and up to the order of float64 sums the distance, are the same for any number of processes.
+class Evaluation(Hook):
+    """The evaluations of a run.
+
+    Process b modulo the world size samples batch b of the images, whole: the images, and up to the order of float64
+    sums the distance, are the same for any number of processes.
     """
 
-    def __init__(self, config: RunConfig, schedule: Schedule, made_by: TokenizerInfo, processes: Processes):
-        self.config, self.settings, self.processes = config, config.evaluate, processes
+    def __init__(
+        self, config: RunConfig, schedule: Schedule, made_by: TokenizerInfo, processes: Processes, log: RunLog
+    ):
+        self.config, self.settings, self.processes, self.log = config, config.evaluate, processes, log
         self._last_step = schedule.total_steps
         self._pictures = config.directory / "samples" / "during"
         self._dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
@@ -147,61 +155,61 @@ class Evaluation:
         self._judge: Judge | None = None
         self._budget = Budget(self.settings.max_share, None)
 
-    def load(self, last: Event | None) -> None:
-        """Loads what judges samples, if there is to be any; `last` is the last evaluation of earlier starts.
-
-        Called by all processes together; raises UserError on all of them.
-        """
+    def load(self) -> None:
+        """Load what judges samples, if there is to be any. Called by all ranks together; raises UserError on all."""
         if self.settings.every:
-            device = self.processes.device
-            self._judge = self.processes.on_all(load_judge, self.config, self._made_by, device)
-            self._budget = Budget(self.settings.max_share, last)
+            self._judge = self.processes.on_all(load_judge, self.config, self._made_by, self.processes.device)
+            self._budget = Budget(self.settings.max_share, self.log.last_logged(EVALUATION))
 
-    def is_due(self, done: int) -> bool:
+    def is_due(self, stage: Stage, done: int, already_logged: Logged = frozenset()) -> bool:
         every = self.settings.every
-        return every > 0 and (done % every == 0 or done == self._last_step)
+        is_time = every > 0 and (done % every == 0 or done == self._last_step)
+        return is_time and not {EVALUATION, PUT_OFF} & {event for event, _ in already_logged}
 
-    def is_missing(self, done: int, told: set[tuple[str, int | None]]) -> bool:
-        """Whether one was due after `done` steps and none of the events `told` (name, patch side) says what came of
-        it.
-        """
-        return self.is_due(done) and not {EVALUATION, PUT_OFF} & {event for event, _ in told}
+    def run(self, context: Context) -> None:
+        """Raises StopAgreed on all ranks when one is asked to stop meanwhile."""
+        stage, done, elapsed = context.stage, context.done, self.log.clock.elapsed
+        where = {"stage": stage.index, "patch_side": stage.patch_side, "elapsed_seconds": elapsed}
+        if not self.processes.on_first(self._is_affordable, done, elapsed):
+            self.log.write(PUT_OFF, done, **where)
+            most = self.settings.max_share
+            why = f"the last one took more than {most:.1%} of the training time since (evaluate.max_share)"
+            logger.info(f"evaluation after step {done} postponed: {why}")
+            return
+        found = self._evaluate(context, elapsed)
+        self.log.write(EVALUATION, done, **where, **found._asdict())
+        logger.info(
+            f"evaluation after step {done}: Frechet distance {found.frechet_distance:.4g} of {found.images} images at "
+            f"side {stage.patch_side}; {found.seconds:.1f} s, {found.share_of_time:.1%} of the training time before it"
+        )
+        self.log.curves(done, {f"{EVALUATION}/frechet_distance_side_{stage.patch_side}": found.frechet_distance})
 
-    def run(
-        self,
-        engine: TrainingEngine,
-        stage: Stage,
-        done: int,
-        elapsed: float,
-        before_batch: Callable[[], None],
-    ) -> Result | None:
-        """Samples at the stage's patch side after `done` steps and compares; None when the budget says not now.
+    def _is_affordable(self, done: int, elapsed: float) -> bool:
+        return done == self._last_step or self._budget.allows(elapsed)
 
-        Called by all processes together; `elapsed` seconds of training and the result count on the first one.
-        `before_batch` may raise, on all of them, to break it off.
-        """
+    def _evaluate(self, context: Context, elapsed: float) -> Result:
+        """Sample at the stage's patch side and compare; the result counts on the first rank."""
         began, s = time.perf_counter(), self.settings
-        if not self.processes.on_first(lambda: done == self._last_step or self._budget.allows(elapsed)):
-            return None
-        before_batch()
-        model = engine.copy_of_model(s.weights, self._dtype)
-        moments = self._moments(model, stage.patch_side, done, before_batch)
+        context.check_stop()
+        model = context.engine.copy_of_model(s.weights, self._dtype)
+        moments = self._moments(model, context)
         del model
-        before_batch()
+        context.check_stop()
         moments.sum_over_processes(self.processes.device)
         distance = self.processes.on_first(self._distance, moments)
         seconds = time.perf_counter() - began
         return Result(distance, s.images, s.cfg_scale, s.weights, seconds, self._budget.spend(elapsed, seconds))
 
-    def _moments(self, model: Transformer, patch_side: int, done: int, before_batch: Callable[[], None]) -> Moments:
-        """Of the features of this process's share of the images, about the mean of the real ones."""
+    def _moments(self, model: Transformer, context: Context) -> Moments:
+        """Return the moments of the features of this process's share of the images, about the mean of the real ones."""
         s, judge = self.settings, self._judge
+        assert judge is not None  # `load` has been called
         moments = Moments(center=judge.reference.pool[0])
-        options = Options(seed=s.seed, cfg_scale=s.cfg_scale, patch_side=patch_side)
+        options = Options(seed=s.seed, cfg_scale=s.cfg_scale, patch_side=context.stage.patch_side)
         classes = range(self.config.model.num_classes)
         how = {"batch_size": s.batch_size, "capture": worth_recording(model, s.images, s.batch_size)}
         for turn in range(ceil(s.images / (s.batch_size * self.processes.world_size))):
-            before_batch()
+            context.check_stop()
             first = (turn * self.processes.world_size + self.processes.rank) * s.batch_size
             indices = np.arange(first, min(first + s.batch_size, s.images))
             if len(indices):
@@ -209,14 +217,15 @@ class Evaluation:
                 images = sample_images(model, judge.tokenizer.decode, labels, indices, options, **how)
                 moments.add(judge.extractor(images).pool)
             if first == 0:
-                self._show(images[:SHOWN], done)
+                self._show(images[:SHOWN], context.done)
         return moments
 
     def _distance(self, moments: Moments) -> float:
+        assert self._judge is not None
         return frechet_distance(*moments.statistics(), *self._judge.reference.pool)
 
     def _show(self, images: np.ndarray, done: int) -> None:
-        """One picture of some images; a disk that takes none is no reason to stop."""
+        """Write one picture of some images; a disk that takes none is no reason to stop."""
         with suppress(OSError):
             self._pictures.mkdir(parents=True, exist_ok=True)
             path = self._pictures / f"step-{done:08d}.png"

@@ -1,33 +1,75 @@
-"""What a run tells the world: metrics.jsonl, always; a progress bar on a terminal, plain lines elsewhere."""
+"""metrics.jsonl, the log of a run: one JSON object per line, each with its step. Imports no torch."""
 
 import json
+import logging
 import os
-import sys
 from contextlib import suppress
-from datetime import timedelta
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from npp_ds.training.events import Event, read_events
+from npp_ds.config.schedule import Stage
+from npp_ds.errors import UserError
 from npp_ds.utils.files import write_text_atomic
+
+logger = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """Return the events of a metrics.jsonl, sorted by step and in file order within a step.
+
+    `step` counts the optimizer steps done. A last line cut off by a kill is left out. Raises UserError for a missing
+    file and for any other line that is no event.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: not found; expected the metrics of a run, as `npp train` writes them")
+    lines = path.read_text().split("\n")
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line or "null")
+            if event is not None:
+                events.append({**event, "event": event["event"], "step": int(event["step"])})
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: found {line[:60]!r}, expected an event as JSON") from None
+    return sorted(events, key=lambda event: event["step"])
+
+
+def events_named(events: list[Event], name: str, stage: int | None = None) -> list[Event]:
+    """Return the events of this name, of one stage or of all."""
+    return [e for e in events if e["event"] == name and stage in (None, e.get("stage"))]
+
+
+def stages_begun(events: list[Event]) -> list[Stage]:
+    """Return the stages that have begun, as their own events describe them."""
+    names = {f.name for f in fields(Stage)} - {"index", "start_step"}
+    begun = {e["stage"]: e for e in events_named(events, "stage")}
+    return [
+        Stage(index=index, start_step=e["step"], **{name: e[name] for name in names})
+        for index, e in sorted(begun.items())
+    ]
 
 
 class StepLog:
-    """A file of JSON lines, each with the step it was written after; opened at step S it forgets all later ones.
+    """A file of JSON lines, each with its step; when opened at step S it drops the lines of later steps.
 
-    A line that cannot be written (a full disk) waits in memory and goes out before the next one.
+    A line that cannot be written (a full disk) waits in memory and is written before the next one.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
         self.kept: list[Event] = []
-        self._waiting: list[bytes] = []  # whole lines, of the first of which `_sent` bytes are in the file
+        self._waiting: list[bytes] = []  # whole lines; the first `_sent` bytes of the first one are in the file
         self._sent = 0
         self._descriptor: int | None = None
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """Forgets what was written after `step` steps."""
+        """Drop what was written after `step` steps."""
         before = read_events(self.path) if self.path.is_file() else []
         before += [json.loads(line) for line in self._waiting]
         self.kept = [line for line in before if self.precedes(line, step)]
@@ -37,16 +79,16 @@ class StepLog:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def precedes(self, line: Event, step: int) -> bool:
-        """Whether a line will not be written again by a run that goes on after `step` steps."""
+        """Return whether a run that resumes after `step` steps does not write this line again."""
         return line["step"] <= step
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """One line: what happened after `step` optimizer steps."""
+        """Write one line: what happened after `step` optimizer steps."""
         self._waiting.append((json.dumps({"event": event, "step": step, **values}) + "\n").encode())
         self._flush()
 
     def sync(self) -> None:
-        """Makes what is written survive a power cut."""
+        """Make what is written survive a power cut."""
         self._flush()
         with suppress(OSError):
             os.fsync(self._descriptor)
@@ -65,8 +107,7 @@ class StepLog:
                     self._waiting.pop(0)
                     self._sent = 0
         except OSError as error:
-            with suppress(OSError):
-                print(f"WARNING: {self.path}: {error.strerror}; lines wait in memory", file=sys.stderr, flush=True)
+            logger.warning(f"{self.path}: {error.strerror}; lines wait in memory")
 
 
 class MetricsLog(StepLog):
@@ -81,40 +122,3 @@ class MetricsLog(StepLog):
     def elapsed_before(self) -> float:
         """Seconds of training in the kept lines."""
         return max((line.get("elapsed_seconds", 0.0) for line in self.kept), default=0.0)
-
-
-class Progress:
-    """Stage, step, loss, learning rate, images/s, MFU and time to go of a run, on the first rank's screen."""
-
-    def __init__(self, total_steps: int, first_step: int, stages: int):
-        self.total_steps, self.stages = total_steps, stages
-        self._bar = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:3.0f}%"))
-            self._bar = Progress(*columns, TextColumn("eta"), TimeRemainingColumn())
-            self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
-            self._bar.start()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        (self._bar.console.print(text, highlight=False, markup=False) if self._bar else print(text, flush=True))
-
-    def show(self, line: Event, seconds_per_step: float) -> None:
-        """The state after a logged step, as written to metrics.jsonl."""
-        text = (
-            f"stage {line['stage'] + 1}/{self.stages} side {line['patch_side']}  step {line['step']}/{self.total_steps}"
-            f"  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['images_per_second']:.0f} images/s"
-        )
-        if line["mfu"] is not None:
-            text += f"  MFU {line['mfu']:.1%}"
-        if self._bar:
-            self._bar.update(self._task, completed=line["step"], description=text)
-        else:
-            seconds_left = (self.total_steps - line["step"]) * seconds_per_step
-            print(f"{text}  eta {timedelta(seconds=round(seconds_left))}", flush=True)
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()

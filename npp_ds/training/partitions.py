@@ -1,10 +1,12 @@
-"""What a DeepSpeed engine holds on this rank: which elements of which parameter, in fp32, with their optimizer state.
+"""This rank's part of a DeepSpeed engine: which elements of which parameter it holds, in fp32, with optimizer state.
 
-ZeRO-1 and 2 cut the concatenation of a parameter group into one stretch per rank, ZeRO-3 every parameter by itself.
-Either way a rank's share is a list of fragments, each a contiguous stretch of one flattened parameter: the one view
-that saving, resharding and averaging need. The attributes of DeepSpeed read here are those of 0.19.8.
+ZeRO-1 and 2 cut the concatenation of a parameter group into one range per rank, ZeRO-3 every parameter by itself.
+Either way a rank's share is a list of fragments, each a contiguous range of one flattened parameter: all that saving,
+resharding and averaging need. The attributes of DeepSpeed read here are those of 0.19.8.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from npp_ds.checkpoint.rank_files import Fragment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
 
 
 class Partitions:
@@ -41,7 +44,7 @@ class Partitions:
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device=master.device))
 
     def _fragments_of_stage_1_and_2(self) -> list[Fragment]:
-        """Where parameters lie in a group's flat buffer is read off their addresses.
+        """Derive from addresses where the parameters lie in a group's flat buffer.
 
         DeepSpeed's own mapping (`_hp_mapping`, 0.19.8) is wrong with round_robin_gradients.
         """
@@ -71,7 +74,7 @@ class Partitions:
         return fragments
 
     def whole(self, partitions: list[Tensor], name: str, device: torch.device) -> Tensor:
-        """Parameter `name` in its shape, float32 on the device, from tensors shaped like the masters on every rank.
+        """Return parameter `name` in its shape, float32 on `device`, from every rank's tensors shaped like the masters.
 
         Called by all ranks together.
         """
@@ -83,12 +86,12 @@ class Partitions:
         return values.view(self.shapes[name])
 
     def moments(self, name: str) -> list[Tensor]:
-        """One of Adam's moments, shaped like the masters."""
+        """Return one of Adam's moments, shaped like the masters."""
         return [self._adam.state[key][name] for key in self._keys]
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates that Adam has made."""
+        """The number of updates that Adam has made."""
         return int(self._adam.state[self._keys[0]]["step"].item())
 
     @optimizer_steps.setter
@@ -98,7 +101,7 @@ class Partitions:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Brings the weights that the model computes with in line with the masters; called by all ranks together."""
+        """Copy the masters into the weights that the model computes with. Called by all ranks together."""
         if not self._is_stage_3:
             self._zero.update_lp_params()
             return
@@ -106,3 +109,36 @@ class Partitions:
         for index in range(len(self.masters)):
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
         self._zero.checkpoint_event_epilogue()
+
+
+class ShardedEMA:
+    """The exponential moving average of the weights; every rank keeps that of its own fp32 partitions.
+
+    ema <- decay * ema + (1 - decay) * weights after every update; it starts as a copy of the weights. `partitions` are
+    fp32 tensors shaped like the masters, on their devices.
+    """
+
+    def __init__(self, weights: Partitions, decay: float):
+        self._weights, self.decay = weights, decay
+        self.partitions: list[Tensor] = [master.clone() for master in weights.masters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.partitions, self._weights.masters, 1 - self.decay)
+
+    @contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """Inside, the model computes with the averages; afterwards training continues as if nothing had happened."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for mine, master in zip(self.partitions, self._weights.masters, strict=True):
+            kept = master.clone()
+            master.copy_(mine)
+            mine.copy_(kept)
+        self._weights.publish()

@@ -1,11 +1,11 @@
-"""A scheduler asks a run to stop with a signal; the run saves and ends with a code that says: start me again."""
+"""Preemption: a signal asks a run to stop; the run saves and exits with a code that asks for a restart."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Any
 
 PREEMPTED = 75
-"""Exit code (EX_TEMPFAIL) of a run that was asked to stop, saved, and goes on when started again."""
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop, has saved, and resumes when started again."""
 
 
 class Preempted(Exception):
@@ -16,14 +16,14 @@ class Preempted(Exception):
         self.signal_name, self.step = signal_name, step
 
     def __str__(self) -> str:
-        return f"asked to stop by {self.signal_name}; saved after step {self.step}; start again to go on"
+        return f"asked to stop by {self.signal_name}; saved after step {self.step}; start again to resume"
 
 
 class StopRequests:
-    """Inside `with`, SIGTERM and SIGUSR1 end nothing: the first one is noted in `requested`, later ones change nothing.
+    """A context in which SIGTERM and SIGUSR1 end nothing: `requested` names the first one, later ones change nothing.
 
-    When Preempted leaves the block they stay ignored: the process is about to end, and its exit code is to be seen.
-    Python delivers signals to the main thread only: entered in another thread it raises ValueError.
+    When Preempted leaves the block they stay ignored, so that the process ends with its own exit code. Python delivers
+    signals to the main thread only: entered in another thread it raises ValueError.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -43,7 +43,7 @@ class StopRequests:
         for number, handler in self._before.items():
             if isinstance(error, Preempted):
                 handler = signal.SIG_IGN
-            # None: a handler that was not installed from Python, which Python cannot put back.
+            # None: a handler that was not installed from Python, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

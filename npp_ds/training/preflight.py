@@ -1,4 +1,4 @@
-"""What must fit before anything starts: config, data, processes, settings, kernel, initial weights, evaluation."""
+"""Checks before anything starts: config, data, processes, DeepSpeed settings, kernels, initial weights, evaluation."""
 
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from npp_ds.utils.files import sha256
 
 
 def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
-    """The run's steps on its data with this many processes, of which only the manifests are read.
+    """Return the schedule of a run on its data with this many processes; of the data only the manifests are read.
 
-    Raises UserError with everything that does not fit.
+    Raises UserError that lists every problem.
     """
     train = load_manifest(config.data.train)
     val = load_manifest(config.data.val) if config.data.val else None
@@ -42,7 +42,7 @@ def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
 
 
 def initial_weights(config: RunConfig) -> Weights | None:
-    """What a fresh run starts from; None for random weights, and for a run that has saved checkpoints.
+    """Return what a fresh run starts from; None for random weights, and for a run that has saved checkpoints.
 
     Raises UserError when there are no such weights.
     """
@@ -52,7 +52,7 @@ def initial_weights(config: RunConfig) -> Weights | None:
 
 
 def _init_problems(config: RunConfig) -> list[str]:
-    """Where initial weights disagree with the model; their grid may be another one, as positions are computed."""
+    """Return where initial weights disagree with the model; their grid may differ, since positions are computed."""
     try:
         weights = initial_weights(config)
     except UserError as error:
@@ -76,7 +76,7 @@ def _fixed_by_weights(model: ModelSection) -> dict[str, int]:
 
 
 def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> list[str]:
-    """What DeepSpeed's settings, the attention kernel and `performance` would refuse once everything is set up."""
+    """Return what DeepSpeed's settings, the attention kernel and `performance` would refuse later."""
     first = config.build_schedule(num_samples, world_size).stages[0]
     problems = []
     for check in (
@@ -92,10 +92,10 @@ def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> li
 
 
 def _data_problems(key: str, manifest: Manifest, config: RunConfig) -> list[str]:
-    """Where shards disagree with the model, and with the tokenizer that is to decode its samples."""
-    model, place = config.model, f"data.{key} ({getattr(config.data, key)})"
+    """Return where shards disagree with the model, and with the tokenizer that is to decode its samples."""
+    model, where = config.model, f"data.{key} ({getattr(config.data, key)})"
     problems = [
-        f"model.{name}: {getattr(model, name)}, but the shards of {place} have "
+        f"model.{name}: {getattr(model, name)}, but the shards of {where} have "
         f"{getattr(manifest, name)}; set model.{name}={getattr(manifest, name)} or name other shards"
         for name in ("grid_size", "vocab_size", "num_classes")
         if getattr(model, name) != getattr(manifest, name)
@@ -104,7 +104,7 @@ def _data_problems(key: str, manifest: Manifest, config: RunConfig) -> list[str]
     file = SHIPPED.get(tokenizer, Path(tokenizer)) if tokenizer else None
     if file and file.is_file() and (found := sha256(file)) != made_by.sha256:
         problems.append(
-            f"data.tokenizer: {tokenizer} has SHA-256 {found[:12]}.., but the shards of {place} were made by "
+            f"data.tokenizer: {tokenizer} has SHA-256 {found[:12]}.., but the shards of {where} were made by "
             f"{made_by.name} ({made_by.sha256[:12]}..); name that one, or other shards"
         )
     return problems

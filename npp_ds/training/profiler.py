@@ -1,5 +1,6 @@
 """A profile of some optimizer steps of a run: a trace for a viewer, and a table of what took the time."""
 
+import logging
 import os
 from collections.abc import Generator
 from itertools import count
@@ -8,23 +9,24 @@ from shutil import copyfileobj
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
-from npp_ds.training.parts import part
 from npp_ds.training.run_log import RunLog
 from npp_ds.utils.files import write_atomic, write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 PROFILE_DIR = "profile"
 TABLE_ROWS = 50
 
 
-class StepProfile:
-    """Profiles the steps that `profile.steps` names, on the first rank; on all others it does nothing.
+class StepProfiler:
+    """Profile the steps that `profile.steps` names, on the first rank; on all others do nothing.
 
     Steps are numbered as in metrics.jsonl, from 1. The step before the first of them, where this start makes it, warms
-    the profiler up. What profiling itself takes does not count as training time.
+    the profiler up. The time that profiling itself takes does not count as training time.
     """
 
     def __init__(self, config: RunConfig, processes: Processes, log: RunLog):
@@ -32,21 +34,21 @@ class StepProfile:
         self._steps = config.profile.numbers() if processes.is_first else range(0)
         self._log = log
         self._on_gpu = processes.device.type == "cuda"
-        if self._steps and not self._on_gpu:  # or the profiler's library complains of the GPU that is not there
+        if self._steps and not self._on_gpu:  # else the profiler's library warns that there is no GPU
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profiler: profile | None = None
         self._begun: list[int] = []  # steps that are in the trace
 
     def around(self, batches: Generator[Any, None, None], first_step: int) -> Generator[Any, None, None]:
-        """Passes on the batches of the steps after `first_step` steps; a step lasts until the next batch is asked for.
+        """Yield the batches of the steps after `first_step` steps; a step lasts until the next batch is asked for.
 
-        Closing it closes `batches`, and writes what has been recorded when that is before the last step to profile.
+        Closing it closes `batches`, and writes the trace when that is before the last step to profile.
         """
         try:
             for number in count(first_step + 1):
                 self._before(number)
-                with part(f"step {number}"):
-                    with part("data"):
+                with record_function(f"step {number}"):
+                    with record_function("data"):
                         batch = next(batches, None)
                     if batch is None:
                         return
@@ -74,20 +76,20 @@ class StepProfile:
             self._finish()
 
     def _finish(self) -> None:
-        """Ends what is being recorded and writes it; a disk that takes it not is no reason to lose a run."""
+        """End the trace and write it; a full disk is no reason to lose a run."""
         profiler, begun = self._profiler, self._begun
         self._profiler, self._begun = None, []
         if profiler is None:
             return
         with self._log.clock.paused():
             try:
-                if not begun:  # the run has ended in the warm-up, which only a trace that has begun can end
+                if not begun:  # the run has ended in the warm-up, which only a trace can end
                     profiler.start_trace()
                 profiler.stop_trace()
                 if begun:
                     self._write(profiler, begun)
             except (OSError, RuntimeError) as error:
-                self._log.say(f"WARNING: the profile could not be written: {error}; the run goes on")
+                logger.warning(f"the profile could not be written: {error}; the run continues")
 
     def _write(self, profiler: profile, steps: list[int]) -> None:
         self._folder.mkdir(exist_ok=True)
@@ -99,11 +101,11 @@ class StepProfile:
         averages = profiler.key_averages()
         text = averages.table(sort_by=by, row_limit=TABLE_ROWS, max_name_column_width=80)
         write_text_atomic(table, head + text)
-        self._log.say(f"profile of steps {steps[0]} to {steps[-1]}: {trace} for ui.perfetto.dev; as a table: {table}")
+        logger.info(f"profile of steps {steps[0]} to {steps[-1]}: {trace} for ui.perfetto.dev; as a table: {table}")
 
 
 def _export(profiler: profile, file: BinaryIO) -> None:
-    """The trace in Chrome's JSON format; torch writes to a path of its own choosing beside the one it is given."""
+    """Write the trace in Chrome's JSON format; torch writes to a path of its own beside the one it is given."""
     with TemporaryDirectory(prefix=".trace-", dir=Path(file.name).parent) as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

@@ -1,9 +1,9 @@
-"""The folder of a run: whose it is, which settings it holds, and the checkpoint that a start goes on from."""
+"""The folder of a run: its settings, its environment, and the checkpoint that a start resumes from."""
 
+import logging
 import platform
 import socket
 import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from npp_ds.config.load import read_yaml
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.training.events import of_kind, read_events
+from npp_ds.training.metrics import events_named, read_events
 from npp_ds.utils.files import write_json_atomic, write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 
 def check_settings(config: RunConfig) -> None:
@@ -32,42 +34,39 @@ def check_settings(config: RunConfig) -> None:
 
 
 def check_shared(run_dir: Path, token: str, patience: float = 60.0) -> None:
-    """Raises UserError when this process does not see the lease that the first one has just taken.
+    """Check that this process sees the lease that the first one has just taken, within `patience` seconds.
 
-    A network file system may show it late: it is looked for until `patience` seconds are over.
+    A network file system may show it late. Raises UserError.
     """
     deadline = time.monotonic() + patience
     path = run_dir / "lease.json"
     while not (path.is_file() and token in path.read_text(errors="replace")):
         if time.monotonic() > deadline:
             raise UserError(
-                f"{path.absolute()} on {socket.gethostname()}: not that of the first process; all need one run folder: "
-                "set run_dir to one on a file system that all nodes share, and start all in one directory"
+                f"{path.absolute()} on {socket.gethostname()}: not that of the first process; all processes need "
+                "one run folder: set run_dir to a folder that all nodes share, and start all in one directory"
             )
         time.sleep(0.5)
 
 
 def describe(config: RunConfig, processes: Processes) -> None:
-    """Writes the resolved config and what the run runs on."""
+    """Write config.yaml (the resolved config) and environment.json (versions and device)."""
     (config.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text_atomic(config.directory / "config.yaml", config.to_yaml())
     write_json_atomic(config.directory / "environment.json", _environment(processes))
 
 
 def checkpoint_to_resume(
-    config: RunConfig, data_fingerprint: str, from_step: int | None, say: Callable[[str], None]
+    config: RunConfig, data_fingerprint: str, from_step: int | None
 ) -> tuple[Path, CheckpointRecord] | None:
-    """The checkpoint of `from_step`, else the newest complete one; None for a run that has saved nothing yet.
+    """Return the checkpoint of `from_step`, else the newest complete one; None for a run that has saved nothing yet.
 
-    Raises UserError when `from_step` is missing or torn, when all are torn, and when settings or data are not those it
-    was saved with.
+    Raises UserError when the one asked for is missing or incomplete, when all are incomplete, and when settings or data
+    differ from those it was saved with.
     """
     checkpoints = config.directory / "checkpoints"
     folders.remove_unfinished(checkpoints)
-    if from_step is None:
-        folder = folders.newest_complete(checkpoints, say)
-    else:
-        folder = folders.asked_for(checkpoints, from_step)
+    folder = folders.newest_complete(checkpoints) if from_step is None else folders.asked_for(checkpoints, from_step)
     saved = _newest_that_was_saved(config.directory)
     if folder is None:
         steps = folders.saved_steps(checkpoints) or ([saved] if saved is not None else [])
@@ -77,12 +76,12 @@ def checkpoint_to_resume(
                 "restore one, or remove the run folder to start from the beginning"
             )
         if (config.directory / "metrics.jsonl").is_file():
-            say(f"{config.directory}: an earlier start saved no checkpoint; starting from the beginning")
+            logger.info(f"{config.directory}: an earlier start saved no checkpoint; starting from the beginning")
         return None
     record = folders.read_record(folder)
     if from_step is None and saved is not None and saved > record.step:
         gone = folders.folder_of(checkpoints, saved)
-        say(f"WARNING: {gone.name} was saved and is not complete any more; going on from {folder.name}")
+        logger.warning(f"{gone.name} was saved and is not complete any more; resuming from {folder.name}")
     if record.data_fingerprint != data_fingerprint:
         raise UserError(
             f"{folder}: trained on other shards than those in data.train ({config.data.train}), as the "
@@ -90,26 +89,26 @@ def checkpoint_to_resume(
         )
     _check_saved_config(folder, record, config)
     if from_step is not None:
-        _set_aside_later_than(checkpoints, from_step, say)
+        _set_aside_later_than(checkpoints, from_step)
     return folder, record
 
 
 def _newest_that_was_saved(run_dir: Path) -> int | None:
-    """The last step of which the metrics say that a checkpoint was saved."""
+    """Return the last step whose checkpoint the metrics report as saved."""
     path = run_dir / "metrics.jsonl"
-    saves = of_kind(read_events(path), "checkpoint") if path.is_file() else []
+    saves = events_named(read_events(path), "checkpoint") if path.is_file() else []
     return saves[-1]["step"] if saves else None
 
 
-def _set_aside_later_than(checkpoints: Path, step: int, say: Callable[[str], None]) -> None:
-    """Renames the checkpoints of later steps, so that the next start goes on from what this one saves."""
+def _set_aside_later_than(checkpoints: Path, step: int) -> None:
+    """Rename the checkpoints of later steps, so that the next start resumes from what this one saves."""
     for later in folders.saved_steps(checkpoints):
         if later > step:
             folder = folders.folder_of(checkpoints, later)
             number = sum(1 for _ in checkpoints.glob(f"set-aside-{folder.name}*"))
             aside = checkpoints / f"set-aside-{folder.name}{f'-{number}' if number else ''}"
             folder.rename(aside)
-            say(f"{folder.name}: set aside as {aside.name}, because step {step} was asked for")
+            logger.info(f"{folder.name}: set aside as {aside.name}, because step {step} was asked for")
 
 
 def _check_saved_config(folder: Path, record: CheckpointRecord, config: RunConfig) -> None:

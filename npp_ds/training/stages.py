@@ -1,19 +1,25 @@
-"""The stage manager: walks through the stages of a run, each with its loader and batch sizes, on one living engine."""
+"""The stage manager: it gives each stage of a run its own loader and batch sizes, on one engine."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StageLoader, StepBatch
 from npp_ds.data.store import CodeStore
+from npp_ds.data.store import stage as stage_shards
 from npp_ds.distributed.process_group import Processes
 from npp_ds.training.engine import TrainingEngine
 
 
-class StageManager:
-    """Yields (stage, batch) for every step from `first_step` to the end of the schedule.
+def stage_data(config: RunConfig) -> tuple[CodeStore, CodeStore | None]:
+    """Stage the training shards and, where there are any, the validation shards on this node."""
+    data = config.data
+    return stage_shards(data.train, data.cache_dir), stage_shards(data.val, data.cache_dir) if data.val else None
 
-    When the patch side changes the old loader is closed, the next one built and the engine told its batch sizes.
+
+class StageManager:
+    """The source of batches: when the patch side changes it closes the old loader and builds the next one.
+
     `wait_seconds` is the time spent waiting for data so far, by all loaders.
     """
 
@@ -24,7 +30,8 @@ class StageManager:
         self.engine, self.processes = engine, processes
         self.wait_seconds = 0.0
 
-    def batches(self, first_step: int) -> Iterator[tuple[Stage, StepBatch]]:
+    def batches(self, first_step: int) -> Generator[tuple[Stage, StepBatch], None, None]:
+        """Yield (stage, batch) for every step from `first_step` to the end of the schedule."""
         for stage in self.schedule.stages:
             if first_step < stage.end_step:
                 self.engine.set_batch_sizes(stage)

@@ -1,127 +1,122 @@
-"""What comes of the steps that the device has been given: agreed on by all ranks, told, and acted on.
+"""Results of steps that the device is still computing, and what all ranks agree on with each of them.
 
-The host does not wait for the device. After every step all ranks begin a small exchange, and read it when the next step
-is under way, or at once where something is to be done after the step.
+The host does not wait for the device. After every step all ranks begin one small all-reduce (loss, wish to stop, lost
+lease, written checkpoint). The host reads it while the next step is computed, or at once where something is due.
 """
 
-import math
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from npp_ds.checkpoint.saver import CheckpointSaver
 from npp_ds.config.schedule import Stage
-from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StepBatch
-from npp_ds.distributed.process_group import PendingSum, Processes
+from npp_ds.distributed.process_group import Processes
 from npp_ds.training.engine import StepResult
-from npp_ds.training.loss_spikes import Spike, SpikeRule
-from npp_ds.training.run_log import RunLog
+from npp_ds.training.lease import Lease
+from npp_ds.training.preemption import StopRequests
 
 
 @dataclass(frozen=True)
-class Signals:
-    """What one rank knows and all must act on: it is asked to stop, has lost the run folder, has written its part."""
+class FinishedStep:
+    """A step of the schedule whose result all ranks know.
 
-    stop: bool
-    lost: bool
-    written: bool
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step that the device has been given; `result` is None when it is left out, `waited` the data wait so far."""
+    `result` is None when the step did not change the weights. `loss` is the mean of all ranks in nats per code,
+    `data_wait` the seconds that this rank has waited for data so far. `checkpoint_is_written` says that all ranks have
+    written their part of the checkpoint that is being saved.
+    """
 
     stage: Stage
     batch: StepBatch
     result: StepResult | None
-    waited: float
-    exchange: PendingSum
+    loss: float
+    data_wait: float
+    checkpoint_is_written: bool
+
+    @property
+    def done(self) -> int:
+        """Steps that are done with this one."""
+        return self.batch.step + 1
 
 
-class Outcomes:
-    """The steps under way on this rank, the same ones on all; `signals()` is asked after each.
+@dataclass(frozen=True)
+class _PendingStep:
+    stage: Stage
+    batch: StepBatch
+    result: StepResult | None
+    data_wait: float
+    exchange: "_PendingSum"
 
-    `on_lost` is called on all ranks when one has lost the run folder, and raises; `on_written` when the checkpoint that
-    was being written meanwhile is on all disks.
+
+class StepResults:
+    """A queue of the steps in progress, alike on all ranks. `lease` is None on all ranks but the first.
+
+    `must_stop` becomes True once a rank was asked to stop and all have learnt of it.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        processes: Processes,
-        log: RunLog,
-        signals: Callable[[], Signals],
-        on_lost: Callable[[], None],
-        on_written: Callable[[], None],
-    ):
-        self.config, self.processes, self.log = config, processes, log
-        self.signals, self.on_lost, self.on_written = signals, on_lost, on_written
-        self._under_way: deque[_Step] = deque()
-        self.forget()
+    def __init__(self, processes: Processes, stop: StopRequests, lease: Lease | None, saver: CheckpointSaver):
+        self.processes, self.stop, self.lease, self.saver = processes, stop, lease, saver
+        self.must_stop = False
+        self._pending: deque[_PendingStep] = deque()
 
-    def forget(self) -> None:
-        """What was observed so far is of weights that are no more."""
-        self._spikes = SpikeRule(self.config.watch.spike_window, self.config.watch.spike_threshold)
+    def add(self, stage: Stage, batch: StepBatch, result: StepResult | None, data_wait: float) -> None:
+        """Add a step that the device was given; `result` is None when it does not change the weights."""
+        self._pending.append(_PendingStep(stage, batch, result, data_wait, self._begin_exchange(result)))
 
-    def begin(self, stage: Stage, batch: StepBatch, result: StepResult | None, waited: float) -> None:
-        """Takes on a step; `result` is None when it does not change the weights, `waited` the data wait so far."""
-        self._under_way.append(_Step(stage, batch, result, waited, self._begin_exchange(result)))
+    def take(self, leave: int = 0) -> Iterator[FinishedStep]:
+        """Yield all steps but the last `leave`, in order; all of them once a rank says to stop.
 
-    def read(self, leave: int = 0) -> bool:
-        """Tells of all steps under way but the last `leave`; of all, when one says to stop. Returns whether to stop."""
-        must_stop = False
-        while len(self._under_way) > (0 if must_stop else leave):
-            step = self._under_way.popleft()
-            loss, asked = self._agreed(step.exchange)
-            must_stop |= asked
-            self._tell(step, loss)
-        return must_stop
+        Raises UserError on all ranks when another start has taken over the run folder.
+        """
+        while len(self._pending) > (0 if self.must_stop else leave):
+            step = self._pending.popleft()
+            loss, written = self._agree(step.exchange)
+            yield FinishedStep(step.stage, step.batch, step.result, loss, step.data_wait, written)
 
-    def must_stop(self) -> bool:
-        """Whether a rank is asked to stop, alike on all ranks; between steps."""
-        return self._agreed(self._begin_exchange(None))[1]
+    def agree_to_stop(self) -> bool:
+        """Return whether any rank was asked to stop, alike on all ranks. Called between steps by all of them."""
+        self._agree(self._begin_exchange(None))
+        return self.must_stop
 
-    def _begin_exchange(self, result: StepResult | None) -> PendingSum:
+    def _begin_exchange(self, result: StepResult | None) -> "_PendingSum":
         loss = result.loss.float().view(1) if result else torch.zeros(1, device=self.processes.device)
-        signals = self.signals()
-        flags = torch.tensor([signals.stop, signals.lost, signals.written], dtype=torch.float32)
+        lost = self.lease is not None and self.lease.lost
+        written = self.saver.writing is not None and self.saver.writing.done()
+        flags = torch.tensor([self.stop.requested is not None, lost, written], dtype=torch.float32)
         if loss.is_cuda:
             flags = flags.pin_memory().to(loss.device, non_blocking=True)
-        return self.log.communication.call(self.processes.begin_sum, torch.cat([loss, flags]))
+        return _PendingSum(torch.cat([loss, flags]))
 
-    def _agreed(self, exchange: PendingSum) -> tuple[float, bool]:
-        """(mean loss, whether to stop), alike on all ranks."""
-        total, stopping, lost, written = self.log.communication.call(exchange.read)
+    def _agree(self, exchange: "_PendingSum") -> tuple[float, bool]:
+        """Return (mean loss, whether the checkpoint in progress is written on all ranks)."""
+        total, stopping, lost, written = exchange.read()
         if lost:
-            self.on_lost()
-        if written == self.processes.world_size:
-            self.on_written()
-        return total / self.processes.world_size, stopping > 0
+            self.processes.on_first(self._check_lease)
+        self.must_stop |= stopping > 0
+        return total / self.processes.world_size, written == self.processes.world_size
 
-    def _tell(self, step: _Step, loss: float) -> None:
-        if step.result is None:
-            self.log.left_out(step.stage, step.batch)
-            return
-        self._check_loss(step.batch.step, loss)
-        self.log.step(step.stage, step.batch, step.result, loss, step.waited)
-        if spike := self._spikes.observe(step.stage.index, loss):
-            self._warn_of_spike(step, spike)
+    def _check_lease(self) -> None:
+        assert self.lease is not None  # called on the first rank
+        self.lease.check()
 
-    def _check_loss(self, step: int, loss: float) -> None:
-        expected = math.log(self.config.model.vocab_size)
-        if step == 0 and not self.config.init_from and abs(loss - expected) > 1e-3:
-            raise RuntimeError(
-                f"the first loss of a fresh run is {loss:.5f}, not ln(vocab_size) = {expected:.5f}: its output head "
-                "starts at zero, so either the weights are not fresh or codes and loss do not fit; nothing was saved"
-            )
 
-    def _warn_of_spike(self, step: _Step, spike: Spike) -> None:
-        ids = [i for part in self.processes.gather(step.batch.ids.tolist()) for i in part]
-        number, stage = step.batch.step, step.stage.index
-        self.log.write("spike", number + 1, stage=stage, **asdict(spike), sample_ids=ids)
-        self.log.say(
-            f"WARNING: step {number} (stage {stage}): loss {spike.loss:.4f} is a spike, the mean of the last "
-            f"ones is {spike.mean:.4f} (standard deviation {spike.std:.4f}); sample ids: {', '.join(map(str, ids))}"
-        )
+class _PendingSum:
+    """An all-reduce in progress. Neither starting it nor copying its result to the host delays host or device."""
+
+    def __init__(self, values: Tensor):
+        self._work = dist.all_reduce(values, async_op=True)
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._work.wait()  # lets the device's stream wait, not the host
+            self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Wait for the sums and return them."""
+        self._arrived.synchronize() if self._arrived else self._work.wait()
+        return self._values.tolist()

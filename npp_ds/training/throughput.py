@@ -1,4 +1,4 @@
-"""How fast a run goes and what holds it up: the clock of training, and the figures of a logged interval."""
+"""How fast a run is and how long it waits for data: the clock of training, and the figures of a logged interval."""
 
 import resource
 import sys
@@ -12,19 +12,17 @@ import torch
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import ModelSection
 from npp_ds.sizes import num_positions
-from npp_ds.training.communication import CommunicationWatch
 from npp_ds.utils.gpu_specs import gpu_of_device
 
 
 @dataclass(frozen=True)
 class Lap:
-    """What happened since the clock was last asked, in seconds of training; the shares are of these seconds."""
+    """What happened since the last lap, in seconds of training; `data_wait_share` is the part of these seconds."""
 
     seconds: float
     steps: int
     images: int
     data_wait_share: float
-    communication_wait_share: float
 
     @property
     def seconds_per_step(self) -> float:
@@ -32,13 +30,15 @@ class Lap:
 
 
 class Clock:
-    """Counts seconds of training (without validation, evaluation and saving), steps and images."""
+    """Count seconds of training (without validation, evaluation and saving).
 
-    def __init__(self, elapsed_before: float, communication: CommunicationWatch):
+    Whoever trains adds its `steps` and `images` of the current lap.
+    """
+
+    def __init__(self, elapsed_before: float):
         self._before, self._started = elapsed_before, time.perf_counter()
-        self._communication = communication
-        self._images = self._steps = 0
-        self._data_waited, self._communication_waited = 0.0, communication.seconds
+        self.steps = self.images = 0
+        self._data_waited = 0.0
         self._mark = self._started
         self._paused_since: float | None = None
 
@@ -47,34 +47,20 @@ class Clock:
         """Seconds of training since the run's first start, validation, evaluation and saving apart."""
         return self._before + (self._paused_since or time.perf_counter()) - self._started
 
-    def count(self, images: int) -> None:
-        """One more step is done."""
-        self._images += images
-        self._steps += 1
-
     def lap(self, data_waited: float) -> Lap:
-        """What happened since the last call; `data_waited` is the time spent waiting for data so far."""
-        communication_waited = self._communication.seconds  # waits for the device, so it comes before the time
+        """Return what happened since the last call; `data_waited` is the time spent waiting for data so far."""
         now = time.perf_counter()
         seconds = now - self._mark
-        lap = Lap(
-            seconds=seconds,
-            steps=self._steps,
-            images=self._images,
-            data_wait_share=(data_waited - self._data_waited) / seconds,
-            communication_wait_share=(communication_waited - self._communication_waited) / seconds,
-        )
-        self._mark, self._images, self._steps = now, 0, 0
-        self._data_waited, self._communication_waited = data_waited, communication_waited
+        lap = Lap(seconds, self.steps, self.images, (data_waited - self._data_waited) / seconds)
+        self._mark, self.images, self.steps, self._data_waited = now, 0, 0, data_waited
         return lap
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count, nor do exchanges between the processes."""
+        """Leave out the time spent inside."""
         began = self._paused_since = time.perf_counter()
         try:
-            with self._communication.paused():
-                yield
+            yield
         finally:
             self._paused_since = None
             lost = time.perf_counter() - began
@@ -85,7 +71,7 @@ class Clock:
 def speed(
     lap: Lap, stage: Stage, model: ModelSection, world_size: int, peak_tflops: float | None
 ) -> dict[str, float | None]:
-    """Rates of a lap within one stage, as metrics.jsonl names them.
+    """Return the rates of a lap within one stage, as metrics.jsonl names them.
 
     Images and positions are those of all processes, FLOPs those of one: `npp_ds.sizes.training_flops` per image over
     the time of the whole step. `mfu` is their share of the device's peak, None where that is unknown.
@@ -102,14 +88,15 @@ def speed(
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Dense bf16 rate of a device in TFLOP/s by its data sheet; None for CPUs, and for GPUs outside the table."""
+    """Return a device's dense bf16 rate in TFLOP/s by its data sheet; None for CPUs and for unknown GPUs."""
     gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return gpu.tflops if gpu else None
 
 
 def take_peak_memory_gb(device: torch.device) -> float:
-    """The most memory held at once, in 10^9 bytes: on a GPU by tensors since the last call, on a CPU by this process
-    since its start (its resident set).
+    """Return the most memory held at once, in 10^9 bytes.
+
+    On a GPU by tensors since the last call, on a CPU by this process since its start (its resident set).
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

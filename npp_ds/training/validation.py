@@ -1,7 +1,10 @@
-"""When a run is validated, with which weights and at which patch sides."""
+"""Validation of a run: when, with which weights and at which patch sides."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
@@ -9,60 +12,57 @@ from npp_ds.data.loader import EvalLoader
 from npp_ds.data.store import CodeStore
 from npp_ds.distributed.process_group import Processes
 from npp_ds.evaluation.likelihood import mean_nll
-from npp_ds.training.ema import EMA
-from npp_ds.training.engine import TrainingEngine
+from npp_ds.training.hooks import Context, Hook, Logged
+from npp_ds.training.partitions import EMA
+from npp_ds.training.run_log import RunLog
 
-_KINDS = {"raw": ["raw"], "ema": [EMA], "both": ["raw", EMA]}
+logger = logging.getLogger(__name__)
+
+_VARIANTS = {"raw": ["raw"], "ema": [EMA], "both": ["raw", EMA]}
 _EVENTS = {"raw": "validation", EMA: f"validation_{EMA}"}
 
 
-class Result(NamedTuple):
-    """Mean negative log-likelihood in nats per code; `event` is "validation", or "validation_ema" of the average."""
+class Validation(Hook):
+    """The likelihood of the held-out images of a run, at the stage's patch side and at side 1.
 
-    event: str
-    patch_side: int
-    nll: float
+    Never due without such images. Logged as mean negative log-likelihood in nats per code: "validation" of the weights,
+    "validation_ema" of their moving average.
+    """
 
-
-class Validation:
-    """The held-out images of a run, at the current patch side and at side 1; never due without such images."""
-
-    def __init__(self, config: RunConfig, schedule: Schedule, store: CodeStore | None, processes: Processes):
-        self.settings, self.store, self.processes = config.validation, store, processes
+    def __init__(
+        self, config: RunConfig, schedule: Schedule, store: CodeStore | None, processes: Processes, log: RunLog
+    ):
+        self.settings, self.store, self.processes, self.log = config.validation, store, processes, log
         self._always = {*(stage.end_step for stage in schedule.stages), *([0] if config.init_from else [])}
 
-    def is_due(self, done: int) -> bool:
+    def is_due(self, stage: Stage, done: int, already_logged: Logged = frozenset()) -> bool:
         every = self.settings.every
-        return self.store is not None and (done in self._always or (every > 0 and done % every == 0))
+        is_time = done in self._always or (every > 0 and done % every == 0)
+        return self.store is not None and is_time and bool(self._missing(stage, already_logged))
 
-    def is_missing(self, stage: Stage, done: int, known: set[tuple[str, int | None]]) -> bool:
-        """Whether it was due after `done` steps, in `stage`, and not all of it is `known` (event, patch side)."""
-        expected = {(_EVENTS[kind], side) for kind in _KINDS[self.settings.weights] for side in self._sides(stage)}
-        return self.is_due(done) and not expected <= known
+    def run(self, context: Context) -> None:
+        """Raises StopAgreed on all ranks when one is asked to stop meanwhile."""
+        missing = self._missing(context.stage, context.already_logged)
+        for variant, of_variant in groupby(missing, itemgetter(0)):
+            with context.engine.weights(variant) as model:
+                for _, side in of_variant:
+                    nll = mean_nll(model, self._batches(side, context), self.processes.device)
+                    self._log_result(_EVENTS[variant], side, nll, context)
 
-    def run(self, engine: TrainingEngine, stage: Stage, before_batch: Callable[[], None]) -> list[Result]:
-        """Called by all ranks together; `before_batch` may raise, on all of them, to break it off."""
-        results = []
-        for kind in _KINDS[self.settings.weights]:
-            with engine.weights(kind) as model:
-                for side in self._sides(stage):
-                    loader = EvalLoader(
-                        self.store,
-                        side,
-                        self.settings.batch_size,
-                        self.processes.rank,
-                        self.processes.world_size,
-                        limit=self.settings.limit,
-                    )
-                    nll = mean_nll(model, _preceded(loader, before_batch), self.processes.device)
-                    results.append(Result(_EVENTS[kind], side, nll))
-        return results
+    def _log_result(self, event: str, side: int, nll: float, context: Context) -> None:
+        self.log.write(event, context.done, stage=context.stage.index, patch_side=side, nll=nll)
+        logger.info(f"{event.replace('_', ' of ')} after step {context.done}: {nll:.4f} nats per code at side {side}")
+        self.log.curves(context.done, {f"{event}/nll_side_{side}": nll})
 
-    def _sides(self, stage: Stage) -> list[int]:
-        return sorted({1, stage.patch_side})
+    def _missing(self, stage: Stage, already_logged: Logged) -> list[tuple[str, int]]:
+        """Return the (variant of the weights, patch side) that the log lacks."""
+        sides = sorted({1, stage.patch_side})
+        wanted = [(variant, side) for variant in _VARIANTS[self.settings.weights] for side in sides]
+        return [(variant, side) for variant, side in wanted if (_EVENTS[variant], side) not in already_logged]
 
-
-def _preceded(loader: EvalLoader, before_batch: Callable[[], None]) -> Iterator[Any]:
-    for batch in loader:
-        before_batch()
-        yield batch
+    def _batches(self, patch_side: int, context: Context) -> Iterator[Any]:
+        assert self.store is not None  # else nothing is due
+        own = self.processes.rank, self.processes.world_size
+        for batch in EvalLoader(self.store, patch_side, self.settings.batch_size, *own, limit=self.settings.limit):
+            context.check_stop()
+            yield batch

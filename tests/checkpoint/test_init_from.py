@@ -128,7 +128,7 @@ def test_a_resume_needs_no_file_and_ends_as_if_undisturbed(pair, shards, source,
     fresh = tiny_config(shards, tmp_path / "fresh", **keys)
     assert "init_from: " in (told := pair.run(error_of, fresh)[0]) and "start.safetensors: not found" in told
     other = tiny_config(shards, tmp_path / "run", **{**keys, "init_from": str(source)})
-    assert f"init_from: {tmp_path}/start.safetensors there, {source} now" in pair.run(error_of, other)[0]
+    assert f"init_from: it has '{tmp_path}/start.safetensors', asked for '{source}'" in pair.run(error_of, other)[0]
 
 
 def test_a_second_start_that_found_no_checkpoint_tells_of_its_own_weights_only(pair, shards, source, tmp_path):

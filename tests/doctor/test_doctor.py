@@ -180,7 +180,7 @@ def test_a_run_folder_that_is_not_shared_is_found(pair, config_file, tmp_path):
     (code, _, err), _ = pair.run(examined, f"run_dir={tmp_path}/{{node}}/run", file=config_file, patches=impatient)
     assert code == 1
     assert err.startswith(f"error: host n1 (rank 1): run folder: {tmp_path}/n1/run/.doctor-")
-    assert "all need one run folder" in err
+    assert "one run folder: set run_dir" in err
     assert not (tmp_path / "n0").exists()
     assert not (tmp_path / "n1").exists()
 

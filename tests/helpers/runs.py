@@ -1,10 +1,11 @@
 """Tiny runs for tests: a config over random shards, and the same training in plain PyTorch."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 
@@ -17,7 +18,7 @@ from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.training.engine import parameter_groups
-from npp_ds.training.run_log import RunLog
+from npp_ds.training.hooks import Hook
 from npp_ds.training.trainer import Trainer
 from npp_ds.utils.hash_rng import mix64
 from shard_sets import write_set
@@ -30,7 +31,7 @@ WATCHED = {
 }
 MEASURED = (
     "images_per_second", "positions_per_second", "model_tflops_per_second", "mfu", "elapsed_seconds",
-    "data_wait_share", "communication_wait_share", "communication_wait_share_largest", "peak_memory_gb",
+    "data_wait_share", "peak_memory_gb",
 )  # fmt: skip
 
 
@@ -144,16 +145,19 @@ def run_and_stop_after(processes: Processes, config, steps: int) -> None:
     class Interrupted(Exception):
         pass
 
-    class Interruptible(Trainer):
-        def _save(self, stage, done, must=False):
-            super()._save(stage, done, must)
-            if done == steps:
-                self._settle()
-                raise Interrupted
+    class Interrupt(Hook):
+        def is_due(self, stage, done):
+            return done == steps
+
+        def run(self, context):
+            trainer.checkpoints.settle()
+            raise Interrupted
 
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": steps})})
+    trainer = Trainer(config, processes)
+    trainer.hooks.insert(trainer.hooks.index(trainer.checkpoints) + 1, Interrupt())
     try:
-        Interruptible(config, processes).run()
+        trainer.run()
     except Interrupted:
         return
     raise AssertionError("was not interrupted")
@@ -162,13 +166,30 @@ def run_and_stop_after(processes: Processes, config, steps: int) -> None:
 def told(
     processes: Processes, config, before: Callable[..., None] = lambda trainer: None, *arguments: Any
 ) -> list[str]:
-    """What a run says on this rank; `before(trainer, *arguments)` may have prepared it."""
-    said: list[str] = []
-    with patch.object(RunLog, "say", lambda log, text: said.append(text)):
+    """What a run logs on this rank, for people; `before(trainer, *arguments)` may have prepared it."""
+    with logs() as said:
         trainer = Trainer(config, processes)
         before(trainer, *arguments)
         trainer.run()
     return said
+
+
+@contextmanager
+def logs() -> Iterator[list[str]]:
+    """The log records of npp_ds from here on, as the screen shows them."""
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            said.append(("WARNING: " if record.levelno == logging.WARNING else "") + record.getMessage())
+
+    logger, handler = logging.getLogger("npp_ds"), Collect()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def error_of(processes: Processes, config, from_step: int | None = None) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from launches import Launch, finish
 from npp_ds.checkpoint import folders, rank_files
+from npp_ds.checkpoint import saver as saver_module
 from npp_ds.checkpoint.folders import CheckpointRecord
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.checkpoint.rank_files import Fragment
@@ -22,7 +23,7 @@ from npp_ds.checkpoint.saver import CheckpointSaver
 from npp_ds.distributed.environment import host_of_environment
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.training.events import read_events
+from npp_ds.training.metrics import read_events
 from npp_ds.training.trainer import Trainer
 from npp_ds.utils.files import sha256
 from runs import (
@@ -61,7 +62,7 @@ def _die_in_the_second_save(trainer: Trainer, where: str, rank: int) -> None:
     """Lets `rank` be killed at a moment of the save of step 6."""
     if trainer.processes.rank != rank:
         return
-    saver = trainer.saver
+    saver = trainer.checkpoints.saver
     begin = saver.begin
 
     def armed(record, *arguments):
@@ -70,11 +71,11 @@ def _die_in_the_second_save(trainer: Trainer, where: str, rank: int) -> None:
                 blocks = rank_files.safetensors_blocks
                 rank_files.safetensors_blocks = lambda *a: (_die() if i > 20 else b for i, b in enumerate(blocks(*a)))
             elif where == "before the record":
-                saver.write_record = _die
+                saver_module.write_record = _die
             elif where == "before the rename":
-                saver.fsync_directory = _die
+                saver_module.fsync_directory = _die
             elif where == "before latest":
-                saver.write_text_atomic = _die
+                saver_module.write_text_atomic = _die
             elif where == "while an old one is deleted":
                 folders.shutil = _DyingShutil
         begin(record, *arguments)
@@ -225,7 +226,8 @@ def test_going_on_from_an_earlier_step_sets_later_checkpoints_aside(pair, shards
 
 def _cannot_write_at(trainer: Trainer, steps: list[int]) -> None:
     """Lets the second rank find no room when it saves these steps: the kernel refuses to let a file grow."""
-    saver, begin, wait_for_all = trainer.saver, trainer.saver.begin, trainer.saver._wait_for_all
+    saver = trainer.checkpoints.saver
+    begin, wait_for_all = saver.begin, saver._wait_for_all
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if trainer.processes.rank != 1:
         return
@@ -247,7 +249,7 @@ def test_crash_safe_on_a_full_disk_the_run_lives_and_the_earlier_checkpoint_stay
     said = [line for line in pair.run(told, config, _cannot_write_at, [6, 9])[0] if "WARNING" in line]
     assert len(said) == 2
     assert "the checkpoint of step 6 could not be written: rank 1:" in said[0]
-    assert "File too large; the last one is that of step 3; make room or mend the disk; the run goes on" in said[0]
+    assert "File too large; the last one is that of step 3; free space or repair the disk; the run continues" in said[0]
     found = outcome_of(tmp_path / "run")
     failed = [line for line in found.metrics if line["event"] == "save_failed"]
     assert [line["step"] for line in failed] == [6, 9]

@@ -12,7 +12,7 @@ from npp_ds.checkpoint import folders
 from npp_ds.checkpoint.folders import CheckpointRecord
 from npp_ds.checkpoint.rank_files import Fragment, SavedState, write_state
 from npp_ds.distributed.process_group import Processes
-from npp_ds.training.events import of_kind, read_events
+from npp_ds.training.metrics import events_named, read_events
 from npp_ds.training.trainer import Trainer
 from runs import WATCHED, run, tiny_config
 
@@ -35,7 +35,7 @@ def _anonymous_memory_over_rebuilds(processes: Processes, config, rounds: int) -
                 trainer.engine.step(batch.step, batch.micro_batches, stage_of_batch.learning_rate(batch.step))
             batches.close()
         measured.append(_anonymous_memory())
-    trainer._resources.close()
+    trainer.close()
     return measured
 
 
@@ -91,7 +91,7 @@ def test_frugal_tells_what_saving_costs_the_loop(pair, shards, tmp_path):
     keys["checkpoint"]["asynchronous"] = True
     pair.run(run, tiny_config(shards, tmp_path / "in_thread", **keys))
     for name in ("at_once", "in_thread"):
-        saves = of_kind(read_events(tmp_path / name / "metrics.jsonl"), "checkpoint")
+        saves = events_named(read_events(tmp_path / name / "metrics.jsonl"), "checkpoint")
         assert [e["step"] for e in saves] == [8, 10, 16, 20, 24, 32, 40]
         newest = tmp_path / name / "checkpoints" / "step-00000040"
         files = sum(os.path.getsize(f) for f in newest.glob("*.safetensors"))

@@ -7,7 +7,9 @@ import pytest
 from test_watchful import _break_loss
 
 from npp_ds.distributed.process_group import Processes
+from npp_ds.training.hooks import Hook
 from npp_ds.training.preemption import Preempted
+from npp_ds.training.step_results import FinishedStep
 from npp_ds.training.trainer import Trainer
 from runs import WATCHED, Outcome, assert_same, outcome_of, run, tiny_config, told
 
@@ -24,32 +26,26 @@ def _sparse(outcome: Outcome) -> Outcome:
 
 
 def _order(processes: Processes, config) -> list[tuple[str, int]]:
-    """Steps as they are given to the engine and as their outcomes are read, on this rank."""
+    """Steps as they are given to the engine and as their results are read, on this rank."""
     seen: list[tuple[str, int]] = []
     trainer = Trainer(config, processes)
-    outcomes = trainer.outcomes
-    step, begin, read = trainer.engine.step, outcomes._begin_exchange, outcomes._agreed
-    steps_of: dict[int, int] = {}
+    step = trainer.engine.step
 
     def stepped(at: int, *rest: Any) -> Any:
         seen.append(("step", at))
         return step(at, *rest)
 
-    def begun(result: Any) -> Any:
-        exchange = begin(result)
-        steps_of[id(exchange)] = seen[-1][1]
-        return exchange
+    class Read(Hook):
+        def after_step(self, step: FinishedStep) -> None:
+            seen.append(("read", step.batch.step))
 
-    def agreed(exchange: Any) -> Any:
-        seen.append(("read", steps_of[id(exchange)]))
-        return read(exchange)
-
-    trainer.engine.step, outcomes._begin_exchange, outcomes._agreed = stepped, begun, agreed
+    trainer.engine.step = stepped
+    trainer.hooks.insert(0, Read())
     trainer.run()
     return seen
 
 
-def test_an_outcome_is_waited_for_only_where_something_is_due_after_its_step(pair, shards, tmp_path):
+def test_a_result_is_waited_for_only_where_something_is_due_after_its_step(pair, shards, tmp_path):
     keys = {"logging": {"every": 4}, "checkpoint": {"every": 7}, "data": {"val": None}}
     found = pair.run(_order, tiny_config(shards, tmp_path / "run", **keys))
     due = {1, 10, 20, 40, *range(4, 40, 4), *range(7, 40, 7)}  # steps done: lines, stages' ends, checkpoints

@@ -49,12 +49,13 @@ def _taken_over_before(processes: Processes, config, moment: str) -> tuple[str, 
         trainer = Trainer(config, processes)
     finally:
         del os.environ["SLURM_JOB_ID"], os.environ["SLURM_RESTART_COUNT"]
-    begin, step = trainer.saver.begin, trainer.engine.step
+    saver = trainer.checkpoints.saver
+    begin, step = saver.begin, trainer.engine.step
     newer = Lease(config.directory, host="elsewhere", job_id="77", restart_count=1, heartbeat_seconds=0.2)
 
     def take(*_):
         if processes.is_first:
-            newer.acquire(say=lambda text: None)
+            newer.acquire()
 
     def watched_begin(record, *arguments):
         if record.step == 6 and moment == "a commit":
@@ -68,7 +69,7 @@ def _taken_over_before(processes: Processes, config, moment: str) -> tuple[str, 
         assert at < 6, "goes on training"
         return step(at, *arguments)
 
-    trainer.saver.begin, trainer.engine.step = watched_begin, watched_step
+    saver.begin, trainer.engine.step = watched_begin, watched_step
     try:
         trainer.run()
     except UserError as error:

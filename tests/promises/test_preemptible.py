@@ -4,12 +4,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from launches import Launch, finish
 from npp_ds.checkpoint import folders
 from npp_ds.distributed.process_group import Processes
+from npp_ds.training.hooks import Context
 from npp_ds.training.preemption import Preempted
 from npp_ds.training.trainer import Trainer
 from runs import WATCHED, assert_same, metrics_of, outcome_of, run, tiny_config
@@ -36,7 +38,7 @@ def test_preemptible_all_stop_after_one_step_with_one_checkpoint(shards, tmp_pat
         seconds = time.monotonic() - began
     assert codes == [75, 75], launch.text()
     (saved,) = folders.saved_steps(tmp_path / "run" / "checkpoints")
-    assert f"{saved} of 4000; the same command goes on" in launch.text()
+    assert f"{saved} of 4000; rerun the same command to resume" in launch.text()
     assert step <= saved <= step + 20, "the signal's delivery aside, the step that was being made"
     assert saved < 2000, "far from the end of a stage"
     assert seconds < 30
@@ -101,17 +103,17 @@ def _asked_in_a_validation(processes: Processes, config, at: int) -> tuple[int, 
     """(step after which the run stopped, validation batches that were still computed)."""
     trainer = Trainer(config, processes)
     batches = [0]
-    break_off = trainer._break_off_if_asked
+    check_stop = Context.check_stop
 
-    def counted():
+    def counted(context):
         batches[0] += 1
         if batches[0] == at and processes.rank == 1:
             trainer.stop.requested = "SIGUSR1"
-        break_off()
+        check_stop(context)
 
-    trainer._break_off_if_asked = counted
     try:
-        trainer.run()
+        with patch.object(Context, "check_stop", counted):
+            trainer.run()
     except Preempted as stop:
         return stop.step, batches[0] - at
     return -1, -1

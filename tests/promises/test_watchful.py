@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import signal
 import time
@@ -13,8 +14,9 @@ import torch
 
 from launches import Launch
 from npp_ds.distributed.process_group import Processes
-from npp_ds.training.run_log import RunLog
-from npp_ds.training.trainer import NonFiniteError, Trainer
+from npp_ds.training.loss_checks import NonFiniteError
+from npp_ds.training.trainer import Trainer
+from npp_ds.utils.logs import show_logs
 from runs import WATCHED, Outcome, assert_same, outcome_of, run, tiny_config, told
 from workers import WorkerError
 
@@ -52,7 +54,7 @@ def _break_gradient(trainer: Trainer, steps: list[int]) -> None:
 
 
 def _leave_out(trainer: Trainer, steps: list[int]) -> None:
-    trainer.excluded_steps.update(steps)
+    trainer.nonfinite.excluded_steps.update(steps)
 
 
 def _stopped(processes: Processes, config, before, *arguments) -> str:
@@ -141,7 +143,7 @@ def test_watchful_skip_leaves_the_step_out_as_if_it_had_not_been(
     keys = {**WATCHED, "watch": {"on_nonfinite": "skip"}, "deepspeed": {"config": f"zero{zero_stage}"}}
     config = tiny_config(shards, tmp_path / "run", **keys)
     said = pair.run(told, config, breaking, [13])[0]
-    assert any("WARNING: step 13" in line and "the run leaves this step out (skip)" in line for line in said)
+    assert any("WARNING: step 13" in line and "the run excludes this step (skip)" in line for line in said)
     found = outcome_of(tmp_path / "run")
     assert_same(_without(found, "nonfinite"), without_13(zero_stage))
     assert int(found.state["optimizer_steps"]) == 39
@@ -153,7 +155,7 @@ def test_watchful_rollback_goes_back_and_leaves_the_step_out(pair, shards, tmp_p
     keys = {**WATCHED, "watch": {"on_nonfinite": "rollback"}, "deepspeed": {"config": f"zero{zero_stage}"}}
     config = tiny_config(shards, tmp_path / "run", **keys)
     said = pair.run(told, config, _break_loss, [13])[0]
-    assert "rolled back to step-00000010 (rollback 1); left out: steps 13" in said
+    assert "rolled back to step-00000010 (rollback 1); excluded steps: 13" in said
     found = outcome_of(tmp_path / "run")
     assert_same(_without(found, "rollback"), without_13(zero_stage))
     told_of = next(m for m in found.metrics if m["event"] == "rollback")
@@ -185,7 +187,7 @@ def _break_twice(trainer: Trainer, steps: list[int], last: int) -> None:
 def test_watchful_rollback_before_the_first_checkpoint_goes_back_to_the_beginning(pair, shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run", watch={"on_nonfinite": "rollback"}, **WATCHED)
     said = pair.run(told, config, _break_loss, [0])[0]
-    assert "rolled back to step-00000000 (rollback 1); left out: steps 0" in said
+    assert "rolled back to step-00000000 (rollback 1); excluded steps: 0" in said
     assert int(outcome_of(tmp_path / "run").state["optimizer_steps"]) == 39
 
 
@@ -249,11 +251,11 @@ def _slow_down(trainer: Trainer) -> None:
 
 def test_a_run_says_its_lines_on_the_first_rank_only(pair, shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run", schedule={"patch_sides": [2, 1], "epochs": 2})
-    assert pair.run(_printed, config)[1] == ""
+    assert pair.run(_printed, config) == ["a line\n", ""]
 
 
 def _printed(processes: Processes, config) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        log = RunLog(config, processes)
-        log.say("a line")
+        show_logs(processes.rank)
+        logging.getLogger("npp_ds.training").info("a line")
     return text.getvalue()

@@ -21,7 +21,7 @@ from npp_ds.reporting.plot import plot_run, smooth
 from npp_ds.reporting.report import report_run
 from npp_ds.reporting.summary import summarize
 from npp_ds.reporting.table import duration, print_summary
-from npp_ds.training.events import entered_stages, read_events
+from npp_ds.training.metrics import read_events, stages_begun
 
 ROOT = Path(__file__).parents[2]
 RATES = {4: 800.0, 2: 200.0, 1: 50.0}
@@ -136,8 +136,8 @@ def test_a_resumed_run_reads_like_one_that_was_never_stopped(tmp_path):
 
 
 def test_the_stage_table_is_read_back_from_the_metrics():
-    assert tuple(entered_stages(run_lines())) == STAGES
-    assert tuple(entered_stages(run_lines(last_step=30))) == STAGES[:2]
+    assert tuple(stages_begun(run_lines())) == STAGES
+    assert tuple(stages_begun(run_lines(last_step=30))) == STAGES[:2]
 
 
 def test_a_damaged_line_is_named(tmp_path):

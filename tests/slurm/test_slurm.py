@@ -99,7 +99,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_comes_back(slurm, shards, tmp_pat
     slurm.ask(*request_.split(), str(job.number))
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert job.shown()["Restarts"] == "1"
-    assert "the same command goes on" in job.log() and "resuming after step" in job.log()
+    assert "rerun the same command to resume" in job.log() and "resuming after step" in job.log()
     assert_same(outcome_of(run_dir), undisturbed)
 
 

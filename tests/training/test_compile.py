@@ -10,6 +10,7 @@ from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.training import compile as compiling
 from npp_ds.training import performance
+from npp_ds.training.hooks import Hook
 from npp_ds.training.performance import check_performance
 from npp_ds.training.trainer import Trainer
 from runs import WATCHED, assert_same, metrics_of, outcome_of, run, run_and_stop_after, tiny_config
@@ -25,13 +26,17 @@ def traced_run(processes, config) -> list[tuple[int, int]]:
     counters.clear()
     found = []
 
-    class Counting(Trainer):
-        def _after_step(self, stage, done, must_stop):
-            super()._after_step(stage, done, must_stop)
-            found.append((stage.patch_side, counters["stats"]["unique_graphs"]))
+    class Count(Hook):
+        def is_due(self, stage, done):
+            return True
+
+        def run(self, context):
+            found.append((context.stage.patch_side, counters["stats"]["unique_graphs"]))
 
     with patch.object(compiling, "how_to_compile", lambda: NOT_INDUCTOR):
-        Counting(config, processes).run()
+        trainer = Trainer(config, processes)
+        trainer.hooks.append(Count())
+        trainer.run()
     assert not counters["graph_break"]
     return found
 

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ from npp_ds.reporting.report import report_run
 from npp_ds.sampling.sampler import Options, build_model, labels_of, sample_images
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.training import evaluation
-from npp_ds.training.communication import CommunicationWatch
 from npp_ds.training.evaluation import Budget
+from npp_ds.training.hooks import Context
 from npp_ds.training.preemption import Preempted
 from npp_ds.training.throughput import Clock
 from npp_ds.training.trainer import Trainer
@@ -156,9 +157,11 @@ def test_all_images_of_an_evaluation_decide_whether_steps_are_recorded(folder, t
     config = config_of(folder, tmp_path / "run", {"every": 1})
     second = SimpleNamespace(rank=1, world_size=2, on_all=lambda f, *a: f(*a), device=torch.device("cpu"))
     manifest = Manifest.load(folder / "train")
-    judged = evaluation.Evaluation(config, SimpleNamespace(total_steps=12), manifest.tokenizer, second)
-    judged.load(None)
-    judged._moments(None, 1, 6, lambda: None)
+    log = SimpleNamespace(last_logged=lambda event: None)
+    judged = evaluation.Evaluation(config, SimpleNamespace(total_steps=12), manifest.tokenizer, second, log)
+    judged.load()
+    context = SimpleNamespace(stage=SimpleNamespace(patch_side=1), done=6, check_stop=lambda: None)
+    judged._moments(None, context)
     assert (asked, batches) == ([(12, 5)], [(5, "as asked", [5, 6, 7, 8, 9])])
 
 
@@ -187,24 +190,28 @@ def test_an_evaluation_draws_no_random_number_of_any_library(pair, folder, tmp_p
 def _asked_in_an_evaluation(processes: Processes, config, at: int) -> tuple[int, int, int]:
     """(step after which the run stopped, batches before that, beats of the watchdog)."""
     trainer = Trainer(config, processes)
-    batches, beats = [0], [0]
-    break_off, beat = trainer._break_off_if_asked, trainer.watchdog.beat
+    batches, beats, in_last_batch = [0], [0], [0]
+    check_stop, beat = Context.check_stop, trainer.watchdog.beat
 
-    def counted():
+    def counted(context):
         batches[0] += 1
         beats[0] = 0
         trainer.stop.requested = "SIGTERM" if batches[0] >= at and processes.rank == 1 else None
-        break_off()
+        try:
+            check_stop(context)
+        finally:
+            in_last_batch[0] = beats[0]
 
     def counted_beat():
         beats[0] += 1
         beat()
 
-    trainer._break_off_if_asked, trainer.watchdog.beat = counted, counted_beat
+    trainer.watchdog.beat = counted_beat
     try:
-        trainer.run()
+        with patch.object(Context, "check_stop", counted):
+            trainer.run()
     except Preempted as stop:
-        return stop.step, batches[0], beats[0]
+        return stop.step, batches[0], in_last_batch[0]
     return -1, -1, -1
 
 
@@ -258,7 +265,7 @@ def test_the_budget_waits_until_the_last_evaluation_is_paid_off():
 
 
 def test_the_clock_stands_still_while_it_is_paused():
-    clock = Clock(100.0, CommunicationWatch(torch.device("cpu")))
+    clock = Clock(100.0)
     with clock.paused():
         inside = clock.elapsed
         assert clock.elapsed == inside

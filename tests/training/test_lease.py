@@ -17,6 +17,7 @@ import pytest
 from npp_ds.errors import UserError
 from npp_ds.training import lease as lease_module
 from npp_ds.training.lease import Lease, LeaseLostError
+from runs import logs
 
 pytestmark = pytest.mark.processes
 
@@ -42,7 +43,9 @@ def _serve(connection: Connection) -> None:
         elif name == "allow_files_of":
             resource.setrlimit(resource.RLIMIT_FSIZE, (args[0], -1))
         elif name == "acquire":
-            lease.acquire(said.append)
+            with logs() as lines:
+                lease.acquire()
+            said.extend(lines)
         else:
             value = getattr(lease, name)
             return value() if callable(value) else value
@@ -128,8 +131,8 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
 def taken(folder: Path, **keys: Any) -> Iterator[Lease]:
     """A lease of this process."""
     lease = Lease(folder, heartbeat_seconds=HEARTBEAT, **keys)
-    lease.said = []
-    lease.acquire(lease.said.append)
+    with logs() as lease.said:
+        lease.acquire()
     try:
         yield lease
     finally:
@@ -161,9 +164,8 @@ def test_a_second_start_is_refused_while_the_first_lives(start, tmp_path, host):
     first = start(tmp_path)
     token = first.ask("acquire")
     second = Lease(tmp_path, heartbeat_seconds=HEARTBEAT, stale_seconds=30, host=host)
-    said: list[str] = []
-    with pytest.raises(UserError) as caught:
-        second.acquire(said.append)
+    with logs() as said, pytest.raises(UserError) as caught:
+        second.acquire()
     text = str(caught.value)
     assert f"pid {first.process.pid}" in text and record(tmp_path)["host"] in text and "since 20" in text
     assert str(tmp_path) in text and "run_dir" in text

@@ -116,5 +116,5 @@ def test_another_thread_than_the_main_one_is_told_so():
 def test_preempted_says_by_what_and_where_and_passes_between_processes():
     error = pickle.loads(pickle.dumps(Preempted("SIGUSR1", 120)))
     assert (error.signal_name, error.step) == ("SIGUSR1", 120)
-    assert str(error) == "asked to stop by SIGUSR1; saved after step 120; start again to go on"
+    assert str(error) == "asked to stop by SIGUSR1; saved after step 120; start again to resume"
     assert PREEMPTED == 75

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npp_ds.training.profiler import StepProfile
+from npp_ds.training.profiler import StepProfiler
 from runs import WATCHED, assert_same, outcome_of, run, run_and_stop_after, tiny_config, told
 
 pytestmark = pytest.mark.processes
@@ -70,15 +70,15 @@ def _with_a_full_disk(trainer) -> None:
     def full(*arguments):
         raise OSError(28, os.strerror(28))
 
-    StepProfile._write = full
+    StepProfiler._write = full
 
 
 def _told_with_a_full_disk(processes, config) -> list[str]:
-    write = StepProfile._write
+    write = StepProfiler._write
     try:
         return told(processes, config, _with_a_full_disk)
     finally:
-        StepProfile._write = write
+        StepProfiler._write = write
 
 
 def test_a_disk_without_room_for_the_profile_does_not_end_the_run(pair, shards, tmp_path):

@@ -17,7 +17,7 @@ from npp_ds.data.store import stage as stage_shards
 from npp_ds.distributed.process_group import Processes
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sizes import SIZES
-from npp_ds.training.deepspeed_import import import_deepspeed
+from npp_ds.training.deepspeed_config import import_deepspeed
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.trainer import Trainer
 from runs import NO_DROPOUT, error_of, metrics_of, plain_losses, run, tiny_config

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from npp_ds.training.loss_spikes import SpikeRule
+from npp_ds.training.loss_checks import SpikeRule
 
 
 def flagged(rule: SpikeRule, losses: list[float], stage: int = 0) -> list[int]:
