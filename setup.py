@@ -32,7 +32,7 @@ setup(
     packages=[*find_packages(include=["npp_ds", "npp_ds.*"]), "npp_ds.ds_configs"],
     package_dir={"npp_ds.ds_configs": "ds_configs"},
     package_data={
-        "npp_ds": ["config/recipes/*.yaml", "assets/*", "model/*.json"],
+        "npp_ds": ["config/recipes/*.yaml", "assets/*"],
         "npp_ds.ds_configs": ["*.json"],
     },
     install_requires=[

@@ -222,11 +222,6 @@ def _model_problems(config: RunConfig) -> list[str]:
         )
     if m.n_kv_heads and heads % m.n_kv_heads:
         problems.append(f"model.n_kv_heads: {m.n_kv_heads} does not divide n_heads {heads}; use a divisor")
-    if m.attention == "flash_attn_4" and m.attention_dropout:
-        problems.append(
-            f"model.attention: flash_attn_4 has no dropout, found model.attention_dropout {m.attention_dropout}; set "
-            "that to 0, or attention to another kernel"
-        )
     return problems
 
 

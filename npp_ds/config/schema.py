@@ -51,12 +51,9 @@ class ModelSection(_Section):
     residual_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the attention projection")
     ffn_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the feed-forward layer")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention weights")
-    attention: Literal[
-        "auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flash_attn_4"
-    ] = _free(
+    attention: Literal["auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"] = _free(
         "auto",
-        "attention kernel; auto: the fastest measured on this kind of GPU, else flash-attn where it applies, else "
-        "PyTorch's choice (sdpa)",
+        "attention kernel; sdpa: PyTorch's choice; auto: flash-attn where it is installed and can run, else sdpa",
     )
     activation_checkpointing: Literal["none", "selective", "block"] = _free(
         "none",
