@@ -12,7 +12,7 @@ help:
 	@echo "make test         the tests that need no GPU"
 	@echo "make test-full    the slow tests too"
 	@echo "make bench        what was measured to be faster than something else still is, about 6 minutes on 2 cores"
-	@echo "make lint         ruff"
+	@echo "make lint         ruff, mypy, and shellcheck over the job scripts"
 	@echo "make install      only the virtual environment ./.venv"
 
 # Installed anew when setup.py or the interpreter has changed.
@@ -57,6 +57,8 @@ bench-baseline: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck slurm/*.sh .ci/run
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

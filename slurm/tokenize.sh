@@ -25,11 +25,7 @@ need DATA_DIR "the folder for the code shards"
 need IMAGES "the images: a folder, or the original tar"
 need TOKENIZER "a tokenizer's checkpoint, such as vq_ds16_c2i.pt"
 
-shards() {
-  find "$DATA_DIR" -name '*.tar' 2>/dev/null | wc -l
-}
-
-begin shards
+begin count_files "$DATA_DIR" '*.tar'
 run_step "$PYTHON" -m npp_ds doctor
 ((code == 0)) || finish
 for split in ${SPLITS:-train val}; do

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from npp_ds.config.schema import RECIPES, RunConfig, section_of
 from npp_ds.errors import UserError
@@ -29,16 +30,20 @@ def load_config(
 
     Raises UserError that lists every problem: key, what was found, what is expected, what to do.
     """
-    if (recipe is None) == (file is None):
+    if recipe is not None and file is None:
+        path = _recipe_path(recipe)
+    elif file is not None and recipe is None:
+        path = Path(file)
+    else:
         raise UserError("give one of --recipe NAME and --config FILE; recipes: " + ", ".join(recipe_names()))
-    raw, problems = _read_extended(_recipe_path(recipe) if recipe else Path(file)), []
+    raw, problems = _read_extended(path), []
     for override in overrides:
         problems += _apply(raw, override)
     config, found, dropped = _parse(raw)
     problems += found
     if config is not None:
         problems += [p for p in problems_of(config, world_size) if not _follows_from(p, dropped)]
-    if problems:
+    if config is None or problems:
         source = f"recipe {recipe}" if recipe else str(file)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{count} in the config ({source}):\n" + "\n".join(f"  - {p}" for p in problems))
@@ -144,7 +149,7 @@ def _follows_from(problem: str, dropped: list[str]) -> bool:
     )
 
 
-def _describe(item: dict[str, Any]) -> str:
+def _describe(item: ErrorDetails) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
@@ -222,20 +227,15 @@ def _model_problems(config: RunConfig) -> list[str]:
         )
     if m.n_kv_heads and heads % m.n_kv_heads:
         problems.append(f"model.n_kv_heads: {m.n_kv_heads} does not divide n_heads {heads}; use a divisor")
-    if m.attention == "flash_attn_4" and m.attention_dropout:
-        problems.append(
-            f"model.attention: flash_attn_4 has no dropout, found model.attention_dropout {m.attention_dropout}; set "
-            "that to 0, or attention to another kernel"
-        )
     return problems
 
 
 def _stage_problems(config: RunConfig) -> list[str]:
     s, grid, problems = config.schedule, config.model.grid_size, []
     key = "schedule.patch_sides" if s.stages is None else "schedule.stages"
-    for i, stage in enumerate(s.stages or []):
-        if (stage.epochs is None) == (stage.steps is None):
-            found = "both" if stage.steps else "neither"
+    for i, section in enumerate(s.stages or []):
+        if (section.epochs is None) == (section.steps is None):
+            found = "both" if section.steps else "neither"
             problems.append(f"schedule.stages.{i}: {found} of epochs and steps given; give exactly one")
     table = config.stage_table()
     sides = [stage.patch_side for stage in table]
@@ -320,8 +320,7 @@ def _length_problems(config: RunConfig, num_samples: int) -> list[str]:
                 f"schedule.batch_size: {stage.batch_size} exceeds the {num_samples} training images; lower it"
             )
             continue
-        steps = stage.steps or round(stage.epochs * steps_per_epoch)
-        warmup = round(stage.warmup_epochs * steps_per_epoch)
+        steps, warmup = stage.length(steps_per_epoch), stage.warmup_steps(steps_per_epoch)
         if steps == 0:
             problems.append(
                 f"schedule: stage {i} lasts {stage.epochs} epochs of {steps_per_epoch}: no step at all; lengthen it"

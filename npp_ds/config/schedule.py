@@ -25,6 +25,28 @@ def coarse_batch_factor(patch_side: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
+class StageEntry:
+    """A row of a config's stage table: the length in epochs or in steps, `micro_batch_size` as its upper limit."""
+
+    patch_side: int
+    epochs: float | None
+    steps: int | None
+    batch_size: int
+    micro_batch_size: int | None
+    learning_rate: float
+    final_learning_rate: float
+    warmup_epochs: float
+    decay_fraction: float
+
+    def length(self, steps_per_epoch: int) -> int:
+        """Return the length in optimizer steps."""
+        return self.steps or round((self.epochs or 0) * steps_per_epoch)
+
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        return round(self.warmup_epochs * steps_per_epoch)
+
+
+@dataclass(frozen=True)
 class Stage:
     """Steps `start_step` .. `end_step - 1` at one patch side, beginning with a fresh epoch."""
 

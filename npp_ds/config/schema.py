@@ -6,15 +6,16 @@ Keys made with `_free` may change when a run is resumed. A checkpoint carries al
 import hashlib
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
-from npp_ds.config.schedule import Schedule, Stage, coarse_batch_factor, stage_ends
+from npp_ds.config.schedule import Schedule, Stage, StageEntry, coarse_batch_factor, stage_ends
 from npp_ds.sizes import SIZES, parameter_count, training_flops
 from npp_ds.utils.differences import differences
 
@@ -51,12 +52,9 @@ class ModelSection(_Section):
     residual_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the attention projection")
     ffn_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the feed-forward layer")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention weights")
-    attention: Literal[
-        "auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flash_attn_4"
-    ] = _free(
+    attention: Literal["auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"] = _free(
         "auto",
-        "attention kernel; auto: the fastest measured on this kind of GPU, else flash-attn where it applies, else "
-        "PyTorch's choice (sdpa)",
+        "attention kernel; sdpa: PyTorch's choice; auto: flash-attn where it is installed and can run, else sdpa",
     )
     activation_checkpointing: Literal["none", "selective", "block"] = _free(
         "none",
@@ -64,8 +62,8 @@ class ModelSection(_Section):
         "attention (selective), or whole blocks",
     )
 
-    def shape(self) -> dict[str, int | None]:
-        """dim, n_layers and n_heads, from `size` or as given."""
+    def shape(self) -> dict[str, int]:
+        """Return dim, n_layers and n_heads, from `size` or as given."""
         return dict(SIZES[self.size]) if self.size else {k: getattr(self, k) for k in ("dim", "n_layers", "n_heads")}
 
     def arguments(self) -> dict[str, Any]:
@@ -309,46 +307,42 @@ class RunConfig(_Section):
         """
         return list(differences(_bound_keys(type(self), saved), self.bound_keys()))
 
-    def stage_table(self) -> list[StageSection]:
-        """The stages with every key but micro_batch_size filled in; lengths still in epochs or steps."""
+    def stage_table(self) -> list[StageEntry]:
+        """Return the stages with all keys that they inherit from the schedule and the optimizer."""
         s, o = self.schedule, self.optimizer
-        stages = s.stages
-        if stages is None:
-            ends = [0, *stage_ends(s.epochs, len(s.patch_sides), s.ratio)]
-            lengths = [b - a for a, b in pairwise(ends)]
-            stages = [self._stage_of(side, n) for side, n in zip(s.patch_sides, lengths, strict=True)]
-        inherited = {
-            "batch_size": s.batch_size,
-            "micro_batch_size": s.micro_batch_size,
-            "learning_rate": o.learning_rate,
-            "final_learning_rate": o.final_learning_rate,
-            "warmup_epochs": s.warmup_epochs,
-            "decay_fraction": s.decay_fraction,
-        }
+        inherited = StageEntry(
+            patch_side=1,
+            epochs=None,
+            steps=None,
+            batch_size=s.batch_size,
+            micro_batch_size=s.micro_batch_size,
+            learning_rate=o.learning_rate,
+            final_learning_rate=o.final_learning_rate,
+            warmup_epochs=s.warmup_epochs,
+            decay_fraction=s.decay_fraction,
+        )
+        if s.stages is not None:
+            return [replace(inherited, **stage.model_dump(exclude_none=True)) for stage in s.stages]
+        ends = pairwise([0, *stage_ends(s.epochs, len(s.patch_sides), s.ratio)])
+        factors = [coarse_batch_factor(side, s.coarse_batch_scale) for side in s.patch_sides]
         return [
-            stage.model_copy(update={k: v for k, v in inherited.items() if getattr(stage, k) is None})
-            for stage in stages
-        ]
-
-    def _stage_of(self, patch_side: int, epochs: int) -> StageSection:
-        """A stage of the schedule's `patch_sides`, also when it is too short to be valid."""
-        s, o, keys = self.schedule, self.optimizer, StageSection(patch_side=1).model_dump()
-        keys.update(patch_side=patch_side, epochs=epochs)
-        if (factor := coarse_batch_factor(patch_side, s.coarse_batch_scale)) > 1:
-            keys.update(
+            replace(
+                inherited,
+                patch_side=side,
+                epochs=end - start,
                 batch_size=s.batch_size * factor,
                 learning_rate=o.learning_rate * factor**0.5,
                 final_learning_rate=o.final_learning_rate * factor**0.5,
             )
-        return StageSection.model_construct(**keys)
+            for side, factor, (start, end) in zip(s.patch_sides, factors, ends, strict=True)
+        ]
 
     def build_schedule(self, num_samples: int, world_size: int = 1) -> Schedule:
-        """The run's steps on `num_samples` training images; `config_checks.problems_of` must have found none."""
+        """Return the run's steps on `num_samples` training images; `load.problems_of` must have found no problem."""
         stages, step, epoch = [], 0, 0
         for index, s in enumerate(self.stage_table()):
             steps_per_epoch = num_samples // s.batch_size
-            steps = s.steps or round(s.epochs * steps_per_epoch)
-            warmup_steps = round(s.warmup_epochs * steps_per_epoch)
+            steps, warmup_steps = s.length(steps_per_epoch), s.warmup_steps(steps_per_epoch)
             stage = Stage(
                 index=index,
                 patch_side=s.patch_side,
@@ -378,11 +372,10 @@ def _bound_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, A
     fields = section.model_fields
     bound = {name: value for name, value in values.items() if name not in fields}
     for name, field in fields.items():
-        if (field.json_schema_extra or {}).get("free") or (name not in values and field.is_required()):
+        is_free = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("free")
+        if is_free or (name not in values and field.is_required()):
             continue
-        value = (
-            values[name] if name in values else TypeAdapter(field.annotation).dump_python(field.default, mode="json")
-        )
+        value = values[name] if name in values else to_jsonable_python(field.default)
         inner = section_of(field.annotation)
         if inner and isinstance(value, dict):
             value = _bound_keys(inner, value)

@@ -1,6 +1,6 @@
-"""The class-conditional transformer, patch grouping and the patch loss: pure torch, numbers in and numbers out.
+"""The class-conditional transformer, patch grouping and the patch loss.
 
-This room knows no stages, no processes and no files; `training`, `sampling` and `evaluation` build on it.
+It depends on torch only and knows no stages, processes or files. `training`, `sampling` and `evaluation` build on it.
 """
 
 from npp_ds.model import patches

@@ -1,4 +1,4 @@
-"""Causal self-attention with 2-D rotary positions on the patch grid, and a key-value cache."""
+"""Causal self-attention with 2-D rotary position embeddings (RoPE) on the patch grid, and the key-value cache."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,10 @@ from npp_ds.model.layers import Linear
 
 
 def rotary_table(grid: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """cos and sin of the rotations, float32 [grid*grid, head_dim/2, 2], row i for input position i.
+    """Return cos and sin of the RoPE angles as float32 [grid*grid, head_dim/2, 2]; row i is input position i.
 
-    Row 0, the class position, is all zeros: the published code makes q and k of that position zero. Row i > 0 carries
-    the position of patch i - 1, whose row rotates the first half of the frequencies and whose column the second
-    (LlamaGen, base 10000).
+    Row 0, the class position, is zero as in the published code, so q and k of that position are zero. Row i > 0 encodes
+    patch i - 1: its grid row in the first half of the features, its grid column in the second (LlamaGen, base 10000).
     """
     quarter = head_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) * 2 / (head_dim // 2))
@@ -28,10 +27,10 @@ def rotary_table(grid: int, head_dim: int, device: torch.device | str = "cpu") -
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x[B, N, H, D] with neighbouring features as pairs, table[N, D/2, 2] -> x rotated in float32, in x's dtype.
+    """Rotate x[B, N, H, D], neighbouring features as pairs, by table[N, D/2, 2]; computed in float32, in x's dtype.
 
-    A rotation is a product of complex numbers: one pass over x, where products and sums of every second feature take
-    eight slow ones. A compiler makes one pass of those, and none of complex numbers (torch 2.15).
+    Eager code multiplies complex numbers, in one pass over x; products and sums of strided halves take eight. Inductor
+    fuses the latter into one pass but has no kernels for complex numbers (torch 2.15).
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
@@ -43,10 +42,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """q[B, H, 1, D] attends to those of k and v[B, G, L, D] where seen[L] is true -> [B, H, 1, D], sums in float32.
+    """Return attention [B, H, 1, D] of q[B, H, 1, D] to the entries of k and v[B, G, L, D] where seen[L] is true.
 
-    Products and sums instead of a kernel for matrices: with one query a compiler reads every key and value once, at the
-    speed of memory, while tiles would be mostly padding. Entries not seen must be finite.
+    Sums are float32. These are products and sums instead of matrix products: with a single query, compiled code reads
+    every key and value once at memory bandwidth, while tiles of a matrix kernel would be mostly padding. Entries that
+    are not seen must be finite.
     """
     query = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5
     scores = (query * k.float()[:, :, None]).sum(-1)
@@ -56,9 +56,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 @dataclass
 class KeyValueCache:
-    """What decoding steps share: per layer the keys and values so far, [B, G, positions, D] each, and the rotations of
-    all positions, float32 [positions, D/2, 2].
-    """
+    """Keys and values of earlier positions, [B, G, positions, D] per layer, and the `rotary_table` of all positions."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -66,7 +64,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """x[B, N, dim] -> [B, N, dim]; `n_kv_heads` < `n_heads` shares keys and values between groups of query heads."""
+    """Self-attention, x[B, N, dim] -> [B, N, dim]; with `n_kv_heads` < `n_heads`, query heads share keys and values."""
 
     def __init__(
         self, dim: int, n_heads: int, n_kv_heads: int, choice: str, attention_dropout: float, residual_dropout: float
@@ -80,7 +78,7 @@ class Attention(nn.Module):
         self.residual_dropout = nn.Dropout(residual_dropout)
 
     def rotated_qkv(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x[B, N, dim] -> queries [B, N, H, D], keys and values [B, N, G, D]."""
+        """Project x[B, N, dim] to queries [B, N, H, D], keys and values [B, N, G, D]; queries and keys are rotated."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         return rotate(q, rotary), rotate(k, rotary), v
@@ -91,7 +89,10 @@ class Attention(nn.Module):
         return self.residual_dropout(self.wo(out.flatten(2)))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
-        """q[B, 1, H, D] of one position to keys and values[B, G, L, D], all of them or those that seen[L] marks."""
+        """Return the output [B, 1, dim] of one position with query q[B, 1, H, D] over keys and values[B, G, L, D].
+
+        The boolean seen[L] marks the entries to attend to; None means all.
+        """
         q = q.transpose(1, 2)
         if seen is None:
             out = F.scaled_dot_product_attention(q, keys, values, enable_gqa=self.heads != self.kv_heads)

@@ -1,4 +1,4 @@
-"""Square patches of a code map (NPP, arXiv 2412.15321, section 3): grouping, its inverse, and the mean embedding."""
+"""Square patches of a code map (NPP, arXiv 2412.15321, section 3): grouping, its inverse, and the patch embedding."""
 
 from math import isqrt
 
@@ -17,7 +17,7 @@ def _grid_of(count: int, what: str) -> int:
 
 
 def group(codes: Tensor, patch_side: int) -> Tensor:
-    """codes[B, T] in raster order -> [B, N, k]: N = T / k patches of k = patch_side**2 codes, all in raster order.
+    """Group codes[B, T] into [B, N, k]: N = T / k patches of k = patch_side**2 codes, both in raster order.
 
     Raises ValueError unless T is a square whose side is divisible by `patch_side`.
     """
@@ -31,7 +31,7 @@ def group(codes: Tensor, patch_side: int) -> Tensor:
 
 
 def ungroup(codes: Tensor, patch_side: int) -> Tensor:
-    """codes[B, N, k] -> [B, T] in raster order, the inverse of `group`.
+    """Return codes[B, N, k] as [B, T] in raster order, the inverse of `group`.
 
     Raises ValueError unless k = patch_side**2 and N is a square.
     """
@@ -44,17 +44,17 @@ def ungroup(codes: Tensor, patch_side: int) -> Tensor:
 
 
 def mean_embedding(codes: Tensor, table: Tensor) -> Tensor:
-    """codes[B, N, k], table[V, dim] -> [B, N, dim]: the mean of the k token embeddings of each patch."""
+    """Return the mean of the k token embeddings of each patch: codes[B, N, k], table[V, dim] -> [B, N, dim]."""
     return F.embedding_bag(codes.flatten(0, 1), table, mode="mean").unflatten(0, codes.shape[:2])
 
 
 class PatchEmbedding(Embedding):
-    """`mean_embedding` with its own table: the patch embedding of NPP has no parameters beyond the token embedding."""
+    """The patch embedding of NPP: `mean_embedding` with the token embedding as its only parameter."""
 
     def forward(self, codes: Tensor) -> Tensor:
         return mean_embedding(codes, self.weight)
 
 
 def repeat_code(codes: Tensor, patch_area: int) -> Tensor:
-    """codes[B, N] -> [B, N, k]: patches that show one code everywhere, the way a coarse model is sampled."""
+    """Return patches that repeat one code, codes[B, N] -> [B, N, k], as used to sample from a coarse model."""
     return torch.repeat_interleave(codes.unsqueeze(-1), patch_area, dim=-1)

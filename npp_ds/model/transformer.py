@@ -1,6 +1,6 @@
-"""The LlamaGen decoder (arXiv 2406.06525) over patches of codes: feed-forward, block, head, model, in reading order.
+"""The LlamaGen decoder (arXiv 2406.06525) over patches of codes: feed-forward, block, head and model.
 
-Parameter names and shapes are those of the published checkpoints.
+Parameter names and shapes equal those of the published checkpoints.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npp_ds.model.activation_checkpointing import recomputing
+from npp_ds.model.activation_checkpointing import checkpointed
 from npp_ds.model.attention import Attention, KeyValueCache, rotary_table
 from npp_ds.model.layers import Embedding, Linear, RMSNorm
 from npp_ds.model.loss import patch_cross_entropy
@@ -21,12 +21,15 @@ from npp_ds.sizes import ffn_hidden
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a `Transformer`; `grid_size` is the code map's side at patch side 1. ValueError when they clash."""
+    """Sizes and options of a `Transformer`. Raises ValueError if sizes do not fit together.
+
+    `grid_size` is the side of the code map; `n_kv_heads` 0 or None stands for n_heads.
+    """
 
     dim: int
     n_layers: int
     n_heads: int
-    n_kv_heads: int | None = None
+    n_kv_heads: int = 0
     vocab_size: int = 16384
     grid_size: int = 16
     num_classes: int = 1000
@@ -38,8 +41,8 @@ class ModelConfig:
     attention: str = "auto"
     activation_checkpointing: str = "none"
 
-    def __post_init__(self):
-        if self.n_kv_heads is None:
+    def __post_init__(self) -> None:
+        if not self.n_kv_heads:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.dim % (4 * self.n_heads):
             raise ValueError(
@@ -85,19 +88,20 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The first half of a decoding step: query, key and value of one position."""
+        """Return query, key and value of one position, x[B, 1, dim]: the first half of a decoding step."""
         return self.attention.rotated_qkv(self.attention_norm(x), rotary)
 
     def attend(self, x: Tensor, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
-        """The second half, with key and value stored. Storing lies between the halves because compiled code that
-        changes a cache and reads it copies all of it (torch 2.15).
+        """Return the block's output [B, 1, dim]: the second half of a decoding step, after key and value are stored.
+
+        The cache is written between the halves, because compiled code that writes and reads it copies it (torch 2.15).
         """
         x = x + self.attention.attend(q, keys, values, seen)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class ClassEmbedding(nn.Module):
-    """labels[B] in [0, num_classes] -> [B, dim]; the last row is the null class of classifier-free guidance."""
+    """Embeds labels[B] in [0, num_classes] as [B, dim]; num_classes is the null class of classifier-free guidance."""
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
@@ -108,9 +112,9 @@ class ClassEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """hidden[B, N, dim] -> logits[B, N, V] in float32, or with targets[B, N, k] their mean patch cross-entropy.
+    """Projects hidden[B, N, dim] to float32 logits [B, N, V], or given targets[B, N, k] to their mean cross-entropy.
 
-    Starts at zero, so that an untrained model gives every code the same probability and a loss of ln V.
+    Initialized to zero, so an untrained model gives every code the same probability and has a loss of ln V.
     """
 
     def __init__(self, dim: int, vocab_size: int):
@@ -137,11 +141,10 @@ class Transformer(nn.Module):
         self.output = Head(config.dim, config.vocab_size)
 
     def forward(self, codes: Tensor, labels: Tensor, output: str = "loss") -> Tensor:
-        """codes[B, N, k] int64 (N patches of k codes), labels[B] int64 -> mean loss in nats per code, a float32 scalar.
+        """Return the mean loss in nats per code, a float32 scalar, of int64 codes[B, N, k] and labels[B].
 
-        With output="logits" the float32 logits [B, N, V], row i for patch i. Dropout alone tells train from eval mode.
-
-        Raises ValueError when N is no square or larger than the model's grid.
+        With output="logits", return the float32 logits [B, N, V]; row i predicts patch i. Train and eval mode differ in
+        dropout only. Raises ValueError unless N is a square of at most grid_size**2.
         """
         if output not in ("loss", "logits"):
             raise ValueError(f"output {output!r} is neither 'loss' nor 'logits'")
@@ -154,11 +157,11 @@ class Transformer(nn.Module):
         x = torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(codes[:, :-1])], dim=1)
         x = self.token_dropout(x)
         for layer in self.layers:
-            x = recomputing(self.config.activation_checkpointing, layer, x, rotary)
+            x = checkpointed(self.config.activation_checkpointing, layer, x, rotary)
         return self.output(self.norm(x), codes if output == "loss" else None)
 
     def new_cache(self, batch: int, grid: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
-        """A cache for `decode_step` on a `grid` x `grid` map: zeros, the rotations computed."""
+        """Return a cache of zeros for `decode_step` on a `grid` x `grid` map."""
         c = self.config
         shape = (batch, c.n_kv_heads, grid * grid, c.dim // c.n_heads)
         keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers] for _ in range(2))
@@ -173,20 +176,22 @@ class Transformer(nn.Module):
         project: Callable[..., tuple[Tensor, Tensor, Tensor]] = Block.project,
         attend: Callable[..., Tensor] = Block.attend,
     ) -> Tensor:
-        """Logits [B, V] in float32 for patch `position`, given all earlier calls on the first B rows of `cache`.
+        """Return the float32 logits [B, V] of patch `position`; the first B rows of `cache` hold the earlier positions.
 
-        inputs are labels[B] at position 0 and the codes [B, k] of patch `position - 1` after that. An integer position
-        reads the filled part of the cache. An int64 tensor [1] reads its first `length` entries and masks those after
-        the position: the same operations on the same memory for every position below `length`, so that they can be
-        recorded once. `project` and `attend` are the block's halves, or compiled forms of them.
+        `inputs` are the labels[B] at position 0, else the codes [B, k] of patch `position - 1`. With an int position,
+        the step reads the filled part of the cache. With an int64 tensor [1], it reads the first `length` entries and
+        masks those after `position`: every position below `length` runs the same operations on the same memory, as a
+        CUDA graph requires. `project` and `attend` are the methods of `Block`, or compiled forms of them.
         """
         x = self.cls_embedding(inputs)[:, None] if inputs.ndim == 1 else self.tok_embeddings(inputs[:, None])
+        at: slice | Tensor
         if isinstance(position, int):
             at, seen, length = slice(position, position + 1), None, position + 1
         else:
+            assert length is not None, "a position that is a tensor needs a length"
             at, seen = position, torch.arange(length, device=position.device) <= position
         rotary = cache.rotary[at]
-        x = x.clone()  # no view, like what comes between the layers: one compilation fits them all
+        x = x.clone()  # not a view, like the outputs of layers, so that one compilation serves all layers
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             keys, values = keys[: len(x), :, :length], values[: len(x), :, :length]
             q, k, v = project(layer, x, rotary)

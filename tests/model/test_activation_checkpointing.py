@@ -1,4 +1,4 @@
-"""Activation checkpointing changes what is kept for the backward pass and nothing that comes out of it."""
+"""Activation checkpointing changes which activations are saved, and no result."""
 
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -27,7 +27,7 @@ def model_and_batch(config: ModelConfig) -> tuple[Transformer, torch.Tensor, tor
 
 
 def loss_and_gradients(mode: str, autocast: bool) -> dict[str, torch.Tensor]:
-    """Of one step with dropout."""
+    """Return loss and gradients of one step with dropout."""
     model, codes, labels = model_and_batch(replace(CONFIG, activation_checkpointing=mode))
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
@@ -37,7 +37,7 @@ def loss_and_gradients(mode: str, autocast: bool) -> dict[str, torch.Tensor]:
 
 
 def bytes_kept(mode: str) -> tuple[int, int]:
-    """(what a forward pass in fp32 allocates and leaves for the backward pass, what is expected of it)."""
+    """Return (bytes that an fp32 forward pass saves for the backward pass, bytes expected by `npp plan`)."""
     keys = {"attention_dropout": 0.0, "activation_checkpointing": mode}
     model, codes, labels = model_and_batch(replace(CONFIG, **keys))
     kept = []
@@ -53,13 +53,13 @@ def bytes_kept(mode: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mode", ["selective", "block"])
-def test_recomputing_gives_the_same_loss_and_gradients_bit_for_bit_with_dropout(mode, autocast):
+def test_checkpointing_gives_the_same_loss_and_gradients_bit_for_bit_with_dropout(mode, autocast):
     expected, found = loss_and_gradients("none", autocast), loss_and_gradients(mode, autocast)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert all(value.any() for name, value in found.items() if "wqkv" in name)
 
 
-def test_recomputing_keeps_fewer_bytes_and_as_many_as_expected():
+def test_checkpointing_saves_fewer_bytes_and_as_many_as_expected():
     kept, expected = zip(*map(bytes_kept, MODES), strict=True)
     assert kept == pytest.approx(expected, rel=0.1)
     assert kept[1] < 0.6 * kept[0]
@@ -80,7 +80,7 @@ def test_an_evaluation_without_gradients_is_the_same_in_every_mode():
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_recomputing_trains_bit_for_bit_the_same_under_deepspeed(pair, shards, tmp_path, zero_stage):
+def test_checkpointing_trains_bit_for_bit_the_same_under_deepspeed(pair, shards, tmp_path, zero_stage):
     outcomes = {}
     for mode in MODES:
         config = tiny_config(

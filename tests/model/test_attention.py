@@ -1,18 +1,22 @@
 """One choice of attention kernel, causal without a mask, with errors that say what is missing."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from npp_ds.config.load import problems_of
-from npp_ds.config.schema import ModelSection, RunConfig
+from npp_ds.config.schema import ModelSection
 from npp_ds.errors import UserError
 from npp_ds.model import attention_kernels
 from npp_ds.model.attention import rotary_table, rotate
-from npp_ds.model.attention_kernels import ATTENTION_CHOICES, KERNELS, causal_attention, check_attention, chosen_kernel
+from npp_ds.model.attention_kernels import (
+    ATTENTION_CHOICES,
+    causal_attention,
+    check_attention,
+    chosen_kernel,
+    missing_requirement,
+)
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -59,38 +63,16 @@ def test_rotation_and_its_gradient_are_those_of_rotation_matrices(monkeypatch, c
 
 
 @pytest.fixture
-def packages(monkeypatch):
-    """The packages that are installed, by module; nothing of earlier choices is remembered."""
-    installed: set[str] = set()
-    monkeypatch.setattr(attention_kernels, "importable", installed.__contains__)
-    attention_kernels._chosen.cache_clear()
-    attention_kernels.measured_orders.cache_clear()
-    yield installed
-    attention_kernels._chosen.cache_clear()
-    attention_kernels.measured_orders.cache_clear()
-
-
-FLASH_ATTN, FLASH_ATTN_4 = "flash_attn.flash_attn_interface", "flash_attn.cute.interface"
-
-
-@pytest.fixture
-def hopper(monkeypatch, packages):
-    """A GPU of compute capability 9.0 on which every kernel of PyTorch applies; returns kernel(choice, positions)."""
-    monkeypatch.setattr(attention_kernels, "capability", lambda device: (9, 0) if device.type == "cuda" else None)
-    monkeypatch.setattr(attention_kernels, "_torch_applies", lambda kernel, call: True)
-    switched = []
-    monkeypatch.setattr(attention_kernels, "use_flash_implementation", switched.append)
-
-    def kernel(choice, positions, dtype=torch.bfloat16, dropout=False):
-        return chosen_kernel(choice, torch.device("cuda"), dtype, positions, 12, 12, 64, dropout)
-
-    kernel.switched = switched
-    return kernel
-
-
-def write_measured(monkeypatch, path, devices):
-    path.write_text(json.dumps({"devices": devices}))
-    monkeypatch.setattr(attention_kernels, "MEASURED", path)
+def hopper(monkeypatch):
+    """Pretend a GPU of compute capability 9.0 with flash-attn; return kernel(choice, dtype, head_dim)."""
+    monkeypatch.setattr(attention_kernels, "flash_attn_is_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    missing_requirement.cache_clear()
+    yield lambda choice, dtype=torch.bfloat16, head_dim=64: chosen_kernel(
+        choice, torch.device("cuda"), dtype, 256, 12, 12, head_dim, False
+    )
+    missing_requirement.cache_clear()
 
 
 @pytest.mark.parametrize("kernel", ["sdpa_flash", "sdpa_math"])
@@ -118,12 +100,11 @@ def test_the_config_knows_every_choice():
     assert ModelSection.model_fields["attention"].annotation.__args__ == ATTENTION_CHOICES
 
 
-def test_asking_for_a_kernel_that_is_not_installed_says_what_to_do(packages):
+def test_asking_for_a_kernel_that_is_not_installed_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(attention_kernels, "flash_attn_is_installed", lambda: False)
     with pytest.raises(UserError, match="flash-attn is not installed; run `pip install flash-attn`, or set"):
         check_attention("flash_attn")
-    with pytest.raises(UserError, match="flash-attn-4 is not installed; run `pip install flash-attn-4`, or set"):
-        check_attention("flash_attn_4")
-    for choice in set(ATTENTION_CHOICES) - {"flash_attn", "flash_attn_4"}:
+    for choice in set(ATTENTION_CHOICES) - {"flash_attn"}:
         check_attention(choice)
     with pytest.raises(UserError, match="'flash' is not one of auto, flash_attn, sdpa"):
         check_attention("flash")
@@ -133,76 +114,25 @@ def test_asking_for_a_kernel_that_is_not_installed_says_what_to_do(packages):
     "kernel, needs",
     [
         ("flash_attn", "bf16 or fp16 on an Ampere GPU"),
-        ("flash_attn_4", "capability 9.0 or 10.0, without attention dropout"),
         ("sdpa_cudnn", "a CUDA device"),
         ("sdpa_efficient", "a CUDA device"),
     ],
 )
 def test_asking_for_a_kernel_on_tensors_it_cannot_take_says_so(kernel, needs):
-    with pytest.raises(UserError, match=f"{needs}.* found torch.float32 on cpu, head width 16; set precision"):
+    with pytest.raises(UserError, match=f"{needs}.* found torch.float32 on cpu, head dimension 16; set precision"):
         causal_attention(*random_qkv(4), kernel)
 
 
-def test_flash_attn_4_with_attention_dropout_is_refused(hopper):
-    assert hopper("flash_attn_4", 64) == "flash_attn_4" and hopper.switched == ["FA4"]
-    with pytest.raises(UserError, match="without attention dropout"):
-        hopper("flash_attn_4", 64, dropout=True)
-    config = {"model": {"size": "B", "attention": "flash_attn_4"}, "data": {"train": "x"}}
-    assert not problems_of(RunConfig.model_validate(config))
-    config["model"]["attention_dropout"] = 0.1
-    assert "model.attention: flash_attn_4 has no dropout" in problems_of(RunConfig.model_validate(config))[0]
-
-
-def test_auto_uses_flash_attn_only_where_it_applies(packages):
-    packages.add(FLASH_ATTN)
+def test_auto_is_flash_attn_where_it_can_run_and_else_sdpa(hopper, monkeypatch):
+    assert hopper("auto") == hopper("flash_attn") == "flash_attn"
+    assert hopper("auto", dtype=torch.float32) == hopper("auto", head_dim=20) == "sdpa"
+    with pytest.raises(UserError, match=r"found torch\.float32 on cuda"):
+        hopper("flash_attn", dtype=torch.float32)
+    monkeypatch.setattr(attention_kernels, "flash_attn_is_installed", lambda: False)
+    missing_requirement.cache_clear()
+    assert hopper("auto") == "sdpa"
     q, k, v = random_qkv(5)
     assert torch.equal(causal_attention(q, k, v, "auto"), causal_attention(q, k, v, "sdpa"))
-
-
-def test_auto_without_a_measurement_is_flash_attn_where_it_is_installed_and_applies(hopper, packages):
-    assert hopper("auto", 256) == "sdpa"
-    attention_kernels._chosen.cache_clear()
-    packages.add(FLASH_ATTN)
-    assert hopper("auto", 256) == "flash_attn"
-    assert hopper("auto", 256, dtype=torch.float32) == "sdpa"
-
-
-def test_auto_takes_the_fastest_kernel_measured_for_the_nearest_number_of_positions(
-    hopper, packages, monkeypatch, tmp_path
-):
-    order = {"16": ["sdpa_math", "sdpa_flash"], "64": ["flash_attn", "sdpa_cudnn"], "256": ["flash_attn_4", "sdpa"]}
-    write_measured(monkeypatch, tmp_path / "measured.json", {"9.0": {"order": order}})
-    chosen = {n: hopper("auto", n) for n in (4, 16, 31, 33, 64, 256, 576)}
-    assert chosen == {
-        4: "sdpa_math", 16: "sdpa_math", 31: "sdpa_math", 33: "sdpa_cudnn", 64: "sdpa_cudnn", 256: "sdpa", 576: "sdpa"
-    }  # fmt: skip
-    assert not hopper.switched
-    attention_kernels._chosen.cache_clear()
-    packages |= {FLASH_ATTN, FLASH_ATTN_4}
-    assert [hopper("auto", n) for n in (16, 64, 256)] == ["sdpa_math", "flash_attn", "flash_attn_4"]
-    assert hopper.switched == ["FA4"]
-    assert hopper("auto", 256, dropout=True) == "sdpa"
-    monkeypatch.setattr(attention_kernels, "capability", lambda device: (8, 0))
-    attention_kernels._chosen.cache_clear()
-    assert hopper("auto", 16) == "flash_attn", "another kind of GPU was not measured"
-
-
-def test_the_committed_measurement_can_be_read_and_never_asks_for_two_flash_kernels_of_torch():
-    for by_positions in attention_kernels.measured_orders().values():
-        named = {kernel for order in by_positions.values() for kernel in order}
-        assert named <= set(KERNELS) and not {"sdpa_flash", "flash_attn_4"} <= named
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"devices": {"9.0": {}}}', '{"devices": {"9.0": {"order": {"x": []}}}}'])
-def test_a_measurement_that_cannot_be_read_is_told(packages, monkeypatch, tmp_path, text):
-    path = tmp_path / "measured.json"
-    path.write_text(text)
-    monkeypatch.setattr(attention_kernels, "MEASURED", path)
-    with pytest.raises(UserError, match=r"write it anew with `python -m benchmarks\.attention --gpu"):
-        attention_kernels.measured_orders()
-    write_measured(monkeypatch, path, {"9.0": {"order": {"16": ["fast"]}}})
-    with pytest.raises(UserError, match="names fast, which are none of"):
-        attention_kernels.measured_orders()
 
 
 def test_choosing_a_kernel_does_not_load_the_compiler():
@@ -211,7 +141,7 @@ def test_choosing_a_kernel_does_not_load_the_compiler():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flash_attn", "flash_attn_4"])
+@pytest.mark.parametrize("kernel", ["sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flash_attn"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("positions", [4, 16, 64, 144, 256, 576])
 def test_kernels_of_a_gpu_equal_plain_attention_and_its_gradients(kernel, positions, kv_heads):
