@@ -110,8 +110,11 @@ class ClassEmbedding(nn.Module):
 class Head(nn.Module):
     """hidden[B, N, dim] -> logits[B, N, V] in float32, or with targets[B, N, k] their mean patch cross-entropy.
 
-    Starts at zero, so that an untrained model gives every code the same probability and a loss of ln V.
+    Starts at zero, so that an untrained model gives every code the same probability and a loss of ln V. `loss_kernel`
+    is `patch_cross_entropy`'s kernel.
     """
+
+    loss_kernel = "torch"
 
     def __init__(self, dim: int, vocab_size: int):
         super().__init__()
@@ -120,7 +123,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return F.linear(hidden, self.weight).float()
-        return patch_cross_entropy(hidden, self.weight, targets)
+        return patch_cross_entropy(hidden, self.weight, targets, self.loss_kernel)
 
 
 class Transformer(nn.Module):
