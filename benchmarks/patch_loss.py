@@ -1,6 +1,7 @@
 """Time and memory of the patch loss, forward and backward, beside other ways to compute the same.
 
-The published way computes the logits once and repeats them for each of a patch's k codes. The ways take turns:
+The published way computes the logits once and repeats them for each of a patch's k codes. "this software" is the loss
+with `performance.loss_kernel: torch`, "triton" that with the other kernel, on a GPU only. The ways take turns:
 
     python -m benchmarks.patch_loss --out benchmarks/results          # on a CPU in float32, about 5 minutes
     python -m benchmarks.patch_loss --gpu --out benchmarks/results    # on one GPU, bf16 autocast, a step of B and XXL
@@ -15,6 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from npp_ds.model import patch_cross_entropy
 from npp_ds.sizes import SIZES
 
 HERE, PUBLISHED, WHOLE = "this software", "published way", "whole logits"
-LINEAR, LIGER, PLAIN = "linear_cross_entropy", "Liger", "plain cross-entropy"
+TRITON, LINEAR, LIGER, PLAIN = "triton", "linear_cross_entropy", "Liger", "plain cross-entropy"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -66,7 +68,8 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 WAYS: dict[str, Loss] = {
-    HERE: patch_cross_entropy, PUBLISHED: published, WHOLE: whole, LINEAR: linear, LIGER: liger, PLAIN: plain,
+    HERE: patch_cross_entropy, TRITON: partial(patch_cross_entropy, kernel="triton"),
+    PUBLISHED: published, WHOLE: whole, LINEAR: linear, LIGER: liger, PLAIN: plain,
 }  # fmt: skip
 
 
@@ -86,8 +89,9 @@ class Case:
         left_out = set() if self.k == 1 else {PLAIN}
         if not hasattr(F, "linear_cross_entropy"):  # newer than the oldest PyTorch that is supported
             left_out.add(LINEAR)
-        if self.device == "cpu" or importlib.util.find_spec("liger_kernel") is None:
-            left_out.add(LIGER)
+        for name, package in ((TRITON, "triton"), (LIGER, "liger_kernel")):
+            if self.device == "cpu" or importlib.util.find_spec(package) is None:
+                left_out.add(name)
         return {name: loss for name, loss in WAYS.items() if name not in left_out}
 
     def problem(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -257,6 +257,11 @@ class PerformanceSection(_Section):
         "record forward and backward pass of a micro-batch in each stage and replay them, for steps so short that "
         "starting kernels limits them; takes the room of another set of gradients; on GPUs, not with ZeRO-3",
     )
+    loss_kernel: Literal["torch", "triton"] = _free(
+        "torch",
+        "what computes the patch loss of a chunk's logits: PyTorch's operations, or one Triton kernel that also writes "
+        "the gradient over the logits; on GPUs, not measured there yet",
+    )
 
 
 class RunConfig(_Section):

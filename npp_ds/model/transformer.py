@@ -115,7 +115,10 @@ class Head(nn.Module):
     """Projects hidden[B, N, dim] to float32 logits [B, N, V], or given targets[B, N, k] to their mean cross-entropy.
 
     Initialized to zero, so an untrained model gives every code the same probability and has a loss of ln V.
+    `loss_kernel` is the `kernel` of `patch_cross_entropy`.
     """
+
+    loss_kernel = "torch"
 
     def __init__(self, dim: int, vocab_size: int):
         super().__init__()
@@ -124,7 +127,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return F.linear(hidden, self.weight).float()
-        return patch_cross_entropy(hidden, self.weight, targets)
+        return patch_cross_entropy(hidden, self.weight, targets, self.loss_kernel)
 
 
 class Transformer(nn.Module):

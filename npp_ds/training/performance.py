@@ -26,6 +26,7 @@ def apply_performance(model: Transformer, config: RunConfig, device: torch.devic
     if config.performance.compile:
         _check_attention_kernels(config, device)
         compile_blocks(model)
+    model.output.loss_kernel = config.performance.loss_kernel
     if config.performance.cuda_graphs:
         record_passes(model)
 
@@ -60,6 +61,12 @@ def check_performance(config: RunConfig) -> None:
             "performance.cuda_graphs: zero_optimization.offload_optimizer copies gradients while the next replay "
             "overwrites them; drop that from the DeepSpeed settings, or set performance.cuda_graphs=false"
         )
+    if asked.loss_kernel == "triton" and not torch.cuda.is_available():
+        problems.append(
+            "performance.loss_kernel: triton needs a CUDA device, found none; set performance.loss_kernel=torch"
+        )
+    elif asked.loss_kernel == "triton" and (lack := _compiler_lacks()):
+        problems.append(f"performance.loss_kernel: triton {lack}; install it, or set performance.loss_kernel=torch")
     if problems:
         raise UserError("\n".join(problems))
 

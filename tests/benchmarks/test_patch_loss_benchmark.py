@@ -24,6 +24,14 @@ def test_every_way_has_the_same_loss_and_gradients(case):
             assert ours.norm() > 0 and (tensor - ours).norm() <= 1e-5 * ours.norm()
 
 
+def test_the_triton_kernel_is_compared_on_a_gpu_where_triton_is_installed(monkeypatch):
+    case = benchmark.Case("w32", 32, 4, 48, device="cuda")
+    for installed in (True, False):
+        monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: installed or None)  # noqa: B023
+        assert (benchmark.TRITON in case.ways()) == installed
+    assert benchmark.TRITON not in SMALL[0].ways()
+
+
 def test_memory_is_the_largest_sum_of_what_was_allocated_at_one_time():
     case = SMALL[1]
     logits = 4 * case.positions * case.vocab

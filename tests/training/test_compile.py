@@ -155,7 +155,7 @@ def problems(shards, tmp_path, **sections) -> str:
 
 
 def test_pairs_that_cannot_work_are_refused_together(shards, tmp_path, monkeypatch):
-    both = {"performance": {"compile": True, "cuda_graphs": True}}
+    both = {"performance": {"compile": True, "cuda_graphs": True, "loss_kernel": "triton"}}
     monkeypatch.setattr(performance, "which", lambda name: None)
     text = problems(
         shards,
@@ -170,10 +170,25 @@ def test_pairs_that_cannot_work_are_refused_together(shards, tmp_path, monkeypat
         "performance.compile: needs a C++ compiler, found none on PATH; install it",
         "performance.compile: compiled blocks hide their operations from model.activation_checkpointing=selective",
         "performance.cuda_graphs: needs a CUDA device, found none",
+        "performance.loss_kernel: triton needs a CUDA device, found none; set performance.loss_kernel=torch",
         "performance.cuda_graphs: model.activation_checkpointing=selective reads the state of the random numbers",
     ):
         assert expected in text
     check_performance(tiny_config(shards, tmp_path, deepspeed={"config": "zero3"}))
+
+
+@pytest.mark.parametrize(
+    ("missing", "lack"),
+    [("find_spec", "the package triton, found none"), ("which", "a C compiler, found none on PATH")],
+)
+def test_the_triton_loss_is_refused_where_triton_cannot_compile(shards, tmp_path, monkeypatch, missing, lack):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(performance, "find_spec", lambda name: True)
+    monkeypatch.setattr(performance, "which", lambda name: name)
+    check_performance(tiny_config(shards, tmp_path, performance={"loss_kernel": "triton"}))
+    monkeypatch.setattr(performance, missing, lambda name: None)
+    text = problems(shards, tmp_path, performance={"loss_kernel": "triton"})
+    assert text == f"performance.loss_kernel: triton needs {lack}; install it, or set performance.loss_kernel=torch"
 
 
 def test_an_attention_kernel_that_cannot_is_told_before_anything_is_compiled(shards, tmp_path):
