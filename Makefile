@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-full bench bench-baseline lint format
+.PHONY: help install quickstart test test-full bench bench-baseline gpu-check lint format
 
 help:
 	@echo "make quickstart   from shipped images to trained samples, about 6 minutes on 2 cores; DEVICE=gpu: on all GPUs"
 	@echo "make test         the tests that need no GPU"
 	@echo "make test-full    the slow tests too"
 	@echo "make bench        what was measured to be faster than something else still is, about 6 minutes on 2 cores"
+	@echo "make gpu-check    everything that needs a GPU, checked and measured on the first one, in two calls of minutes"
 	@echo "make lint         ruff"
 	@echo "make install      only the virtual environment ./.venv"
 
@@ -69,6 +70,10 @@ bench: $(STAMP)
 
 bench-baseline: $(STAMP)
 	$(BIN)/python -m benchmarks.guard --update
+
+# Where there is no ./.venv (a machine without a network) by PYTHON itself; ARGS="--limit 260" resumes.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

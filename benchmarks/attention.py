@@ -1,4 +1,4 @@
-"""Causal attention, forward and backward, by every kernel that a device has: 16 to 576 positions of 64-wide heads.
+"""Causal attention, forward and backward, by every kernel that a device has: 4 to 576 positions of 64-wide heads.
 
     python -m benchmarks.attention --out benchmarks/results
     python -m benchmarks.attention --gpu --out benchmarks/results
@@ -26,7 +26,7 @@ from npp_ds.model.attention_kernels import KERNELS, MEASURED, check_attention, c
 
 WIDTH = 64
 HEADS = {"B": 12, "XXL": 24}
-POSITIONS = (16, 64, 144, 256, 576)
+POSITIONS = (4, 16, 64, 144, 256, 576)
 OWN_CHOICE = "sdpa"
 TWINS = {"sdpa_flash", "flash_attn_4"}  # one process cannot have both
 CALLS = 20  # in one measurement on a GPU
