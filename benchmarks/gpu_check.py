@@ -37,7 +37,7 @@ from npp_ds.source_version import git_commit
 CORRECTNESS, FIGURE = "correctness", "figure"
 FIRST_CALL, SECOND_CALL = 345, 260
 """Seconds of the two calls within which all parts have ended, even when each takes as long as its limit."""
-OVERHEAD = 20
+OVERHEAD = 15
 """Seconds of a call for installing wheels and for asking PyTorch about the machine, at most."""
 TOGETHER = 130
 """Seconds for the parts of correctness, which run side by side."""
@@ -90,7 +90,7 @@ PARTS = (
     tests("decoding", "tests/test_decode.py"),
     tests("loader and waits", "tests/test_loader.py", "tests/test_communication.py", "tests/test_throughput.py"),
     own("steps B", FIGURE, 90),
-    own("crops", FIGURE, 25),
+    own("crops", FIGURE, 35),
     benchmark(
         "sampling B", 50, "sampling",
         "--gpu --models B --repeats 1", "--grid-size 3 --vocab-size 64 --batch 2 --repeats 1",
@@ -99,7 +99,7 @@ PARTS = (
     benchmark("attention", 40, "attention", "--gpu --repeats 3", "--fast --repeats 1"),
     own("steps B graphs", FIGURE, 90),
     benchmark("patch loss ways", 25, "patch_loss", "--gpu --fast --repeats 2", "--fast --repeats 1"),
-    own("device rates", FIGURE, 10),
+    own("device rates", FIGURE, 15),
 )  # fmt: skip
 PASSED, FAILED, TIMED_OUT, CUT_OFF = "passed", "failed", "timed out", "cut off"
 """How a part ended. One that was cut off, by the end of its call, counts as one that was never run."""
