@@ -1,4 +1,4 @@
-"""Compare all kernels of causal attention, forward and backward: 16 to 576 positions, heads of 64 features.
+"""Compare all kernels of causal attention, forward and backward: 4 to 576 positions, heads of 64 features.
 
     python -m benchmarks.attention --out benchmarks/results
     python -m benchmarks.attention --gpu --out benchmarks/results
@@ -22,7 +22,7 @@ from npp_ds.model.attention_kernels import KERNELS, causal_attention, check_atte
 
 HEAD_DIM = 64
 HEADS = {"B": 12, "XXL": 24}
-POSITIONS = (16, 64, 144, 256, 576)
+POSITIONS = (4, 16, 64, 144, 256, 576)
 CALLS = 20
 """Passes in one measurement on a GPU."""
 BUSY_CYCLES = 40_000_000

@@ -174,6 +174,7 @@ def main() -> None:
     device = "cuda" if options.gpu else "cpu"
     models = {name: SIZES[name] for name in options.models} if options.gpu else {"small": CPU_SIZE}
     rows = [row(name, sizes, options, device) for name, sizes in models.items()]
+    on_gpu = rows if options.gpu else []
     result = {
         "benchmark": "sampling_gpu" if options.gpu else "sampling",
         "fast": options.fast,
@@ -189,7 +190,9 @@ def main() -> None:
             f"{entry['model']}_to_{short}": round(entry["ratio"][way]["median"], 3)
             for entry in rows
             for short, way in (("published", PUBLISHED), ("published_no_copy", NO_COPY))
-        },
+        }
+        | {f"{entry['model']}_images_per_second": entry["images_per_second"][HERE]["median"] for entry in on_gpu},
+        "wanted": {f"{entry['model']}_images_per_second": entry["wanted_on_one_h100"] for entry in on_gpu},
         "machine": machine("torch", gpu=options.gpu),
     }
     publish(result, table(result), options.out)

@@ -43,7 +43,7 @@ BENCHMARKS = (
     Benchmark("engine", "a step of DeepSpeed's engine, beside a bare loop", 6, gpu_minutes=3),
     Benchmark("saving", "how long training stands still for a checkpoint", 1),
     Benchmark("mfu", "whole steps in a bare loop and in the engine, compiled and recorded", 4, gpu_minutes=8),
-    Benchmark("attention", "kernels of causal attention for 16 to 576 positions", 2, gpu_minutes=2),
+    Benchmark("attention", "kernels of causal attention for 4 to 576 positions", 2, gpu_minutes=2),
     Benchmark("memory", "memory of a training process, measured and expected", 4, gpu_minutes=6),
 )
 
@@ -113,13 +113,13 @@ def _run_to_end(command: list[str], limit: float, gpu: bool) -> tuple[int | None
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end_group(process)
+            end_group(process)
         log.seek(0)
         lines = log.read().splitlines()[-TOLD_LINES:]
     return code, "".join(f"\n    {line}" for line in lines)
 
 
-def _end_group(process: subprocess.Popen) -> None:
+def end_group(process: subprocess.Popen) -> None:
     """Ends the process and all that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

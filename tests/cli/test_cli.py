@@ -119,6 +119,22 @@ def test_one_gpu_trains_to_the_end_and_resumes(tmp_path, zero_stage, precision):
 
 @pytest.mark.gpu
 @pytest.mark.processes
+def test_a_run_with_cuda_graphs_has_the_losses_of_one_without_while_its_loader_pins_memory(tmp_path):
+    losses = []
+    for graphs in (False, True):
+        run_dir, file = tmp_path / f"graphs-{graphs}", tmp_path / f"graphs-{graphs}.yaml"
+        keys = {"precision": "autocast_bf16", "deepspeed": {"config": "zero2"}, "performance": {"cuda_graphs": graphs}}
+        schedule = {"patch_sides": [4, 2, 1], "epochs": 4, "batch_size": 16, "micro_batch_size": 4}
+        config = tiny_config(shards_in(tmp_path), run_dir, **keys, schedule=schedule)
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        done = npp("train", "--config", str(file), gpu=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        losses.append([line["loss"] for line in metrics_of(run_dir) if line["event"] == "train"])
+    assert len(losses[0]) == 40 and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_one_gpu_tells_its_speed_and_traces_its_kernels(tmp_path, zero_stage):
     keys = {"profile": {"steps": "3-4"}, "deepspeed": {"config": f"zero{zero_stage}"}}
