@@ -22,6 +22,7 @@ from npp_ds.training.launch import Processes
 from npp_ds.training.partitions import MOMENTS, Partitions
 from npp_ds.training.parts import part
 from npp_ds.training.performance import apply_performance
+from npp_ds.training.recording import free_gradient_nodes
 from npp_ds.weights.opened import Weights
 from npp_ds.weights.state_files import MASTER, SavedState
 
@@ -72,6 +73,8 @@ class TrainingEngine:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        if config.performance.cuda_graphs:
+            free_gradient_nodes(model.parameters())
         self.monitor = self.engine.monitor if self.engine.monitor.enabled else None
         self.engine.monitor.enabled = False  # or DeepSpeed would write events of its own in every step
         self.partitions = Partitions(self.engine)

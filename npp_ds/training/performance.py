@@ -13,20 +13,20 @@ from npp_ds.model.attention_kernels import chosen_kernel
 from npp_ds.model.transformer import Transformer
 from npp_ds.training.compiling import compile_blocks
 from npp_ds.training.deepspeed_config import read_settings
-from npp_ds.training.recording import record_passes
+from npp_ds.training.recording import use_cuda_graphs
 
 
 def apply_performance(model: Transformer, config: RunConfig, device: torch.device) -> None:
     """Prepares the model, before DeepSpeed takes it, for what the config asks for. Raises UserError.
 
-    Nothing is to be done at a change of stage: shapes are compiled and recorded as they first come.
+    Nothing is to be done at a change of stage: shapes are compiled and captured as they first come.
     """
     check_performance(config)
     if config.performance.compile:
         _check_attention_kernels(config, device)
         compile_blocks(model)
     if config.performance.cuda_graphs:
-        record_passes(model)
+        use_cuda_graphs(model)
 
 
 def check_performance(config: RunConfig) -> None:
@@ -52,7 +52,7 @@ def check_performance(config: RunConfig) -> None:
     if asked.cuda_graphs and mode != "none":
         problems.append(
             f"performance.cuda_graphs: model.activation_checkpointing={mode} reads the state of the random numbers, "
-            "which cannot be recorded; set that to none, or performance.cuda_graphs=false"
+            "which cannot be captured; set that to none, or performance.cuda_graphs=false"
         )
     if asked.cuda_graphs and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         problems.append(
