@@ -79,7 +79,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck slurm/*.sh .ci/run
+	$(BIN)/shellcheck slurm/*.sh benchmarks/*.sh .ci/run
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

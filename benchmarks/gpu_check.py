@@ -85,7 +85,9 @@ PARTS = (
     tests("zero3", "tests/cli/test_cli.py", "-k", f"{TRAINS} and 3-bf16"),
     tests("CUDA graphs", "tests/training/test_cuda_graphs.py"),
     tests("CUDA graphs with a loader", "tests/cli/test_cli.py", "-k", "run_with_cuda_graphs"),
-    tests("engine with CUDA graphs", "tests/benchmarks/test_mfu_benchmark.py", "-k", "plain_loop_on_a_gpu and False-True"),
+    tests(
+        "engine with CUDA graphs", "tests/benchmarks/test_mfu_benchmark.py", "-k", "plain_loop_on_a_gpu and False-True"
+    ),
     tests("attention kernels", "tests/model/test_attention.py"),
     tests("decoding", "tests/sampling/test_decode.py"),
     tests("loader and waits", "tests/data/test_loader.py", "tests/training/test_throughput.py"),

@@ -254,7 +254,7 @@ class PerformanceSection(_Section):
     )
     cuda_graphs: bool = _free(
         False,
-        "record forward and backward pass of a micro-batch in each stage and replay them, for steps so short that "
+        "capture forward and backward pass of a micro-batch as CUDA graphs in each stage, for steps so short that "
         "starting kernels limits them; takes the room of another set of gradients; on GPUs, not with ZeRO-3",
     )
     loss_kernel: Literal["torch", "triton"] = _free(

@@ -98,6 +98,8 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
                 "checkpoints do not cover; use cpu, or drop the section"
             )
     settings.update(decided)
+    # DeepSpeed's timer (0.19.8) synchronizes the device in every micro-batch, for a figure that it would never print.
+    settings.setdefault("timers", {"throughput": {"enabled": False}})
     zero = settings["zero_optimization"]
     if zero["stage"] == 3 and world_size == 1:
         zero.setdefault("reduce_scatter", False)  # a single process would only copy its gradients, twice

@@ -18,6 +18,7 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
 from npp_ds.model import ModelConfig, Transformer
+from npp_ds.training.cuda_graphs import free_gradient_nodes
 from npp_ds.training.deepspeed_config import engine_settings, import_deepspeed
 from npp_ds.training.partitions import EMA, MOMENTS, Partitions, ShardedEMA
 from npp_ds.training.performance import apply_performance
@@ -70,6 +71,8 @@ class TrainingEngine:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        if config.performance.cuda_graphs:
+            free_gradient_nodes(model.parameters())
         self.monitor = self.engine.monitor if self.engine.monitor.enabled else None
         self.engine.monitor.enabled = False  # or DeepSpeed would write events of its own in every step
         self.partitions = Partitions(self.engine)

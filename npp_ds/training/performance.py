@@ -13,14 +13,14 @@ from npp_ds.model.attention_kernels import chosen_kernel
 from npp_ds.model.transformer import Transformer
 from npp_ds.sizes import num_positions
 from npp_ds.training.compile import compile_blocks
-from npp_ds.training.cuda_graphs import record_passes
+from npp_ds.training.cuda_graphs import use_cuda_graphs
 from npp_ds.training.deepspeed_config import read_settings
 
 
 def apply_performance(model: Transformer, config: RunConfig, device: torch.device) -> None:
     """Prepares the model, before DeepSpeed takes it, for what the config asks for. Raises UserError.
 
-    Nothing is to be done at a change of stage: shapes are compiled and recorded as they first come.
+    Nothing is to be done at a change of stage: shapes are compiled and captured as they first come.
     """
     check_performance(config)
     if config.performance.compile:
@@ -28,7 +28,7 @@ def apply_performance(model: Transformer, config: RunConfig, device: torch.devic
         compile_blocks(model)
     model.output.loss_kernel = config.performance.loss_kernel
     if config.performance.cuda_graphs:
-        record_passes(model)
+        use_cuda_graphs(model)
 
 
 def check_performance(config: RunConfig) -> None:
@@ -54,7 +54,7 @@ def check_performance(config: RunConfig) -> None:
     if asked.cuda_graphs and mode != "none":
         problems.append(
             f"performance.cuda_graphs: model.activation_checkpointing={mode} reads the state of the random numbers, "
-            "which cannot be recorded; set that to none, or performance.cuda_graphs=false"
+            "which cannot be captured; set that to none, or performance.cuda_graphs=false"
         )
     if asked.cuda_graphs and (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         problems.append(

@@ -1,12 +1,17 @@
 """Between lines of the log the host runs one step ahead of the device, and what a run leaves does not show it."""
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from test_watchful import _break_loss
 
 from npp_ds.distributed.process_group import Processes
+from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.hooks import Hook
 from npp_ds.training.preemption import Preempted
 from npp_ds.training.step_results import FinishedStep
@@ -113,3 +118,46 @@ def test_a_spike_between_the_lines_is_told_with_its_step(pair, shards, tmp_path)
     said = pair.run(told, config, _break_loss, [33], 1.5, 0)[0]
     assert [line[:23] for line in said if "is a spike" in line] == ["WARNING: step 33 (stage"]
     assert [m["step"] for m in outcome_of(tmp_path / "run").metrics if m["event"] == "spike"] == [34]
+
+
+def _waits(processes: Processes, config) -> list[Counter[str]]:
+    """What DeepSpeed waited for in a step of 1 and in one of 4 micro-batches; its timer starts in the third step."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    waits: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            waits[name] += 1
+            return function(*arguments)
+
+        return call
+
+    stage, accelerator, found = config.build_schedule(160).stages[0], get_accelerator(), []
+    engine = TrainingEngine(config, stage, processes)
+    is_invalid = counted("norm", stage3.is_invalid_grad_norm)
+    with (
+        patch.object(accelerator, "synchronize", counted("device", accelerator.synchronize)),
+        patch.object(stage3, "is_invalid_grad_norm", is_invalid),
+        patch.object(stage_1_and_2, "is_invalid_grad_norm", is_invalid),
+    ):
+        for step, count in enumerate([1, 1, 1, 4]):
+            batch_size = count * stage.micro_batch_size * processes.world_size
+            engine.set_batch_sizes(replace(stage, batch_size=batch_size))
+            waits.clear()
+            shape = stage.micro_batch_size, 1, 16
+            batch = torch.zeros(shape, dtype=torch.long), torch.zeros(shape[0], dtype=torch.long)
+            engine.step(step, [batch] * count, 1e-3)
+            found.append(waits.copy())
+    return found[2:]
+
+
+@pytest.mark.parametrize("zero_stage, norm_reads", [(1, 3), (2, 3), (3, 1)])
+def test_deepspeed_reads_the_norm_in_a_step_and_synchronizes_the_device_in_no_micro_batch(
+    pair, shards, tmp_path, zero_stage, norm_reads
+):
+    """On a CPU, where DeepSpeed's own streams need no synchronization. The reads stand in docs/performance.md."""
+    keys = {"deepspeed": {"config": f"zero{zero_stage}"}, "schedule": {"micro_batch_size": 2}}
+    config = tiny_config(shards, tmp_path / "run", **keys)
+    assert pair.run(_waits, config) == [[{"norm": norm_reads}] * 2] * 2
