@@ -66,7 +66,7 @@ def sample(
 
     place = place_of_environment()
     device = choose_device(device, place.local_rank)
-    found = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size)
+    found = open_weights(source, step=step, variant=weights, n_heads=heads, grid_size=grid_size)
     decoder, class_names = companions(found, tokenizer)
     wanted = split_classes(classes, class_names) if classes else None
     chosen = parse_classes(wanted, found.model.num_classes, class_names)
@@ -294,7 +294,7 @@ def likelihood(
     from npp_ds.evaluation.output_paths import try_target, writing
     from npp_ds.reporting.likelihood import write_likelihood
 
-    opened = open_weights(source, step=step, kind=weights)
+    opened = open_weights(source, step=step, variant=weights)
     shards = data or (opened.config.data.val if opened.config else None)
     if shards is None:
         raise UserError(f"--data: missing, and {source} names no held-out shards (data.val); give code shards")

@@ -173,7 +173,7 @@ def likelihood_of(
             "path": str(source.path),
             "name": source.name,
             "step": source.step,
-            "kind": source.kind,
+            "kind": source.variant,
             "sha256": source.sha256,
         },
         "shards": {"path": str(shards), "fingerprint": store.manifest.fingerprint(), "images": len(store)},

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from npp_ds.checkpoint.folders import folder_of, saved_steps, what_is_wrong
-from npp_ds.checkpoint.open import open_weights
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.folders import find_problem, folder_of, saved_steps
+from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.distributed.environment import Place, choose_device, choose_dtype
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
@@ -101,9 +100,9 @@ def open_sweep(source: str | Path, text: str, settings: Settings, local_rank: in
     if not values:
         raise UserError(f"{source}: found no checkpoint to sweep over; train first, or sweep over {CFG}")
     if name == CFG:
-        weights = [open_weights(source, step=settings.step, kind=settings.weights)] * len(values)
+        weights = [open_weights(source, step=settings.step, variant=settings.weights)] * len(values)
     else:
-        weights = [open_weights(source, step=step, kind=settings.weights) for step in values]
+        weights = [open_weights(source, step=step, variant=settings.weights) for step in values]
     tokenizer, class_names = companions(weights[-1], settings.tokenizer)
     device = choose_device("auto", local_rank)
     points = (Point(v, w, _request(w, v, name, settings, device)) for v, w in zip(values, weights, strict=True))
@@ -115,7 +114,7 @@ def open_sweep(source: str | Path, text: str, settings: Settings, local_rank: in
 
 def _complete_steps(source: str | Path) -> list[int]:
     checkpoints = Path(source) / "checkpoints"
-    return [step for step in saved_steps(checkpoints) if what_is_wrong(folder_of(checkpoints, step)) is None]
+    return [step for step in saved_steps(checkpoints) if find_problem(folder_of(checkpoints, step)) is None]
 
 
 def _request(weights: Weights, value: float, name: str, settings: Settings, device: str) -> Request:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from npp_ds import __version__
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.open import Weights
 from npp_ds.distributed.work_queue import Claims, locked
 from npp_ds.errors import UserError
 from npp_ds.model import Transformer
@@ -69,7 +69,7 @@ class Sampling:
         return {
             "weights_sha256": self.weights.sha256,
             "checkpoint_step": self.weights.step,
-            "weights": self.weights.kind,
+            "weights": self.weights.variant,
             **asdict(request.options),
             "labels": request.labels,
             "classes": list(request.classes),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.open import Weights
 from npp_ds.errors import UserError
 from npp_ds.sampling.decode import option_problems
 from npp_ds.sampling.folder import samples_of
@@ -131,7 +131,9 @@ def default_folder(weights: Weights, request: Request) -> Path:
     for name, value in options.items():
         if value != usual[name] and name not in ("cfg_scale", "seed"):
             parts.append(f"{name.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
-    parts += [word for word in (weights.kind, request.labels, request.dtype) if word not in ("raw", "balanced", "fp32")]
+    parts += [
+        word for word in (weights.variant, request.labels, request.dtype) if word not in ("raw", "balanced", "fp32")
+    ]
     if (n := len(request.classes)) < weights.model.num_classes:
         parts.append("-".join(["classes", *map(str, request.classes[:8]), *([f"and-{n - 8}-more"] if n > 8 else [])]))
     if request.image_size:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npp_ds.checkpoint import safetensors_io
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.open import Weights
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sampling.decode import generate

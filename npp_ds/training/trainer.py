@@ -8,8 +8,8 @@ from typing import Any
 
 from npp_ds.checkpoint import folders
 from npp_ds.checkpoint.folders import CheckpointRecord
+from npp_ds.checkpoint.open import Weights
 from npp_ds.checkpoint.saver import CheckpointSaver, SaveFailed
-from npp_ds.checkpoint.weights import Weights
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StepBatch
@@ -254,7 +254,7 @@ class Trainer:
         return record.step
 
     def _checkpoint_to_roll_back_to(self) -> tuple[Path, CheckpointRecord]:
-        folder = folders.newest_complete(self.checkpoints, self.log.say)
+        folder = folders.newest_complete(self.checkpoints)
         if folder is None:
             raise UserError(f"{self.checkpoints}: no complete checkpoint to roll back to")
         return folder, folders.read_record(folder)
@@ -301,7 +301,7 @@ class Trainer:
         self.log.write("checkpoint", step, seconds=saved.seconds_waited, bytes=saved.bytes)
         if self.processes.is_first:
             keep = self.config.checkpoint.keep_last, self._is_kept
-            self.saver.afterwards(folders.remove_old, self.checkpoints, step, *keep, self.log.say)
+            self.saver.afterwards(folders.remove_old, self.checkpoints, step, *keep)
 
     def _is_kept(self, step: int) -> bool:
         """Whether a checkpoint stays however old it is."""
@@ -385,7 +385,7 @@ class Trainer:
         self.processes.on_all(self.engine.start_from, weights)
         self.engine.partitions.publish()
         digest = self.processes.on_first(lambda: weights.sha256)
-        known = {"path": str(weights.path), "kind": weights.kind, "source_step": weights.step, "sha256": digest}
+        known = {"path": str(weights.path), "kind": weights.variant, "source_step": weights.step, "sha256": digest}
         self.log.write("init", 0, **known)
 
     def _announce(self) -> None:

@@ -30,9 +30,9 @@ def source(pair, shards, tmp_path_factory) -> Path:
 
 
 def test_an_export_says_which_run_step_and_tokenizer_it_comes_from(source, tmp_path):
-    export_weights(open_weights(source, step=10, kind="ema"), tmp_path / "a.safetensors")
-    found, opened = open_weights(tmp_path / "a.safetensors"), open_weights(source, step=10, kind="ema")
-    assert (found.name, found.step, found.kind, found.model) == ("tiny", 10, "ema", opened.config.model)
+    export_weights(open_weights(source, step=10, variant="ema"), tmp_path / "a.safetensors")
+    found, opened = open_weights(tmp_path / "a.safetensors"), open_weights(source, step=10, variant="ema")
+    assert (found.name, found.step, found.variant, found.model) == ("tiny", 10, "ema", opened.config.model)
     assert found.tokenizer == opened.tokenizer == ("random", "0" * 64)
     assert found.config_hash == opened.config.hash()
     expected = opened.read()
@@ -93,8 +93,8 @@ def test_a_run_goes_on_from_any_source_with_another_schedule(pair, shards, sourc
     if how == "safetensors":
         export_weights(open_weights(source), origin := tmp_path / "start.safetensors")
     elif how.startswith("published"):
-        kind = "ema" if how == "published ema" else "raw"
-        export_weights(open_weights(source, kind=kind), origin := tmp_path / "start.pt", layout="published")
+        variant = "ema" if how == "published ema" else "raw"
+        export_weights(open_weights(source, variant=variant), origin := tmp_path / "start.pt", layout="published")
     config = tiny_config(shards, tmp_path / "run", init_from=str(origin), **NEXT)
     pair.run(run, config)
     metrics = metrics_of(tmp_path / "run")
@@ -128,7 +128,7 @@ def test_a_resume_needs_no_file_and_ends_as_if_undisturbed(pair, shards, source,
     fresh = tiny_config(shards, tmp_path / "fresh", **keys)
     assert "init_from: " in (told := pair.run(error_of, fresh)[0]) and "start.safetensors: not found" in told
     other = tiny_config(shards, tmp_path / "run", **{**keys, "init_from": str(source)})
-    assert f"init_from: {tmp_path}/start.safetensors there, {source} now" in pair.run(error_of, other)[0]
+    assert f"init_from: it has '{tmp_path}/start.safetensors', asked for '{source}'" in pair.run(error_of, other)[0]
 
 
 def test_a_second_start_that_found_no_checkpoint_tells_of_its_own_weights_only(pair, shards, source, tmp_path):
@@ -143,7 +143,7 @@ def test_a_second_start_that_found_no_checkpoint_tells_of_its_own_weights_only(p
         folder.rmdir()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(line for line in lines if '"checkpoint"' not in line))
-    export_weights(open_weights(source, kind="ema"), tmp_path / "start.safetensors", force=True)
+    export_weights(open_weights(source, variant="ema"), tmp_path / "start.safetensors", force=True)
     pair.run(run, config)
     lines = metrics_of(tmp_path / "run")
     (init,) = [line for line in lines if line["event"] == "init"]

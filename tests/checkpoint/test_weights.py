@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from npp_ds.checkpoint.export import METADATA_KEY, export_weights
-from npp_ds.checkpoint.open import open_weights
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.export import export_weights
+from npp_ds.checkpoint.open import METADATA_KEY, Weights, open_weights
 from npp_ds.cli import app
 from npp_ds.config.schema import ModelSection
 from npp_ds.errors import UserError
@@ -151,17 +150,17 @@ def test_the_published_average_is_read_when_asked_for(tmp_path):
     path, state = published_file(tmp_path / "c2i.pt", "gpt_small")
     average = {name: tensor / 2 for name, tensor in state.items()}
     with pytest.raises(UserError, match=r"c2i\.pt: holds no `ema` entry"):
-        open_published(path, "gpt_small", kind="ema")
+        open_published(path, "gpt_small", variant="ema")
     torch.save({"model": state, "ema": average}, path)
-    weights = open_published(path, "gpt_small", kind="ema")
+    weights = open_published(path, "gpt_small", variant="ema")
     assert_same_tensors(weights.read(), average)
     assert_same_tensors(open_published(path, "gpt_small").read(), state)
     export_weights(weights, tmp_path / "ema.safetensors")
-    assert open_weights(tmp_path / "ema.safetensors").kind == "ema"
-    assert_same_tensors(open_weights(tmp_path / "ema.safetensors", kind="ema").read(), average)
+    assert open_weights(tmp_path / "ema.safetensors").variant == "ema"
+    assert_same_tensors(open_weights(tmp_path / "ema.safetensors", variant="ema").read(), average)
     export_weights(open_published(path, "gpt_small"), tmp_path / "raw.safetensors")
     with pytest.raises(UserError, match="holds raw weights, no ema"):
-        open_weights(tmp_path / "raw.safetensors", kind="ema")
+        open_weights(tmp_path / "raw.safetensors", variant="ema")
 
 
 def shape_only(path: Path, **arguments) -> Path:
@@ -191,7 +190,7 @@ def test_grid_and_heads_are_taken_from_the_file_where_it_tells_them(tmp_path):
     weights = open_weights(tmp_path / "table.pt")
     assert (weights.model.grid_size, weights.model.n_heads) == (24, 4)
     assert set(weights.read()) == set(model.state_dict())
-    with pytest.raises(UserError, match="its grid size is 24, found 16 asked for"):
+    with pytest.raises(UserError, match="its grid size is 24, but 16 was requested"):
         open_weights(tmp_path / "table.pt", grid_size=16)
     arguments = argparse.Namespace(image_size=384, downsample_size=16)
     torch.save({"model": model.state_dict(), "args": arguments}, tmp_path / "arguments.pt")
@@ -291,7 +290,7 @@ def test_a_checkpoint_is_opened_by_its_record_and_sizes_and_read_whole_only_to_v
         patch.setattr("npp_ds.checkpoint.folders.sha256", lambda path: pytest.fail(f"{path} was read whole"))
         assert open_weights(run_dir).step == open_weights(run_dir, step=120).step == 120
     victim.write_bytes(whole[:-4] + bytes(4))
-    with pytest.raises(UserError, match=r"asked for, but torn: .* its SHA-256 is not the recorded one"):
+    with pytest.raises(UserError, match=r"requested, but incomplete: .* its SHA-256 is not the recorded one"):
         open_weights(run_dir, step=120, verify=True)
     done = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(tmp_path / "out.safetensors")])
     assert isinstance(done.exception, UserError) and "no complete checkpoint" in str(done.exception)
@@ -302,12 +301,12 @@ def test_a_checkpoint_is_opened_by_its_record_and_sizes_and_read_whole_only_to_v
 
 def test_asking_for_what_a_file_does_not_have_is_an_error(tmp_path):
     path, _ = published_file(tmp_path / "c2i.pt", "gpt_small")
-    with pytest.raises(UserError, match="step 3 asked for, but a file holds one set of weights"):
+    with pytest.raises(UserError, match="step 3 requested, but a file holds a single step"):
         open_published(path, "gpt_small", step=3)
     with pytest.raises(UserError, match=r"nowhere: not found; expected the folder of a run"):
         open_weights(tmp_path / "nowhere")
     export_weights(open_published(path, "gpt_small"), tmp_path / "ours.safetensors")
-    with pytest.raises(UserError, match="its number of heads is 4, found 8 asked for"):
+    with pytest.raises(UserError, match="its number of heads is 4, but 8 was requested"):
         open_weights(tmp_path / "ours.safetensors", n_heads=8)
 
 

@@ -12,8 +12,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from npp_ds.checkpoint.open import open_weights
-from npp_ds.checkpoint.weights import TokenizerId
+from npp_ds.checkpoint.open import TokenizerId, open_weights
 from npp_ds.cli import app
 from npp_ds.data.loader import EvalLoader
 from npp_ds.data.store import stage

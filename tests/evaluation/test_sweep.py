@@ -82,15 +82,15 @@ def test_guidance_scales_give_a_row_each_in_order_with_files_and_the_samples_use
 
 
 def test_all_checkpoints_means_every_complete_one(run_dir, reference):
-    torn = tiny_run(run_dir, step=200) / "checkpoints/step-00000200"
-    next(torn.glob("*.safetensors")).write_bytes(b"torn")
+    incomplete = tiny_run(run_dir, step=200) / "checkpoints/step-00000200"
+    next(incomplete.glob("*.safetensors")).write_bytes(b"damaged")
     sweep = open_sweep(run_dir, "checkpoint=all", SETTINGS)
     assert [point.value for point in sweep.points] == [60, 120]
     results, folder = run_sweep(sweep, reference, Projection(16))
     assert [r["samples"]["checkpoint_step"] for r in results] == [60, 120]
     assert results[0]["samples_sha256"] != results[1]["samples_sha256"]
     assert folder.name == "sweep-checkpoint" and "| checkpoint |" in (folder / "sweep.md").read_text()
-    with pytest.raises(UserError, match="torn"):
+    with pytest.raises(UserError, match="incomplete"):
         open_sweep(run_dir, "checkpoint=60,200", SETTINGS)
 
 

@@ -48,7 +48,7 @@ def test_the_grid_and_heads_of_a_published_checkpoint_are_asked_for_and_a_guess_
     assert "grid 24x24" in told.output and "WARNING" not in told.output
     assert load_samples(tmp_path / "told")[0].shape == (3, 96, 96, 3)
     guessed = npp(*line, "--heads", "4", "--out", "guessed")
-    warning = f"WARNING: {file} does not tell its grid; taken as 16x16, give --grid-size to say otherwise"
+    warning = f"WARNING: {file} does not contain its grid size; assuming 16x16, set --grid-size if that is wrong"
     assert guessed.exit_code == 0 and warning in guessed.output
     for command in ("import", "export"):
         assert warning in npp(command, file, "--heads", "4", "--out", f"{command}.safetensors").output
@@ -67,7 +67,7 @@ def test_the_grid_and_heads_of_a_published_checkpoint_are_asked_for_and_a_guess_
 def test_bad_options_are_refused_before_anything_is_read_written_or_warned_about(
     run_dir, tmp_path, monkeypatch, option, value
 ):
-    monkeypatch.setattr("npp_ds.checkpoint.weights.Weights.reading", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("npp_ds.checkpoint.open.Weights.reading", lambda *_: pytest.fail("weights were read"))
     out = tmp_path / "out"
     assert f"{option.replace('-', '_')}: found" in refusal("sample", run_dir, f"--{option}", value, "--out", out)
     assert not out.exists()

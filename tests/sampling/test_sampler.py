@@ -469,7 +469,7 @@ def test_samples_of_different_settings_go_to_different_folders(weights):
         {"dtype": "bf16"},
     ]
     folders = [default_folder(weights, twelve(**change)) for change in changes]
-    folders.append(default_folder(replace(weights, kind="ema"), twelve()))
+    folders.append(default_folder(replace(weights, variant="ema"), twelve()))
     folders.append(default_folder(replace(weights, step=121), twelve()))
     assert len(set(folders)) == len(folders)
     assert {folder.parent for folder in folders} == {weights.path / "samples"}

@@ -78,7 +78,7 @@ def evaluations_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def distance_by_hand(folder: Path, run_dir: Path, step: int, kind: str, patch_side: int) -> float:
     """In this process, from the checkpoint of `step`, all features at once."""
-    source = open_weights(run_dir, step=step, kind=kind)
+    source = open_weights(run_dir, step=step, variant=kind)
     model, indices = build_model(source, "cpu"), np.arange(IMAGES)
     labels = labels_of(indices, range(10), "balanced", 0)
     options = Options(seed=0, cfg_scale=1.5, patch_side=patch_side)
