@@ -14,6 +14,11 @@ LOGITS_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 measured faster than 256 and no slower than 1,024), on a GPU what fills the device."""
 
 
+def num_positions(grid_size: int, patch_side: int) -> int:
+    """Return the length of the sequence that a grid_size x grid_size map of codes becomes: one position per patch."""
+    return (grid_size // patch_side) ** 2
+
+
 def ffn_hidden(dim: int, multiple_of: int = 256) -> int:
     """Width of the SwiGLU layer: two thirds of 4 x dim, rounded up to a multiple."""
     hidden = 2 * 4 * dim // 3

@@ -19,6 +19,7 @@ from npp_ds.config.schema import ModelSection
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.sampling.decode import generate
+from npp_ds.sampling.logits_processing import Options
 from npp_ds.sizes import SIZES
 from published_models import published_model
 from sample_sets import tiny_run
@@ -89,7 +90,7 @@ def test_an_imported_model_samples_the_published_greedy_sequences(tmp_path, cfg_
     _, vectors = published_model("gpt_small")
     labels = torch.from_numpy(vectors["sample_labels"])
     model = model_of(open_weights(tmp_path / "ours.safetensors"))
-    codes = generate(model, labels, torch.arange(len(labels)), seed=0, cfg_scale=cfg_scale, temperature=0.0)
+    codes = generate(model, labels, torch.arange(len(labels)), Options(cfg_scale=cfg_scale, temperature=0.0))
     assert np.array_equal(codes.numpy(), vectors[f"greedy_cfg{cfg_scale}"])
 
 

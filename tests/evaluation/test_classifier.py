@@ -17,7 +17,7 @@ from npp_ds.evaluation.classifier import (
     predict,
     save_classifier,
 )
-from npp_ds.evaluation.fid import frechet_distance
+from npp_ds.evaluation.metrics import frechet_distance
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.sources import load_images, open_source
 

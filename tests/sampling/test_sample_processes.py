@@ -17,8 +17,8 @@ from npp_ds.checkpoint.open import open_weights
 from npp_ds.distributed.work_queue import Claims
 from npp_ds.sampling.folder import load_samples
 from npp_ds.sampling.job import Sampling
-from npp_ds.sampling.request import Request, companions
-from npp_ds.sampling.sampler import Options
+from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.request import Request, find_tokenizer
 from sample_sets import tiny_run
 from workers import free_port
 
@@ -40,7 +40,7 @@ def arguments(run_dir: Path, out: Path) -> list[str]:
 def sampling(run_dir: Path, out: Path) -> Sampling:
     weights = open_weights(run_dir)
     request = Request([0, 1, 2], COUNT, options=Options(cfg_scale=1.5), part_size=PART_SIZE)
-    return Sampling(weights, companions(weights)[0], request, out, batch_size=4, png=True)
+    return Sampling(weights, find_tokenizer(weights), request, out, batch_size=4, png=True)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_the_command_draws_names_what_to_mend_and_says_when_nothing_is_left_to_d
     other = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--out", str(out))
     assert other.returncode == 2 and "patch_side: it has 2, asked for 1" in other.stderr
     uneven = npp(str(run_dir), "--count", "50")
-    assert uneven.returncode == 2 and "cannot be shared out evenly to 3 classes; ask for 51 or 48" in uneven.stderr
+    assert uneven.returncode == 2 and "cannot be divided evenly among 3 classes; use 51 or 48" in uneven.stderr
 
     export_weights(open_weights(run_dir), tmp_path / "tiny.safetensors")
     unknown = npp("tiny.safetensors", "--per-class", "2")
