@@ -1,4 +1,4 @@
-"""Weights travel: published files in, ours and published files out, every tensor bit for bit."""
+"""Export and import: published files in, ours and published files out, every tensor bit for bit."""
 
 import argparse
 import json
@@ -111,7 +111,7 @@ def test_published_to_ours_and_back_is_bit_equal_and_loads_as_the_published_scri
     assert size < (tmp_path / "back.pt").stat().st_size < size + 100_000, "each tensor is saved once, and nothing else"
 
 
-def test_an_exported_file_is_an_ordinary_safetensors_file_that_says_what_it_holds(tmp_path):
+def test_an_exported_file_is_ordinary_safetensors_that_describes_itself(tmp_path):
     path, state = published_file(tmp_path / "c2i.pt", "gpt_gqa")
     export_weights(open_published(path, "gpt_gqa"), tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
@@ -147,7 +147,7 @@ def test_values_beyond_fp16_are_refused_and_nothing_is_left_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c2i.pt"]
 
 
-def test_the_published_average_is_read_when_asked_for(tmp_path):
+def test_the_published_average_is_read_on_request(tmp_path):
     path, state = published_file(tmp_path / "c2i.pt", "gpt_small")
     average = {name: tensor / 2 for name, tensor in state.items()}
     with pytest.raises(UserError, match=r"c2i\.pt: holds no `ema` entry"):
@@ -184,7 +184,7 @@ def test_heads_of_the_published_3b_model_are_not_64_wide(tmp_path):
     assert open_weights(path, grid_size=24).model.grid_size == 24
 
 
-def test_grid_and_heads_are_taken_from_the_file_where_it_tells_them(tmp_path):
+def test_grid_and_heads_are_taken_from_the_file_if_it_contains_them(tmp_path):
     model, _ = published_model("gpt_small")
     table = torch.zeros(24 * 24 + 1, 64 // 4 // 2, 2)
     torch.save({"model": {**model.state_dict(), "freqs_cis": table}}, tmp_path / "table.pt")
@@ -250,7 +250,7 @@ def test_nothing_but_tensors_and_plain_values_is_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_damaged_published_files_are_told_from_those_that_hold_other_things(tmp_path, legacy):
+def test_damaged_published_files_are_distinguished_from_those_with_other_objects(tmp_path, legacy):
     path = tmp_path / "c2i.pt"
     torch.save({"model": {"a": torch.ones(100)}}, path, _use_new_zipfile_serialization=not legacy)
     whole = path.read_bytes()
@@ -300,7 +300,7 @@ def test_a_checkpoint_is_opened_by_its_record_and_sizes_and_read_whole_only_to_v
         open_weights(run_dir)
 
 
-def test_asking_for_what_a_file_does_not_have_is_an_error(tmp_path):
+def test_requesting_what_a_file_does_not_have_is_an_error(tmp_path):
     path, _ = published_file(tmp_path / "c2i.pt", "gpt_small")
     with pytest.raises(UserError, match="step 3 requested, but a file holds a single step"):
         open_published(path, "gpt_small", step=3)
@@ -311,7 +311,7 @@ def test_asking_for_what_a_file_does_not_have_is_an_error(tmp_path):
         open_weights(tmp_path / "ours.safetensors", n_heads=8)
 
 
-def test_existing_files_are_replaced_only_when_forced_and_names_tell_the_format(tmp_path):
+def test_existing_files_are_replaced_only_if_forced_and_suffixes_must_match_the_format(tmp_path):
     path, _ = published_file(tmp_path / "c2i.pt", "gpt_small")
     weights, out = open_published(path, "gpt_small"), tmp_path / "ours.safetensors"
     out.write_text("mine")

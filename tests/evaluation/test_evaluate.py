@@ -1,4 +1,4 @@
-"""`npp evaluate`: images of every kind against references of every kind, and what every result says."""
+"""`npp evaluate`: images of every kind against references of every kind, and the content of results."""
 
 import hashlib
 import io
@@ -320,7 +320,7 @@ def real():
     return load_images(open_source([SHIPPED_IMAGES], "val"), 32)
 
 
-def test_the_shipped_classifier_prefers_real_images_to_spoilt_ones(real, tmp_path):
+def test_the_shipped_classifier_prefers_real_images_to_darkened_ones(real, tmp_path):
     images, labels = real
     extractor = ClassifierExtractor()
     write_shard(tmp_path / "real-000000.tar.gz", images[400:], labels[400:])
@@ -365,7 +365,7 @@ def test_the_command_evaluates_the_newest_samples_of_a_run_and_makes_references(
         npp("--reference", made)
 
 
-def test_where_nothing_can_be_written_is_said_before_measuring(images, tmp_path, monkeypatch):
+def test_an_unwritable_result_is_reported_before_measuring(images, tmp_path, monkeypatch):
     np.savez(tmp_path / "images.npz", arr_0=images)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("npp_ds.evaluation.evaluate.load_extractor", lambda name, weights: Projection())

@@ -152,7 +152,7 @@ def test_every_position_agrees_with_a_float64_softmax(store, patch_side):
     assert found.nll.std() > 0.01
 
 
-def test_a_model_that_knows_the_codes_of_one_row_is_sure_there_only(store):
+def test_a_model_that_knows_the_codes_of_one_row_is_certain_only_there(store):
     """Guesses are right where the logits say so, and a patch counts each of its codes."""
 
     class Oracle(nn.Module):
@@ -237,7 +237,7 @@ def test_of_several_processes_the_first_one_measures(trained, tmp_path, monkeypa
 
 
 @pytest.mark.processes
-def test_where_no_result_can_be_written_is_said_before_measuring(trained, tmp_path, monkeypatch):
+def test_an_unwritable_result_is_reported_before_measuring(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(likelihood, "likelihood_by_position", None)
     (tmp_path / "file").write_text("")
     for out, problem in ((tmp_path / "file/a.json", "file: File exists"), (tmp_path, "is a folder")):
@@ -246,7 +246,7 @@ def test_where_no_result_can_be_written_is_said_before_measuring(trained, tmp_pa
 
 
 @pytest.mark.processes
-def test_bf16_products_are_close_and_say_so(trained, shards):
+def test_bf16_products_are_close_and_recorded(trained, shards):
     source = open_weights(trained)
     exact, fast = (
         likelihood_of(source, shards / "val", precision=p, cache_dir=shards / "cache") for p in ("fp32", "bf16")

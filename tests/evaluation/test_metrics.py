@@ -56,7 +56,7 @@ def test_the_frechet_distance_equals_a_float64_matrix_root():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_statistics_of_batches_are_those_of_the_whole_however_far_from_zero(batch_size):
+def test_statistics_of_batches_are_those_of_the_whole_also_far_from_zero(batch_size):
     rows = (np.random.default_rng(3).standard_normal((50, 6)) + 1e5).astype(np.float32)
     moments = Moments()
     for start in range(0, 50, batch_size):

@@ -1,4 +1,4 @@
-"""`npp evaluate --sweep`: a table and a plot over guidance scales or checkpoints, from samples that are used again."""
+"""`npp evaluate --sweep`: a table and a plot over guidance scales or checkpoints, with existing samples used again."""
 
 import gc
 import json
@@ -53,9 +53,7 @@ def no_sampling(monkeypatch) -> None:
     monkeypatch.setattr(job, "sample_images", sample_images)
 
 
-def test_guidance_scales_give_a_row_each_in_order_with_files_and_the_samples_used_again(
-    run_dir, reference, tmp_path, monkeypatch
-):
+def test_each_guidance_scale_has_a_row_and_existing_samples_are_used_again(run_dir, reference, tmp_path, monkeypatch):
     extractor = Projection(16)
     results, folder = run_sweep(open_sweep(run_dir, "cfg=3, 1", SETTINGS), reference, extractor)
     assert [r["value"] for r in results] == [r["samples"]["cfg_scale"] for r in results] == [1, 3]
@@ -93,7 +91,7 @@ def test_all_checkpoints_means_every_complete_one(run_dir, reference):
         open_sweep(run_dir, "checkpoint=60,200", SETTINGS)
 
 
-def test_every_checkpoint_is_sampled_at_the_side_of_its_stage_and_table_and_warnings_say_so(tmp_path, reference):
+def test_each_checkpoint_is_sampled_at_the_side_of_its_stage_which_table_and_warnings_show(tmp_path, reference):
     for step, stage in ((60, 0), (120, 1)):
         tiny_run(tmp_path / "run", seed=step, step=step, stage=stage)
     results, folder = run_sweep(open_sweep(tmp_path / "run", "checkpoint=all", SETTINGS), reference, Projection(16))

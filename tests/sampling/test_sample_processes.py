@@ -1,4 +1,4 @@
-"""Killed, crowded, alone: whatever happens to the processes, the samples end with the bytes of one quiet run."""
+"""Any number of processes, killed or not, write the samples of one uninterrupted process, byte for byte."""
 
 import errno
 import multiprocessing
@@ -60,7 +60,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "srun"])
-def test_two_processes_of_a_launcher_make_the_bytes_of_one(launcher, run_dir, expected, tmp_path):
+def test_two_processes_of_a_launcher_write_the_bytes_of_one(launcher, run_dir, expected, tmp_path):
     command = ["-m", "npp_ds", *arguments(run_dir, tmp_path / "out")]
     python, port = sys.executable, str(free_port())
     launchers = {
@@ -119,7 +119,7 @@ def wait(processes: list[multiprocessing.Process], seconds: float, until=lambda:
 
 
 @pytest.mark.processes
-def test_kill_9_at_six_random_moments_ends_with_the_bytes_of_one_quiet_run(run_dir, expected, tmp_path):
+def test_kill_9_at_six_random_moments_ends_with_the_bytes_of_an_uninterrupted_run(run_dir, expected, tmp_path):
     out = tmp_path / "out"
     draw = random.Random(0)
     kills = finished = 0
@@ -152,7 +152,7 @@ def test_kill_9_at_six_random_moments_ends_with_the_bytes_of_one_quiet_run(run_d
     assert sorted(path.name for path in out.iterdir()) == FILES
 
 
-def test_a_process_waits_for_nobody_and_the_last_one_puts_the_parts_together(run_dir, expected, tmp_path):
+def test_no_process_waits_for_another_and_the_last_one_assembles_the_parts(run_dir, expected, tmp_path):
     early, late = (sampling(run_dir, tmp_path) for _ in range(2))
     with Claims(tmp_path / ".unfinished", 0, 2) as claims:
         assert [part for _, part in zip(range(2), claims.take(9, lambda part: False), strict=False)] == [0, 1]
@@ -164,7 +164,7 @@ def test_a_process_waits_for_nobody_and_the_last_one_puts_the_parts_together(run
     assert early.finish()["count"] == COUNT
 
 
-def test_a_process_that_comes_when_all_is_done_draws_nothing(run_dir, expected, tmp_path, monkeypatch):
+def test_a_process_that_starts_after_the_end_samples_nothing(run_dir, expected, tmp_path, monkeypatch):
     late = sampling(run_dir, tmp_path)
     done = sampling(run_dir, tmp_path)
     claim = Claims._claim
@@ -180,7 +180,7 @@ def test_a_process_that_comes_when_all_is_done_draws_nothing(run_dir, expected, 
     assert contents(tmp_path) == expected
 
 
-def test_without_file_locks_the_parts_are_dealt_in_turn(run_dir, expected, tmp_path, monkeypatch):
+def test_without_file_locks_the_parts_are_assigned_in_turn(run_dir, expected, tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "no locks")
 
@@ -192,7 +192,7 @@ def test_without_file_locks_the_parts_are_dealt_in_turn(run_dir, expected, tmp_p
 
 
 @pytest.mark.processes
-def test_the_command_draws_names_what_to_mend_and_says_when_nothing_is_left_to_do(run_dir, tmp_path):
+def test_the_command_samples_explains_errors_and_reports_when_nothing_is_left_to_do(run_dir, tmp_path):
     def npp(*line: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "npp_ds", "sample", *line]
         return subprocess.run(

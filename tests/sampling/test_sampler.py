@@ -97,7 +97,7 @@ def test_classes_are_numbers_or_names_and_unknown_ones_are_all_named():
         parse_classes(["dog", "cow", 7], 3, names)
 
 
-def test_names_of_several_classes_are_refused_and_names_with_commas_are_taken_whole():
+def test_names_of_several_classes_are_refused_and_names_with_commas_stay_whole():
     names = ["tench, Tinca tinca", "crane", "dog", "crane", "dog, small,wild", "Tinca tinca"]
     with pytest.raises(UserError, match="crane is the name of 1 and 3; give the number of the one you mean"):
         parse_classes(["dog", "crane"], 6, names)
@@ -247,7 +247,7 @@ def test_given_classes_a_coarse_side_and_given_weights_are_used(weights, tokeniz
     assert (load_samples(tmp_path / "usual")[0] != load_samples(tmp_path / "looked")[0]).any()
 
 
-def test_a_model_of_a_coarse_stage_is_told_from_one_that_is_trained_to_the_end(tmp_path):
+def test_a_model_of_a_coarse_stage_is_distinguished_from_a_finished_one(tmp_path):
     coarse = open_weights(tiny_run(tmp_path / "coarse", stage=0))
     assert coarse.patch_side == 2
     assert "from a stage of patch side 2 and are sampled at 1; sample them with --patch-side 2" in stage_warning(
@@ -297,7 +297,7 @@ def raise_(error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("size", [1_000, 5_000, 9_000])
-def test_a_full_disk_leaves_no_half_file_and_is_no_obstacle(size, weights, tokenizer, tmp_path):
+def test_a_full_disk_leaves_no_partial_file_and_a_rerun_finishes(size, weights, tokenizer, tmp_path):
     quiet, full = tmp_path / "quiet", tmp_path / "full"
     draw(weights, tokenizer, twelve(), quiet)
     with files_limited_to(size), pytest.raises(OSError, match="too large"):
@@ -343,7 +343,7 @@ def test_a_folder_with_samples_or_parts_of_other_settings_is_refused_with_the_di
             Sampling(weights, tokenizer, twelve(part_size=6), tmp_path)
 
 
-def test_pngs_are_the_images_of_the_file_and_can_be_asked_for_later(weights, tokenizer, tmp_path):
+def test_pngs_are_the_images_of_the_file_and_can_be_added_later(weights, tokenizer, tmp_path):
     names = ["cat", "dog, small", "cow"]
     weights = replace(weights, class_names=tuple(names))
     draw(weights, tokenizer, twelve(), tmp_path / "with", png=True)
@@ -367,7 +367,7 @@ def test_repeated_images_are_counted():
     assert repeated_images(iter(images)) == 3
 
 
-def test_bf16_draws_with_a_model_in_bf16(weights, tokenizer, tmp_path):
+def test_bf16_samples_with_a_model_in_bf16(weights, tokenizer, tmp_path):
     job = Sampling(weights, tokenizer, twelve(dtype="bf16"), tmp_path)
     assert {p.dtype for p in job.model.parameters()} == {torch.bfloat16}
     job.run()
@@ -497,7 +497,7 @@ def test_codes_are_decoded_only_by_the_tokenizer_that_made_them(tmp_path, monkey
     assert find_tokenizer(weights).sha256 == made_by.sha256
 
 
-def test_weights_that_are_a_file_need_a_tokenizer_and_draw_what_their_run_draws(weights, tokenizer, tmp_path):
+def test_exported_weights_need_a_tokenizer_and_give_the_samples_of_their_run(weights, tokenizer, tmp_path):
     files = {"safetensors": tmp_path / "tiny.safetensors", "published": tmp_path / "tiny.pt"}
     draw(weights, tokenizer, twelve(), tmp_path / "run")
     for layout, file in files.items():
