@@ -235,7 +235,8 @@ def synchronisations() -> dict:
             if "ynchronize" in e.key or e.key == "aten::_local_scalar_dense"
         }
         results[f"ZeRO-{zero_stage}"] = {"DeepSpeed's synchronize": counted / steps, **counts}
-        check(not counted, results)
+        # With overlap_comm, DeepSpeed 0.19.8 synchronizes after each backward pass of ZeRO-2 (4 here); its timer: 5 more.
+        check(counted <= (4 * steps if ON_GPU and zero_stage == 2 else 0), results)
     return results
 
 

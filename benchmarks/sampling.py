@@ -31,6 +31,7 @@ from npp_ds.model.attention import rotary_table, rotate
 from npp_ds.model.layers import RMSNorm
 from npp_ds.model.transformer import Block
 from npp_ds.sampling.decode import generate
+from npp_ds.sampling.logits_processing import Options
 from npp_ds.sizes import SIZES
 
 PUBLISHED, NO_COPY, HERE = "published way", "published way, keys not copied", "this software"
@@ -110,11 +111,11 @@ class PublishedWay:
 def ways_of(model: Transformer, batch: int, cfg_scale: float, device: str) -> dict[str, Callable[[], int]]:
     """What takes turns: each call decodes one batch and returns its images."""
     labels, indices = torch.arange(batch, device=device), torch.arange(batch, device=device)
-    here = {"seed": 0, "cfg_scale": cfg_scale, "capture": device == "cuda"}
+    options, capture = Options(cfg_scale=cfg_scale), device == "cuda"
     return {
         PUBLISHED: lambda: len(PublishedWay(model).generate(labels, cfg_scale)),
         NO_COPY: lambda: len(PublishedWay(model, copy_keys=False).generate(labels, cfg_scale)),
-        HERE: lambda: len(generate(model, labels, indices, **here)),
+        HERE: lambda: len(generate(model, labels, indices, options, capture=capture)),
     }
 
 

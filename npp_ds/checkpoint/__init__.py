@@ -1,4 +1,4 @@
-"""Weights on disk: checkpoints of a run, exported and published files, and one way to open any of them.
+"""Weights on disk: the checkpoints of a run, exported files, published files, and one way to open any of them.
 
-Imports nothing of training, sampling or evaluation, and no DeepSpeed.
+This package imports nothing of training, sampling or evaluation, and no DeepSpeed.
 """

@@ -1,21 +1,19 @@
-"""Published LlamaGen and NPP checkpoints (`c2i_B_256.pt` ..): unwrapping them, and the model that their tensors tell.
+"""Published LlamaGen and NPP checkpoints (`c2i_B_256.pt` ..): find their weights and infer the model from the tensors.
 
-The weights lie under `model` (DDP), `module` (DeepSpeed), `state_dict`, or are the file's content itself (FSDP).
+The weights are under `model` (DDP), `module` (DeepSpeed) or `state_dict`, or they are the file's content itself (FSDP).
 """
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from npp_ds.checkpoint.safetensors_io import Shape, read_torch
-from npp_ds.checkpoint.weights import Reader, Weights, fitting_shapes
 from npp_ds.config.schema import ModelSection
 from npp_ds.errors import UserError
 from npp_ds.sizes import SIZES, ffn_hidden
@@ -24,54 +22,54 @@ WRAPPINGS = ("model", "module", "state_dict")
 HEAD_DIM = 64
 OTHER_HEADS = {(24, 3200): 32, (32, 4096): 32}  # LlamaGen's 3B and 7B: (n_layers, dim) whose head width is not 64
 GRID_SIZE = 16
-_WRAPPERS = {  # DistributedDataParallel, torch.compile, FSDP, activation checkpointing: no part of a plain name
+_WRAPPERS = {  # parts of parameter names that DistributedDataParallel, torch.compile, FSDP and checkpointing add
     "module",
     "_orig_mod",
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 }
-_BUFFERS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")  # computed when the published code samples
+_BUFFERS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")  # computed by the published code when it samples
 
 
-def open_published(path: Path, kind: str, n_heads: int | None = None, grid_size: int | None = None) -> Weights:
-    """The weights of a published checkpoint; `kind` "ema" is the average that LlamaGen's training saves beside them.
+class PublishedModel(NamedTuple):
+    """What a published checkpoint shows without reading its tensors. `step` is None if the file does not hold it."""
 
-    The number of heads and the grid leave no trace in most such files: then they are `n_heads` and `grid_size`, or when
-    not given, heads are 64 wide (but for LlamaGen's 3B and 7B) and the grid is 16. Raises UserError when the tensors
-    are not those of such a model.
+    step: int | None
+    model: ModelSection
+    shapes: dict[str, Shape]
+    grid_is_guessed: bool
+
+
+def inspect_published(path: Path, variant: str, n_heads: int | None, grid_size: int | None) -> PublishedModel:
+    """Infer the model of a published checkpoint; variant "ema" is the average that LlamaGen's training saves.
+
+    Most of these files contain neither the number of heads nor the grid size. Then `n_heads` and `grid_size` apply. If
+    they are None, heads are 64 wide (except for LlamaGen's 3B and 7B) and the grid is 16. Raises UserError if the
+    tensors are not those of such a model.
     """
     content = read_torch(path)
-    tensors, buffers = _tensors_of(path, content, kind)
-    told_heads = _told_heads(buffers, tensors) or n_heads
-    grid_size = _told_grid_size(content, buffers) or grid_size
-    model = _infer_model(path, tensors, told_heads, grid_size or GRID_SIZE)
+    tensors, buffers = _tensors_of(path, content, variant)
+    n_heads = _saved_heads(buffers, tensors) or n_heads
+    grid_size = _saved_grid_size(content, buffers) or grid_size
+    model = _infer_model(path, tensors, n_heads, grid_size or GRID_SIZE)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     steps = content.get("steps")
-    return Weights(
-        path=path,
-        name=path.stem,
-        step=steps if isinstance(steps, int) else None,
-        kind=kind,
-        model=model,
-        shapes=fitting_shapes(path, shapes, model),
-        fingerprinted=path,
-        open_reader=partial(_reading, path, kind),
-        grid_is_guessed=grid_size is None,
-    )
+    return PublishedModel(steps if isinstance(steps, int) else None, model, shapes, grid_size is None)
 
 
 @contextmanager
-def _reading(path: Path, kind: str) -> Iterator[Reader]:
-    tensors, _ = _tensors_of(path, read_torch(path), kind)
+def reading_published(path: Path, variant: str) -> Iterator[Callable[[str], Tensor]]:
+    """Yield a function: parameter name -> its float32 tensor on the CPU."""
+    tensors, _ = _tensors_of(path, read_torch(path), variant)
     yield lambda name: tensors[name].float()
 
 
-def _tensors_of(path: Path, content: Any, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(parameters, buffers) of the raw or the averaged weights, by their plain names."""
+def _tensors_of(path: Path, content: Any, variant: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return (parameters, buffers) of a variant, by their names without wrappers."""
     content = content if isinstance(content, dict) else {}
-    if kind == "ema":
+    if variant == "ema":
         if "ema" not in content:
-            raise UserError(f"{path}: holds no `ema` entry, so no averaged weights; ask for the raw ones")
+            raise UserError(f"{path}: holds no `ema` entry, so no averaged weights; use the raw ones")
         state = content["ema"]
     else:
         state = next((content[key] for key in WRAPPINGS if key in content), content)
@@ -81,12 +79,12 @@ def _tensors_of(path: Path, content: Any, kind: str) -> tuple[dict[str, Tensor],
         raise UserError(f"{path}: no weights under {', '.join(WRAPPINGS)} or at the top; found {_some(content)}")
     if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise UserError(f"{path}: {wrong[0]} is {tensors[wrong[0]].dtype}, expected a floating-point type")
-    is_buffer = {name: name.rpartition(".")[2] in _BUFFERS for name in tensors}
-    return tuple({n: t for n, t in tensors.items() if is_buffer[n] == which} for which in (False, True))
+    buffers = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in _BUFFERS}
+    return {name: value for name, value in tensors.items() if name not in buffers}, buffers
 
 
 def _plain(name: str) -> str:
-    """The name without those that wrappers add, also around single layers."""
+    """Remove the parts that wrappers add, also around single layers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -94,14 +92,14 @@ def _some(content: dict) -> str:
     return ", ".join(map(str, list(content)[:3])) or "nothing"
 
 
-def _told_heads(buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> int | None:
-    """What the rotary table [positions, head_dim / 2, 2] tells, where it was saved."""
+def _saved_heads(buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> int | None:
+    """Return the number of heads by the rotary table [positions, head_dim / 2, 2], None if it was not saved."""
     table, norm = buffers.get("freqs_cis"), tensors.get("norm.weight")
     return norm.numel() // (2 * table.shape[1]) if norm is not None and table is not None and table.ndim == 3 else None
 
 
-def _told_grid_size(content: dict, buffers: dict[str, Tensor]) -> int | None:
-    """What the rotary table tells (one row per code, and one for the class), else the training script's arguments."""
+def _saved_grid_size(content: dict, buffers: dict[str, Tensor]) -> int | None:
+    """Return the grid size by the rotary table (one row per code, one for the class) or the training arguments."""
     if (table := buffers.get("freqs_cis")) is not None and table.ndim == 3:
         return isqrt(len(table))
     arguments = vars(content["args"]) if isinstance(content.get("args"), Namespace) else {}
@@ -111,8 +109,8 @@ def _told_grid_size(content: dict, buffers: dict[str, Tensor]) -> int | None:
     return None
 
 
-def _infer_model(path: Path, tensors: dict[str, Tensor], told_heads: int | None, grid_size: int) -> ModelSection:
-    """The model section of tensors named as published. Raises UserError."""
+def _infer_model(path: Path, tensors: dict[str, Tensor], known_heads: int | None, grid_size: int) -> ModelSection:
+    """Return the model section of tensors that are named as published. Raises UserError."""
 
     def shape(name: str) -> Shape:
         found = tuple(tensors[name].shape) if name in tensors else ()
@@ -126,9 +124,9 @@ def _infer_model(path: Path, tensors: dict[str, Tensor], told_heads: int | None,
     vocab_size, dim = shape("tok_embeddings.weight")
     n_layers = next(i for i in range(len(tensors) + 1) if f"layers.{i}.attention.wqkv.weight" not in tensors)
     key_and_value_rows = shape("layers.0.attention.wqkv.weight")[0] - dim
-    n_heads = told_heads or OTHER_HEADS.get((n_layers, dim)) or dim // HEAD_DIM
-    if not n_heads or dim % n_heads or (told_heads is None and dim % HEAD_DIM):
-        heads = f"{told_heads} heads" if told_heads else f"heads of width {HEAD_DIM}, the usual one"
+    n_heads = known_heads or OTHER_HEADS.get((n_layers, dim)) or dim // HEAD_DIM
+    if not n_heads or dim % n_heads or (known_heads is None and dim % HEAD_DIM):
+        heads = f"{known_heads} heads" if known_heads else f"heads of width {HEAD_DIM}, the usual one"
         raise UserError(f"{path}: its width {dim} does not divide into {heads}; give the number of heads (--heads)")
     n_kv_heads, rest = divmod(key_and_value_rows, 2 * (dim // n_heads))
     if rest:
@@ -155,5 +153,5 @@ def _infer_model(path: Path, tensors: dict[str, Tensor], told_heads: int | None,
 
 
 def _ffn_multiple_of(dim: int, hidden: int) -> int:
-    """A rounding that gives this feed-forward width: the published one where it does."""
+    """Return a rounding that results in this feed-forward width, the published one (256) if possible."""
     return next((m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if ffn_hidden(dim, m) == hidden), hidden)

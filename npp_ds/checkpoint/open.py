@@ -1,83 +1,194 @@
-"""One way to open whatever holds trained weights."""
+"""Open trained weights, whatever holds them: a run folder, an exported file or a published LlamaGen checkpoint.
 
-from functools import partial
+`open_weights` reads what describes the weights. The tensors are read later, one by one.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from npp_ds.checkpoint.export import SUFFIXES, open_exported
-from npp_ds.checkpoint.folders import RECORD, CheckpointRecord, checkpoint_of, reading_checkpoint
-from npp_ds.checkpoint.llamagen import open_published
-from npp_ds.checkpoint.rank_files import MASTER
-from npp_ds.checkpoint.weights import TokenizerId, Weights
+import torch
+from torch import Tensor
+
+import npp_ds
+from npp_ds.checkpoint.folders import RECORD, CheckpointRecord, complete_at_step, newest_complete, read_record
+from npp_ds.checkpoint.llamagen import inspect_published, reading_published
+from npp_ds.checkpoint.rank_files import MASTER, SavedState
+from npp_ds.checkpoint.safetensors_io import Shape, misfits, opened_safetensors
 from npp_ds.config.load import load_config
-from npp_ds.config.schema import RunConfig
+from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import manifest_at_hand
 from npp_ds.errors import UserError
+from npp_ds.model import ModelConfig, Transformer
+from npp_ds.utils.files import sha256
 
-KINDS = {"raw": MASTER, "ema": "ema"}  # what people call them, and what a checkpoint does
+STATES = {"raw": MASTER, "ema": "ema"}  # the state of a checkpoint that holds each variant of the weights
+EXPORTED_SUFFIX = ".safetensors"
+METADATA_KEY = "npp_weights"  # a single entry, because safetensors writes several in no fixed order
+METADATA_FORMAT = 1
+
+Reader = Callable[[str], Tensor]  # parameter name -> the whole tensor, float32 on the CPU
+
+
+class TokenizerId(NamedTuple):
+    """The tokenizer whose codes a model was trained on: its name at that time, and the SHA-256 of its file."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights that have been found but not read. Instances can be sent to other processes.
+
+    `variant` is "raw", or "ema" for the moving average. `shapes` holds the shape of each parameter. `name` and `step`
+    are for people; `step` is None if unknown. `fingerprinted` is the file whose SHA-256 identifies these weights.
+    Weights of a run folder have its `config` and the `patch_side` of the stage that they were last trained in.
+    `config_hash` and `tokenizer` are None, and `class_names` is empty, if unknown. `grid_is_guessed` is true if neither
+    the file nor the caller gave the grid size.
+    """
+
+    path: Path
+    name: str
+    step: int | None
+    variant: str
+    model: ModelSection
+    shapes: dict[str, Shape]
+    fingerprinted: Path
+    open_reader: Callable[[], AbstractContextManager[Reader]]
+    config: RunConfig | None = None
+    patch_side: int | None = None
+    config_hash: str | None = None
+    tokenizer: TokenizerId | None = None
+    class_names: tuple[str, ...] = ()
+    grid_is_guessed: bool = False
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of `fingerprinted`, which is read whole, once."""
+        return sha256(self.fingerprinted)
+
+    def describe(self) -> str:
+        """Return one line for people: name, step, variant and the shape of the model."""
+        shape, model = self.model.shape(), self.model
+        step = "" if self.step is None else f", step {self.step}"
+        grouped = f", {model.n_kv_heads} of keys and values" if model.n_kv_heads else ""
+        return (
+            f"{self.name}{step}, {self.variant} weights: {model.parameters() / 1e6:.1f}M parameters, "
+            f"{shape['n_layers']} layers of {shape['n_heads']} heads{grouped}, dim {shape['dim']}, "
+            f"{model.vocab_size} codes, grid {model.grid_size}x{model.grid_size}, {model.num_classes} classes"
+        )
+
+    def guess_warning(self) -> str | None:
+        """Return a warning if the grid size is a guess: a wrong one samples and trains without any error."""
+        if not self.grid_is_guessed:
+            return None
+        grid = self.model.grid_size
+        return (
+            f"WARNING: {self.path} does not contain its grid size; assuming {grid}x{grid}, "
+            "set --grid-size if that is wrong"
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the JSON that an exported file holds under METADATA_KEY.
+
+        It contains no path and no time, so that equal weights make equal files.
+        """
+        return {
+            "format": METADATA_FORMAT,
+            "name": self.name,
+            "step": self.step,
+            "kind": self.variant,
+            "model": self.model.model_dump(mode="json"),
+            "tokenizer": self.tokenizer._asdict() if self.tokenizer else None,
+            "class_names": list(self.class_names),
+            "config_hash": self.config_hash,
+            "source": {"sha256": self.sha256},
+            "npp_ds": npp_ds.__version__,
+        }
+
+    def reading(self) -> AbstractContextManager[Reader]:
+        """Return a context manager that yields a function: parameter name -> its float32 tensor on the CPU.
+
+        Each call of the function reads one tensor.
+        """
+        return self.open_reader()
+
+    def read(self) -> dict[str, Tensor]:
+        """Read all tensors: {parameter name: float32 tensor on the CPU}."""
+        with self.reading() as tensor:
+            return {name: tensor(name) for name in self.shapes}
 
 
 def open_weights(
     path: str | Path,
     *,
     step: int | None = None,
-    kind: str = "raw",
+    variant: str = "raw",
     n_heads: int | None = None,
     grid_size: int | None = None,
     verify: bool = False,
 ) -> Weights:
-    """The weights of a run folder, of a file that `npp export` or `npp import` wrote, or of a published checkpoint.
+    """Open the weights of a run folder, of a file of `npp export` or `npp import`, or of a published checkpoint.
 
-    A run folder has those of its newest complete checkpoint, or of that of `step`; `kind` is "raw", or "ema" for the
-    moving average. An exported file has one kind only, which "raw" does not ask about. `n_heads` and `grid_size` say
-    what published checkpoints leave out. A checkpoint's record, which holds its own hash, and the sizes of its files
-    are believed unless `verify` asks for their SHA-256 too, which reads all of them whole, moments included. Raises
-    UserError when there are no such weights.
+    A run folder gives those of its newest complete checkpoint, or of the checkpoint of `step`. `variant` is "raw", or
+    "ema" for the moving average. An exported file holds a single variant; "raw" accepts either. `n_heads` and
+    `grid_size` supply what published checkpoints leave out. By default the record of a checkpoint and the sizes of its
+    files are trusted; `verify` also compares their SHA-256, which reads them whole, moments included.
+
+    Raises UserError if there are no such weights.
     """
     path = Path(path)
-    if kind not in KINDS:
-        raise UserError(f"weights: found {kind!r}, expected one of {', '.join(KINDS)}")
+    if variant not in STATES:
+        raise UserError(f"weights: found {variant!r}, expected one of {', '.join(STATES)}")
     if path.is_dir():
-        weights = _open_run(path, step, kind, verify)
+        weights = _open_run(path, step, variant, verify)
     elif not path.is_file():
         raise UserError(
             f"{path}: not found; expected the folder of a run, as `npp train` makes it, a .safetensors file of "
             "`npp export` or `npp import`, or a published checkpoint"
         )
     elif step is not None:
-        raise UserError(f"{path}: step {step} asked for, but a file holds one set of weights only; leave the step out")
+        raise UserError(f"{path}: step {step} requested, but a file holds a single step; omit the step")
+    elif path.suffix == EXPORTED_SUFFIX:
+        weights = _open_exported(path)
     else:
-        is_ours = path.suffix == SUFFIXES["safetensors"]
-        weights = open_exported(path) if is_ours else open_published(path, kind, n_heads, grid_size)
-    _check_what_was_asked(weights, kind, n_heads, grid_size)
+        weights = _open_published(path, variant, n_heads, grid_size)
+    _check_requested(weights, variant, n_heads, grid_size)
     return weights
 
 
-def _check_what_was_asked(weights: Weights, kind: str, n_heads: int | None, grid_size: int | None) -> None:
-    if kind == "ema" and weights.kind != "ema":
-        raise UserError(f"{weights.path}: holds raw weights, no ema; export the average, or use the plain weights")
+def _check_requested(weights: Weights, variant: str, n_heads: int | None, grid_size: int | None) -> None:
+    if variant == "ema" and weights.variant != "ema":
+        raise UserError(f"{weights.path}: holds raw weights, no ema; export the average, or use the raw weights")
     found = {"number of heads": weights.model.shape()["n_heads"], "grid size": weights.model.grid_size}
-    for (name, value), asked in zip(found.items(), (n_heads, grid_size), strict=True):
-        if asked not in (None, value):
-            raise UserError(f"{weights.path}: its {name} is {value}, found {asked} asked for; ask for {value}")
+    for (name, value), requested in zip(found.items(), (n_heads, grid_size), strict=True):
+        if requested not in (None, value):
+            raise UserError(f"{weights.path}: its {name} is {value}, but {requested} was requested; request {value}")
 
 
-def _open_run(path: Path, step: int | None, kind: str, verify: bool) -> Weights:
+def _open_run(path: Path, step: int | None, variant: str, verify: bool) -> Weights:
     config_file = path / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{config_file}: not found; expected the folder of a run, as `npp train` makes it")
     config = load_config(file=config_file)
-    folder, record = checkpoint_of(path, step, KINDS[kind], verify)
+    folder, record = _select_checkpoint(path / "checkpoints", step, variant, verify)
     manifest = _manifest_of(config, record)
+    shapes = {name: tuple(shape) for name, shape in record.shapes.items()}
     return Weights(
         path=path,
         name=config.name,
         step=record.step,
-        kind=kind,
+        variant=variant,
         model=config.model,
-        shapes={name: tuple(shape) for name, shape in record.shapes.items()},
+        shapes=shapes,
         fingerprinted=folder / RECORD,
-        open_reader=partial(reading_checkpoint, folder, record, KINDS[kind]),
+        open_reader=partial(_reading_checkpoint, folder, list(record.files), shapes, STATES[variant]),
         config=config,
         patch_side=config.stage_table()[record.stage].patch_side,
         config_hash=record.config_hash,
@@ -86,7 +197,100 @@ def _open_run(path: Path, step: int | None, kind: str, verify: bool) -> Weights:
     )
 
 
+def _select_checkpoint(
+    checkpoints: Path, step: int | None, variant: str, verify: bool
+) -> tuple[Path, CheckpointRecord]:
+    """Return the folder and record of the newest complete checkpoint, or of that of `step`. Raises UserError."""
+    folder = newest_complete(checkpoints, verify) if step is None else complete_at_step(checkpoints, step, verify)
+    if folder is None:
+        raise UserError(f"{checkpoints}: no complete checkpoint; train the run first, or name another run folder")
+    record = read_record(folder)
+    if STATES[variant] not in record.kinds:
+        raise UserError(
+            f"{folder}: holds no {variant} weights; set optimizer.ema_decay when training, or use the raw weights"
+        )
+    return folder, record
+
+
+@contextmanager
+def _reading_checkpoint(folder: Path, files: list[str], shapes: dict[str, Shape], state: str) -> Iterator[Reader]:
+    with SavedState(folder, files, shapes) as saved:
+        yield partial(saved.whole, state)
+
+
 def _manifest_of(config: RunConfig, record: CheckpointRecord) -> Manifest | None:
-    """The manifest of the shards that the checkpoint was trained on, where it is at hand."""
+    """Return the manifest of the shards that the checkpoint was trained on, None if it is not available."""
     manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
     return manifest if manifest and manifest.fingerprint() == record.data_fingerprint else None
+
+
+def _open_exported(path: Path) -> Weights:
+    with opened_safetensors(path) as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if text is None:
+        raise UserError(f"{path}: not written by npp_ds; expected a file made by npp export or npp import")
+    described = _parse_metadata(path, text)
+    return Weights(
+        path=path,
+        shapes=_check_shapes(path, found, described["model"]),
+        fingerprinted=path,
+        open_reader=partial(_reading_exported, path),
+        **described,
+    )
+
+
+def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
+    """Return the fields of `Weights` that `Weights.metadata` wrote."""
+    try:
+        values = json.loads(text)
+        if values["format"] != METADATA_FORMAT:
+            found = f"format {values['format']}, this version reads {METADATA_FORMAT}"
+            raise UserError(f"{path}: {found}; use the npp_ds that wrote it")
+        return {
+            "name": values["name"],
+            "step": values["step"],
+            "variant": values["kind"],
+            "config_hash": values["config_hash"],
+            "model": ModelSection.model_validate(values["model"]),
+            "tokenizer": TokenizerId(**values["tokenizer"]) if values["tokenizer"] else None,
+            "class_names": tuple(values["class_names"]),
+        }
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: its entry {METADATA_KEY} is not readable ({error!r}); export it again") from error
+
+
+@contextmanager
+def _reading_exported(path: Path) -> Iterator[Reader]:
+    with opened_safetensors(path) as file:
+        yield lambda name: file.get_tensor(name).float()
+
+
+def _open_published(path: Path, variant: str, n_heads: int | None, grid_size: int | None) -> Weights:
+    found = inspect_published(path, variant, n_heads, grid_size)
+    return Weights(
+        path=path,
+        name=path.stem,
+        step=found.step,
+        variant=variant,
+        model=found.model,
+        shapes=_check_shapes(path, found.shapes, found.model),
+        fingerprinted=path,
+        open_reader=partial(reading_published, path, variant),
+        grid_is_guessed=found.grid_is_guessed,
+    )
+
+
+def _check_shapes(path: Path, found: dict[str, Shape], model: ModelSection) -> dict[str, Shape]:
+    """Return the parameter shapes of a model, in its order. Raises UserError if the tensors of the file differ."""
+    try:
+        with torch.device("meta"):
+            state = Transformer(ModelConfig(**model.arguments())).state_dict()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: no model can have its shape ({error})") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if problems := misfits(found, expected):
+        raise UserError(f"{path}: not the weights of a class-conditional LlamaGen model: {problems}")
+    return expected

@@ -1,13 +1,15 @@
-"""The files of a checkpoint: one safetensors file per rank with its fragments of weights, moments and averages.
+"""The files of a checkpoint: each rank writes one safetensors file with its fragments of every saved state.
 
-A tensor `KIND/NAME` is a contiguous stretch, 1-D float32, of the flattened parameter NAME; the file's metadata says
-under "starts" where each begins. Any number of ranks can read what any other number wrote, slice by slice.
+A state is "master" (the fp32 weights), a moment of the optimizer, or "ema" (the average of the weights). The tensor
+`STATE/NAME` is 1-D float32, a contiguous range of the flattened parameter NAME. The metadata entry "starts" maps each
+NAME to the first element of its range. Readers copy the ranges that they need, so any number of ranks can read what any
+other number of ranks wrote.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +24,15 @@ from torch import Tensor
 from npp_ds.checkpoint.safetensors_io import Entry, safetensors_blocks
 from npp_ds.errors import UserError
 
-MASTER = "master"  # the kind of the weights themselves
+MASTER = "master"  # the state that holds the fp32 weights
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start .. start + numel` of flattened parameter `name`, at `offset` in a rank's flat `partition`."""
+    """Elements `start` .. `start + numel` of the flattened parameter `name`.
+
+    On its rank they begin at element `offset` of the flat partition number `partition`.
+    """
 
     name: str
     start: int
@@ -36,28 +41,29 @@ class Fragment:
     offset: int
 
     def of(self, partitions: list[Tensor]) -> Tensor:
-        """View [numel] of this fragment in any list of tensors shaped like the flat partitions."""
+        """Return the view [numel] of this fragment in tensors that are shaped like the flat partitions."""
         return partitions[self.partition].narrow(0, self.offset, self.numel)
 
 
 def file_of(rank: int, world_size: int) -> str:
+    """Return the name of the file that a rank writes."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def write_state(
     path: Path,
     fragments: list[Fragment],
-    kinds: dict[str, list[Tensor]],
+    states: dict[str, list[Tensor]],
     beat: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Writes this rank's fragments of every kind to `path`, flushed to disk; returns the file's bytes and SHA-256.
+    """Write this rank's fragments of every state to `path`, flushed to disk. Return {"bytes": .., "sha256": ..}.
 
-    `kinds` maps a kind to tensors shaped like the flat partitions. Written and hashed in one pass, one fragment in
-    host memory at a time. `beat` is called now and then.
+    `states` maps the name of a state to tensors that are shaped like the flat partitions. The file is written and
+    hashed in one pass, with one fragment in host memory at a time. `beat` is called after each block.
     """
     entries = [
-        Entry(f"{kind}/{f.name}", torch.float32, (f.numel,), partial(f.of, partitions))
-        for kind, partitions in kinds.items()
+        Entry(f"{state}/{f.name}", torch.float32, (f.numel,), partial(f.of, partitions))
+        for state, partitions in states.items()
         for f in fragments
     ]
     starts = json.dumps({f.name: f.start for f in fragments})
@@ -74,12 +80,12 @@ def write_state(
 
 
 class SavedState:
-    """The tensors of a checkpoint folder, read by name and range whichever ranks wrote them; a context manager.
+    """The tensors of a checkpoint folder, read by name and range, whichever ranks wrote them. A context manager.
 
-    The files are mapped: only what is asked for is read. Raises UserError when they are not such files.
+    The files are memory-mapped, so only the requested ranges are read. Raises UserError for files of another kind.
     """
 
-    def __init__(self, folder: Path, files: Iterable[str], shapes: dict[str, tuple[int, ...]]):
+    def __init__(self, folder: Path, files: Iterable[str], shapes: Mapping[str, Sequence[int]]):
         self.folder, self.shapes = folder, shapes
         self._stack = ExitStack()
         self._parts: dict[str, list[tuple[int, int, Any]]] = {name: [] for name in shapes}
@@ -105,25 +111,28 @@ class SavedState:
     def __enter__(self) -> "SavedState":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def copy_to(self, target: Tensor, kind: str, name: str, start: int) -> None:
-        """Fills `target` [n] with elements start .. start + n of flattened parameter `name`. Raises UserError."""
+    def copy_to(self, target: Tensor, state: str, name: str, start: int) -> None:
+        """Fill `target` [n] with elements start .. start + n of a state of the flattened parameter `name`.
+
+        Raises UserError if the files do not hold all of them.
+        """
         stop, copied = start + len(target), 0
         for begin, end, handle in self._parts[name]:
             first, last = max(start, begin), min(stop, end)
             if first < last:
-                part = handle.get_slice(f"{kind}/{name}")[first - begin : last - begin]
+                part = handle.get_slice(f"{state}/{name}")[first - begin : last - begin]
                 target[first - start : last - start].copy_(part)
                 copied += last - first
         if copied != len(target):
             raise UserError(
-                f"{self.folder}: {kind}/{name} has {copied} of the elements {start} .. {stop}; use another checkpoint"
+                f"{self.folder}: {state}/{name} has {copied} of the elements {start} .. {stop}; use another checkpoint"
             )
 
-    def whole(self, kind: str, name: str) -> Tensor:
-        """The whole parameter `name` of a kind, float32 on the CPU, in its shape."""
+    def whole(self, state: str, name: str) -> Tensor:
+        """Return a state of the whole parameter `name`, float32 on the CPU, in the parameter's shape."""
         tensor = torch.empty(prod(self.shapes[name]))
-        self.copy_to(tensor, kind, name, 0)
-        return tensor.view(self.shapes[name])
+        self.copy_to(tensor, state, name, 0)
+        return tensor.view(tuple(self.shapes[name]))

@@ -1,4 +1,4 @@
-"""Files of tensors: reading them without running anything that lies in them, writing them one tensor at a time."""
+"""Files of tensors: read them without running code that they contain, and write them one tensor at a time."""
 
 import argparse
 import json
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 BLOCK = 1 << 24  # bytes written at a time
-_FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")  # what torch says of an object that it refuses
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as people name them
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of the CLI options
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")  # torch's message for an object that it refuses
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, its tensors mapped from the file, so that only those that are used are read.
+    """Return what `torch.save` wrote. Its tensors are memory-mapped, so only those that are used are read.
 
-    Besides tensors and plain values it may hold an argparse.Namespace, as published checkpoints do. Raises UserError
-    for anything else and for damaged files.
+    Besides tensors and plain values the file may hold an argparse.Namespace, as published checkpoints do. Raises
+    UserError for any other object and for damaged files.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
-        # torch's own text is not shown: it advises to load the file with weights_only=False, which runs what it holds
+        # torch's own text is not shown: it advises weights_only=False, which runs code that the file contains.
         if foreign := _FOREIGN.search(str(error)):
             raise UserError(
                 f"{path}: holds more than tensors and plain values ({foreign[1]}); it was not loaded, because loading "
-                "such things can run code: ask its maker for a file of tensors alone"
+                "such objects can run code: ask its maker for a file of tensors alone"
             ) from None
         raise UserError(f"{path}: damaged, or no PyTorch checkpoint; fetch it again") from None
 
 
 @contextmanager
 def opened_safetensors(path: Path) -> "Iterator[safe_open]":
-    """The file, mapped. Raises UserError when it is none, also for what is wrong with it while it is open."""
+    """Open a safetensors file, memory-mapped. Raises UserError for a damaged file, also while it is being read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -58,7 +58,7 @@ def opened_safetensors(path: Path) -> "Iterator[safe_open]":
 
 
 def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
-    """Where the tensors of a file and of a model differ in names and shapes, up to three times; "" when nowhere."""
+    """Describe up to three differences in names and shapes between the tensors of a file and a model; "" if none."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} does not belong there" for name in found if name not in expected]
     problems += [
@@ -70,7 +70,7 @@ def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
 
 
 class Entry(NamedTuple):
-    """A tensor to be written: `values()` gives it, in this dtype and shape, when its turn comes."""
+    """A tensor to be written. `values()` returns it in this dtype and shape; it is called when the tensor is due."""
 
     name: str
     dtype: torch.dtype
@@ -79,9 +79,9 @@ class Entry(NamedTuple):
 
 
 def safetensors_blocks(metadata: dict[str, str], entries: Iterable[Entry]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file of fp32, bf16 or fp16 tensors, with one of them in memory at a time.
+    """Yield the bytes of a safetensors file of fp32, bf16 or fp16 tensors, with one tensor in memory at a time.
 
-    `safetensors.torch.save_file` wants all of them at once.
+    `safetensors.torch.save_file` needs all tensors at once.
     """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -97,7 +97,7 @@ def safetensors_blocks(metadata: dict[str, str], entries: Iterable[Entry]) -> It
 
 
 def bytes_of(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor on any device, in blocks."""
-    data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """Yield the bytes of a tensor on any device, in blocks."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for start in range(0, len(data), BLOCK):
         yield data[start : start + BLOCK]

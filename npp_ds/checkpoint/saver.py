@@ -1,8 +1,11 @@
-"""How a checkpoint comes to be: one protocol, whether training waits for it or goes on meanwhile.
+"""Save checkpoints. Training either waits for a save or continues while a thread writes; the protocol is the same.
 
-Every rank writes its file into `step-XXXXXXXX.TOKEN.tmp`, hashing as it writes. When all are done, the first rank makes
-sure that the run folder is still ours, writes `COMPLETE.json`, renames the folder to `step-XXXXXXXX` and then replaces
-`latest`. A file that cannot be written (a full disk) costs this checkpoint, not the earlier ones.
+1. Every rank writes its file into `step-XXXXXXXX.TOKEN.tmp` and hashes it meanwhile.
+2. When all ranks have written, the first rank checks that the run folder still belongs to this run, writes
+   COMPLETE.json and renames the folder to `step-XXXXXXXX`.
+3. It then replaces the file `latest`.
+
+If a file cannot be written, for example on a full disk, only this checkpoint is lost.
 """
 
 import shutil
@@ -17,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from npp_ds.checkpoint.folders import CheckpointRecord, folder_of, what_is_wrong, write_record
+from npp_ds.checkpoint.folders import CheckpointRecord, find_problem, folder_of, write_record
 from npp_ds.checkpoint.rank_files import Fragment, file_of, write_state
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
@@ -39,27 +42,29 @@ class Watchdog(Protocol):
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; the earlier ones are as they were. The same on all ranks."""
+    """A checkpoint could not be written; earlier ones are unchanged. Raised alike on all ranks."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint: its record with all files, and the seconds that training stood still for it."""
+    """A committed checkpoint: its record with all files, and the seconds for which it paused training."""
 
     record: CheckpointRecord
     seconds_waited: float
 
     @property
     def bytes(self) -> int:
+        """The size of all files together."""
         return sum(entry["bytes"] for entry in self.record.files.values())
 
 
 class CheckpointSaver:
-    """Saves one checkpoint at a time: `begin`, then `finish`; all ranks call both together. A thread writes.
+    """Save one checkpoint at a time with `begin`, then `finish`. All ranks call both together. A thread writes.
 
-    `token` names temporary folders. The first rank checks the `lease` right before the commit. `asynchronous`: `begin`
-    copies to host memory, so training may continue until `writing` is done; otherwise nothing may change between
-    `begin` and `finish`. The `watchdog` hears of progress while ranks wait for each other.
+    `token` makes the names of temporary folders unique. The first rank checks the `lease` right before the commit. With
+    `asynchronous`, `begin` copies the states to host memory and training may continue until `writing` is done; without
+    it, the states must not change between `begin` and `finish`. The `watchdog` hears of progress while ranks wait for
+    each other.
     """
 
     def __init__(
@@ -82,11 +87,11 @@ class CheckpointSaver:
 
     @property
     def pending(self) -> CheckpointRecord | None:
-        """The record of the checkpoint that has begun and is not finished."""
+        """The record of the checkpoint that has begun and is not finished, else None."""
         return self._record
 
-    def begin(self, record: CheckpointRecord, fragments: list[Fragment], kinds: dict[str, list[Tensor]]) -> None:
-        """Starts to write this rank's `fragments` of every kind. Raises SaveFailed on all ranks."""
+    def begin(self, record: CheckpointRecord, fragments: list[Fragment], states: dict[str, list[Tensor]]) -> None:
+        """Start to write this rank's `fragments` of every state. Raises SaveFailed on all ranks."""
         if self._record is not None:
             raise RuntimeError(f"the checkpoint of step {self._record.step} is not finished")
         began = time.perf_counter()
@@ -95,39 +100,43 @@ class CheckpointSaver:
         path = self._folder(record.step) / file_of(self.processes.rank, self.processes.world_size)
         self._record = record
         try:
-            kinds = self._copied_to_host(kinds) if self.asynchronous else kinds
-            self.writing = self._thread.submit(write_state, path, fragments, kinds, self._count_block)
-        except Exception as error:  # told to all ranks by `finish`
+            states = self._copied_to_host(states) if self.asynchronous else states
+            self.writing = self._thread.submit(write_state, path, fragments, states, self._count_block)
+        except Exception as error:  # `finish` reports it to all ranks
             self.writing = Future()
             self.writing.set_exception(error)
         self._seconds = time.perf_counter() - began
 
     def finish(self) -> Saved:
-        """Wait for all ranks' parts and commit. Raises SaveFailed, or UserError for a lost lease, on all ranks."""
+        """Wait until all ranks have written, then commit. Raises SaveFailed or, for a lost lease, UserError on all ranks.
+
+        Without `begin` it raises RuntimeError.
+        """
         record, writing = self._record, self.writing
         if record is None or writing is None:
             raise RuntimeError("no checkpoint has begun")
         began = time.perf_counter()
         self._wait_for_all(writing)
         self._record = self.writing = None
-        outcomes = self.processes.gather(self._outcome(writing))
-        names = [file_of(rank, self.processes.world_size) for rank in range(len(outcomes))]
-        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(outcomes) if problem]
-        complete = replace(record, files={name: entry for name, (entry, _) in zip(names, outcomes, strict=True)})
+        results = self.processes.gather(self._result(writing))
+        names = [file_of(rank, self.processes.world_size) for rank in range(len(results))]
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(results) if problem]
+        complete = replace(record, files={name: entry for name, (entry, _) in zip(names, results, strict=True)})
         problem = self.processes.on_first(self._discard if problems else self._commit, complete)
         if problems or problem:
             raise SaveFailed("; ".join(problems) or problem)
         return Saved(complete, self._seconds + time.perf_counter() - began)
 
     def afterwards(self, action: Callable[..., Any], *arguments: Any) -> None:
-        """Lets the writing thread do something when it has nothing to write."""
+        """Run `action(*arguments)` in the writing thread, after what it is writing now."""
         self._thread.submit(action, *arguments)
 
     def close(self) -> None:
+        """Wait for the thread and end it."""
         self._thread.shutdown()
 
     def _wait_for_all(self, writing: Future) -> None:
-        """Returns when every rank has written; a rank that stands still lets the beat of all fall silent."""
+        """Return when every rank has written. `beat` stops when no rank writes another block."""
         before = -1.0
         while True:
             state = torch.tensor([float(writing.done()), float(self._blocks)], device=self.processes.device)
@@ -155,22 +164,22 @@ class CheckpointSaver:
             return f"{folder}: {error.strerror}"
         return None
 
-    def _copied_to_host(self, kinds: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        """Copies in host memory that stays for the next checkpoint, pinned where there is a GPU."""
+    def _copied_to_host(self, states: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Copy the states to host memory, which is kept for the next checkpoint and pinned if there is a GPU."""
         if not self._host:
             self._host = {
-                kind: [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
-                for kind, tensors in kinds.items()
+                state: [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
+                for state, tensors in states.items()
             }
-        for kind, tensors in kinds.items():
-            for copy, tensor in zip(self._host[kind], tensors, strict=True):
+        for state, tensors in states.items():
+            for copy, tensor in zip(self._host[state], tensors, strict=True):
                 copy.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return self._host
 
-    def _outcome(self, writing: Future) -> tuple[dict | None, str | None]:
-        """(the file's entry, None), or (None, why there is none)."""
+    def _result(self, writing: Future) -> tuple[dict | None, str | None]:
+        """Return (the file's entry in the record, None), or (None, why the file could not be written)."""
         error = writing.exception()
         if error is None:
             return writing.result(), None
@@ -183,15 +192,15 @@ class CheckpointSaver:
 
     def _commit(self, record: CheckpointRecord) -> str | None:
         temporary, folder = self._folder(record.step), folder_of(self.checkpoints, record.step)
-        torn = folder.with_name(f"{folder.name}.{self.token}.torn.tmp")
+        incomplete = folder.with_name(f"{folder.name}.{self.token}.incomplete.tmp")
         try:
             write_record(temporary, record)
             fsync_directory(temporary)
             if self.lease:
                 self.lease.check()
-            if folder.exists() and what_is_wrong(folder) is not None:
-                folder.rename(torn)
-            if not folder.exists():  # else whoever made it was at the same step of the same run
+            if folder.exists() and find_problem(folder) is not None:
+                folder.rename(incomplete)
+            if not folder.exists():  # else another start of this run has committed the same step
                 temporary.rename(folder)
             fsync_directory(self.checkpoints)
         except (OSError, UserError) as error:
@@ -199,8 +208,8 @@ class CheckpointSaver:
             if isinstance(error, UserError):
                 raise
             return f"{error.filename or temporary}: {error.strerror}"
-        with suppress(OSError):  # for people only
+        with suppress(OSError):  # nothing reads `latest` but people
             write_text_atomic(self.checkpoints / "latest", folder.name)
-        for leftover in (torn, temporary):
+        for leftover in (incomplete, temporary):
             shutil.rmtree(leftover, ignore_errors=True)
         return None

@@ -53,23 +53,23 @@ def sample(
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.distributed.environment import choose_device, choose_dtype
     from npp_ds.sampling.job import Sampling
+    from npp_ds.sampling.logits_processing import Options
     from npp_ds.sampling.request import (
         Request,
-        companions,
         default_folder,
+        find_tokenizer,
         image_count,
         parse_classes,
         split_classes,
         stage_warning,
     )
-    from npp_ds.sampling.sampler import Options
 
     place = place_of_environment()
     device = choose_device(device, place.local_rank)
-    found = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size)
-    decoder, class_names = companions(found, tokenizer)
-    wanted = split_classes(classes, class_names) if classes else None
-    chosen = parse_classes(wanted, found.model.num_classes, class_names)
+    found = open_weights(source, step=step, variant=weights, n_heads=heads, grid_size=grid_size)
+    decoder = find_tokenizer(found, tokenizer)
+    wanted = split_classes(classes, found.class_names) if classes else None
+    chosen = parse_classes(wanted, found.model.num_classes, found.class_names)
     request = Request(
         classes=chosen,
         count=image_count(len(chosen), per_class, count),
@@ -89,8 +89,8 @@ def sample(
         dtype=choose_dtype(dtype, device),
         part_size=part_size,
     )
-    how = {"class_names": class_names, "device": device, "batch_size": batch_size, "png": png}
-    job = Sampling(found, decoder, request, out or default_folder(found, request), **how)
+    folder = out or default_folder(found, request)
+    job = Sampling(found, decoder, request, folder, device=device, batch_size=batch_size, png=png)
     if place.rank == 0:
         if not found.config:
             print(f"{source}: {found.describe()}", flush=True)
@@ -181,7 +181,7 @@ def evaluate(
         if source is None:
             raise UserError("sweep: found no weights to sample; give a run folder")
         from npp_ds.evaluation.sweep import Settings, open_sweep
-        from npp_ds.sampling.sampler import Options
+        from npp_ds.sampling.logits_processing import Options
 
         options = Options(seed=seed, cfg_scale=cfg_scale)
         settings = Settings(
@@ -258,10 +258,10 @@ def _sweep(
 ) -> None:
     from npp_ds.evaluation.evaluate import open_extractor
     from npp_ds.evaluation.reference import load_reference
-    from npp_ds.evaluation.sweep import draw_share, run_sweep, table
+    from npp_ds.evaluation.sweep import run_sweep, sample_share, table
 
     if place.rank:
-        draw_share(swept, place)
+        sample_share(swept, place)
         return
     network = open_extractor(extractor, reference, swept.tokenizer.name, inception_weights)
     with progress_bar("reference") as progress:
@@ -291,22 +291,22 @@ def likelihood(
         return
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.evaluation.likelihood import likelihood_of
-    from npp_ds.evaluation.output_paths import try_target, writing
     from npp_ds.reporting.likelihood import write_likelihood
+    from npp_ds.utils.files import check_writable, explain_os_errors
 
-    opened = open_weights(source, step=step, kind=weights)
+    opened = open_weights(source, step=step, variant=weights)
     shards = data or (opened.config.data.val if opened.config else None)
     if shards is None:
         raise UserError(f"--data: missing, and {source} names no held-out shards (data.val); give code shards")
     usual = source / "likelihood.json" if source.is_dir() else source.with_suffix(".likelihood.json")
-    path = try_target(out or usual)
+    path = check_writable(out or usual)
     if path.suffix != ".json":
         raise UserError(f"--out: found {path}, expected a name that ends in .json; the picture lies beside it")
     cache_dir = opened.config.data.cache_dir if opened.config else None
     options = {"limit": limit, "patch_side": patch_side, "precision": precision, "cache_dir": cache_dir}
     with progress_bar("measuring") as progress:
         result = likelihood_of(opened, shards, **options, progress=progress)
-    with writing(path):
+    with explain_os_errors(path):
         picture = write_likelihood(path, result)
     print(
         f"{result['images']} images at patch side {patch_side}: {result['nats_per_code']:.4f} nats per code, "

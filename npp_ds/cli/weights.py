@@ -25,7 +25,7 @@ def export(
     from npp_ds.checkpoint.export import export_weights
     from npp_ds.checkpoint.open import open_weights
 
-    opened = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size, verify=True)
+    opened = open_weights(source, step=step, variant=weights, n_heads=heads, grid_size=grid_size, verify=True)
     export_weights(opened, out, layout=layout, dtype=dtype, force=force)
     print(f"{out}: {opened.describe()}")
     if layout == "safetensors":  # the published format has no place for a grid
@@ -44,7 +44,7 @@ def import_(
     from npp_ds.checkpoint.export import export_weights
     from npp_ds.checkpoint.open import open_weights
 
-    opened = open_weights(file, kind=weights, n_heads=heads, grid_size=grid_size)
+    opened = open_weights(file, variant=weights, n_heads=heads, grid_size=grid_size)
     export_weights(opened, out, force=force)
     print(f"{out}: {opened.describe()}")
     warn(opened.guess_warning())

@@ -1,5 +1,5 @@
-"""Numbers about a trained model: likelihood of held-out codes, and how samples compare with real images.
+"""Measure a trained model: the likelihood of held-out codes, and how its samples compare with real images.
 
-It reads models, codes and images and returns numbers; it may not touch training state or DeepSpeed. `sweep.py` alone
-has samples drawn, by `npp_ds.sampling`, which says how; nothing there knows of evaluation.
+This package reads models, codes and images and returns numbers. It imports nothing of training or DeepSpeed. Only
+`sweep.py` also samples images, with `npp_ds.sampling`, which knows nothing of evaluation.
 """

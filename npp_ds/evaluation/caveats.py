@@ -1,4 +1,4 @@
-"""What keeps a result from standing beside others: said on the screen and in the result."""
+"""Reasons why a result is not comparable with others; they are shown on the screen and stored in the result."""
 
 import re
 from pathlib import Path
@@ -12,10 +12,10 @@ PUBLISHED_COUNT = 50_000
 _VALIDATION = re.compile(r"(?<![a-z])val(idation)?(?![a-z])", re.IGNORECASE)
 
 
-def warnings_of(images: ImageSet, measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
-    """One sentence for each reason why the numbers are not what others mean by them; empty when none is known."""
-    found = _of_counts(measured, reference, extractor) + _of_kinds(measured, reference, extractor)
-    found += _of_sides(images.record)
+def find_caveats(images: ImageSet, measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
+    """Return one sentence for each known reason why the metrics are not comparable; empty if there is none."""
+    found = _of_counts(measured, reference, extractor) + _of_reference(measured, reference, extractor)
+    found += _of_patch_sides(images.record)
     if repeated := images.record.get("repeated_images"):
         found.append(f"{repeated} of the samples are copies of others")
     if extractor.name == INCEPTION:
@@ -33,7 +33,7 @@ def _of_counts(measured: Measurement, reference: Reference, extractor: Extractor
     ]
 
 
-def _of_kinds(measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
+def _of_reference(measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
     found, source = [], reference.source
     if source.image_size is not None and source.image_size != measured.image_size:
         sizes = ("x".join(map(str, reversed(size))) for size in (measured.image_size, source.image_size))
@@ -46,12 +46,12 @@ def _of_kinds(measured: Measurement, reference: Reference, extractor: Extractor)
     return found
 
 
-def _of_sides(record: dict[str, Any]) -> list[str]:
+def _of_patch_sides(record: dict[str, Any]) -> list[str]:
     found, side, trained = [], record.get("patch_side", 1), record.get("weights_patch_side")
     if trained not in (None, side):
         found.append(
-            f"the samples were drawn at patch side {side} from weights of a stage of patch side {trained}: not what "
-            "that stage draws"
+            f"the images were sampled at patch side {side} from weights of a stage of patch side {trained}: they do "
+            "not show what that stage has learned"
         )
     if side > 1:
         found.append(

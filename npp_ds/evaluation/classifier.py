@@ -1,6 +1,6 @@
-"""A small classifier of the shipped images: says whether a sample shows its class, and gives Frechet features.
+"""A small classifier of the shipped Fashion-MNIST images: it predicts the class of a sample and extracts features.
 
-Its numbers compare runs on Fashion-MNIST with each other; they are no Inception FID.
+Its Frechet distances compare runs on Fashion-MNIST with each other; they are not the FID of Inception.
 """
 
 from functools import cache
@@ -32,19 +32,19 @@ class Classifier(nn.Module):
         self.output = nn.Linear(self.num_features, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """float32 [B, 64] >= 0, the last layer's input, of images uint8 [B, 32, 32, 3]."""
+        """Return the input of the last layer, float32 [B, 64] >= 0, for images uint8 [B, 32, 32, 3]."""
         x = images.float().mean(-1).unsqueeze(1).div(127.5).sub(1)
         for conv, norm in zip(self.conv, self.norm, strict=True):
             x = F.max_pool2d(F.relu(norm(conv(x))), 2)
         return F.relu(self.hidden(x.flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits float32 [B, classes] of images uint8 [B, 32, 32, 3]."""
+        """Return logits float32 [B, classes] for images uint8 [B, 32, 32, 3]."""
         return self.output(self.features(images))
 
 
 def load_classifier(path: str | Path = SHIPPED) -> Classifier:
-    """A classifier in eval mode; UserError when the file is missing or holds something else."""
+    """Load a classifier in eval mode. Raises UserError if the file is missing or holds something else."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -61,7 +61,7 @@ def load_classifier(path: str | Path = SHIPPED) -> Classifier:
 
 
 def save_classifier(model: Classifier, path: str | Path) -> None:
-    """Writes the weights in float16, atomically."""
+    """Write the weights in float16, atomically."""
     from safetensors.torch import save
 
     tensors = {name: value.half() for name, value in model.state_dict().items() if value.is_floating_point()}
@@ -75,7 +75,7 @@ def _shipped() -> Classifier:
 
 @torch.no_grad()
 def predict(images: np.ndarray | Tensor, model: Classifier | None = None, batch_size: int = 500) -> np.ndarray:
-    """Most likely labels int64 [B] of images uint8 [B, 32, 32, 3], by the shipped classifier when `model` is None."""
+    """Return the likeliest labels int64 [B] of images uint8 [B, 32, 32, 3]; `model` None is the shipped classifier."""
     images = torch.as_tensor(images)
     _check_images(images, (Classifier.image_size, Classifier.image_size, 3))
     model = model or _shipped()
@@ -83,7 +83,7 @@ def predict(images: np.ndarray | Tensor, model: Classifier | None = None, batch_
 
 
 class ClassifierExtractor:
-    """The shipped classifier as an extractor of features of 32x32 images: pool [N, 64], probabilities [N, 10]."""
+    """The shipped classifier as an extractor for 32x32 images: pool [N, 64], probabilities [N, 10]."""
 
     name = FASHION_MNIST
     standard = True
@@ -98,7 +98,7 @@ class ClassifierExtractor:
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
-        """images uint8 [N, 32, 32, 3]; UserError for others."""
+        """Return the features of images uint8 [N, 32, 32, 3]. Raises UserError for others."""
         pixels = torch.tensor(images, device=self._device)
         _check_images(pixels, (Classifier.image_size, Classifier.image_size, 3))
         pool = self._model.features(pixels)

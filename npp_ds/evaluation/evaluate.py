@@ -1,4 +1,4 @@
-"""Samples against a reference: every metric, the record of how both were made, and one JSON of it all."""
+"""Compare samples with a reference: choose the extractor, compute every metric, write one JSON result."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,32 +8,38 @@ import torch
 
 from npp_ds import __version__
 from npp_ds.errors import UserError
-from npp_ds.evaluation.caveats import warnings_of
-from npp_ds.evaluation.features import (
-    FASHION_MNIST,
-    INCEPTION,
-    Extractor,
-    Measurement,
-    Progress,
-    load_extractor,
-    measure,
-)
-from npp_ds.evaluation.fid import frechet_distance
+from npp_ds.evaluation.caveats import find_caveats
+from npp_ds.evaluation.classifier import ClassifierExtractor
+from npp_ds.evaluation.features import FASHION_MNIST, INCEPTION, Extractor, Measurement, Progress, measure
 from npp_ds.evaluation.images import ImageSet
-from npp_ds.evaluation.output_paths import try_target, writing
-from npp_ds.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from npp_ds.evaluation.inception import Inception
+from npp_ds.evaluation.metrics import NEIGHBOURS, class_agreement, frechet_distance, inception_score, precision_recall
 from npp_ds.evaluation.reference import Reference, recorded_extractor
-from npp_ds.evaluation.scores import class_agreement, inception_score
-from npp_ds.utils.files import write_json_atomic
+from npp_ds.utils.files import check_writable, explain_os_errors, write_json_atomic
 from npp_ds.utils.git import git_commit
 
 EVALUATION_FILE = "evaluation.json"
 AUTO = "auto"
 
 
+def load_extractor(name: str, weights: str | Path | None = None, device: str | torch.device | None = None) -> Extractor:
+    """Load the extractor of that name. `weights` is a file to use instead of Inception's standard weights.
+
+    Raises UserError for an unknown name and for missing or damaged weights.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == INCEPTION:
+        return Inception(weights, device)
+    if name == FASHION_MNIST:
+        return ClassifierExtractor(device)
+    raise UserError(f"extractor: found {name!r}, expected {INCEPTION} or {FASHION_MNIST}")
+
+
 def open_extractor(name: str, reference: str | Path, tokenizer: str | None, weights: str | Path | None) -> Extractor:
-    """`load_extractor`, where "auto" means that of the reference's statistics; and for a reference of images the
-    Fashion-MNIST classifier where the samples were decoded by the shipped tokenizer of these images, else Inception.
+    """Load an extractor by name; "auto" chooses the one that made the statistics of the reference.
+
+    For a reference of images, "auto" is the Fashion-MNIST classifier if the shipped tokenizer of these images decoded
+    the samples, else Inception.
     """
     if name == AUTO:
         name = recorded_extractor(reference) or (FASHION_MNIST if tokenizer == FASHION_MNIST else INCEPTION)
@@ -43,9 +49,10 @@ def open_extractor(name: str, reference: str | Path, tokenizer: str | None, weig
 def evaluate_images(
     images: ImageSet, reference: Reference, extractor: Extractor, progress: Progress = lambda done, total: None
 ) -> dict[str, Any]:
-    """A JSON-able dict: `frechet_distance` (FID with Inception), `spatial_frechet_distance` (sFID) where the reference
-    has spatial statistics, `inception_score`, `precision`, `recall`, `class_agreement` where the extractor knows the
-    classes, and what they rest on.
+    """Return a dict for JSON with the metrics and everything that they depend on.
+
+    The metrics are `frechet_distance` (FID with Inception), `spatial_frechet_distance` (sFID) if the reference has
+    spatial statistics, `inception_score`, `precision`, `recall`, and `class_agreement` if the extractor judges classes.
     """
     measured = measure(images, extractor, progress=progress)
     return {
@@ -61,7 +68,7 @@ def evaluate_images(
         "samples_dir": images.path,
         "samples_sha256": measured.sha256,
         "samples": images.record,
-        "warnings": warnings_of(images, measured, reference, extractor),
+        "warnings": find_caveats(images, measured, reference, extractor),
         "created_by": f"npp_ds {__version__}",
         "git_commit": git_commit(),
     }
@@ -82,7 +89,7 @@ def _metrics(images: ImageSet, measured: Measurement, reference: Reference, extr
         device = "cuda" if torch.cuda.is_available() else "cpu"
         precision, recall = precision_recall(reference.features, measured.features, device=device)
         found |= {"precision": precision, "recall": recall, "num_manifold_images": len(reference.features)}
-    if extractor.judges_classes and images.labels is not None:
+    if measured.predicted is not None and images.labels is not None:
         found |= class_agreement(measured.predicted, images.labels)
         if reference.source.class_agreement is not None:
             found["reference_class_agreement"] = reference.source.class_agreement
@@ -90,21 +97,21 @@ def _metrics(images: ImageSet, measured: Measurement, reference: Reference, extr
 
 
 def result_file(samples: str | Path, out: str | Path | None = None) -> Path:
-    """`out`, else evaluation.json in the samples' folder. UserError when nothing can be written there."""
+    """Return `out`, or evaluation.json in the folder of the samples. Raises UserError if it cannot be written."""
     samples = Path(samples)
-    return try_target(out or (samples if samples.is_dir() else samples.parent) / EVALUATION_FILE)
+    return check_writable(out or (samples if samples.is_dir() else samples.parent) / EVALUATION_FILE)
 
 
 def write_result(result: dict[str, Any], out: str | Path | None = None) -> Path:
-    """Writes to `result_file`; returns where."""
+    """Write a result to its `result_file`. Return the path."""
     path = result_file(result["samples_dir"], out)
-    with writing(path):
+    with explain_os_errors(path):
         write_json_atomic(path, result)
     return path
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, name, value) for people, of the metrics that the result has."""
+    """Return (key, name, formatted value) of the metrics in a result."""
     distance = "FID" if result["extractor"] == INCEPTION else "Frechet distance"
     spatial = "sFID" if result["extractor"] == INCEPTION else "spatial Frechet distance"
     values = [
@@ -113,14 +120,14 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("Inception score", "inception_score", "{:.2f}"),
         ("precision", "precision", "{:.4f}"),
         ("recall", "recall", "{:.4f}"),
-        ("samples showing the class asked for", "class_agreement", "{:.1%}"),
-        ("real images showing it", "reference_class_agreement", "{:.1%}"),
+        ("samples that show the requested class", "class_agreement", "{:.1%}"),
+        ("real images that show their class", "reference_class_agreement", "{:.1%}"),
     ]
     return [(key, name, form.format(result[key])) for name, key, form in values if key in result]
 
 
 def describe(result: dict[str, Any]) -> str:
-    """What was compared, the metrics as a small table, and every warning."""
+    """Return what was compared, the metrics as a small table, and every warning, as text."""
     rows = rows_of(result)
     width = max(len(name) for _, name, _ in rows)
     of = f"{result['num_reference_images']:,} images" if result["num_reference_images"] else "statistics"

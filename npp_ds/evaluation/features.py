@@ -1,17 +1,14 @@
-"""What an extractor of features is, which ones there are, and one pass of it over a set of images."""
+"""Features of images: the interface of an extractor, and one pass of an extractor over a set of images."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from npp_ds.errors import UserError
-from npp_ds.evaluation.fid import Moments, Statistics
 from npp_ds.evaluation.images import ImageSet
+from npp_ds.evaluation.metrics import Moments, Statistics
 
 Progress = Callable[[int, int], None]
 INCEPTION, FASHION_MNIST = "inception", "fashion_mnist"
@@ -19,7 +16,7 @@ INCEPTION, FASHION_MNIST = "inception", "fashion_mnist"
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of N images, float32: `pool` [N, d], and where it has them `spatial` [N, s] and class
+    """The features of N images, float32: `pool` [N, d], and from some extractors `spatial` [N, s] and class
     `probabilities` [N, C].
     """
 
@@ -29,9 +26,11 @@ class Features:
 
 
 class Extractor(Protocol):
-    """Images to features. `sha256` is that of its weights; `standard` says that they are those everyone else uses.
+    """A network that maps images to features.
 
-    `judges_classes`: its class numbers are those of the data set, so that images can be held against their labels.
+    `sha256` is that of its weights; `standard` says whether these are the weights that published results use.
+    `judges_classes` says whether its class numbers are those of the data set, so that predictions can be compared with
+    labels.
     """
 
     name: str
@@ -42,33 +41,17 @@ class Extractor(Protocol):
     batch_size: int
 
     def __call__(self, images: np.ndarray) -> Features:
-        """images uint8 [N, H, W, 3]; UserError for a size it cannot take."""
+        """Return the features of images uint8 [N, H, W, 3]. Raises UserError for a size that it does not support."""
         ...
-
-
-def load_extractor(name: str, weights: str | Path | None = None, device: str | torch.device | None = None) -> Extractor:
-    """The extractor of that name, ready for use. `weights` is a file that stands for Inception's own.
-
-    Raises UserError for an unknown name and for weights that are missing or damaged.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == INCEPTION:
-        from npp_ds.evaluation.inception import Inception
-
-        return Inception(weights, device)
-    if name == FASHION_MNIST:
-        from npp_ds.evaluation.classifier import ClassifierExtractor
-
-        return ClassifierExtractor(device)
-    raise UserError(f"extractor: found {name!r}, expected {INCEPTION} or {FASHION_MNIST}")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One pass over `count` images: their statistics, and features [M, d] of those that were kept, in order.
+    """The result of one pass over `count` images of `image_size` [height, width].
 
-    `image_size` is [height, width]; `sha256` that of the pixels of all images in order. `predicted` int64 [N] are the
-    likeliest classes where the extractor judges them, `probabilities` [N, C] those of images that are scored.
+    `sha256` is that of the pixels of all images in order. `pool` and `spatial` are statistics of all images, `features`
+    [M, d] the pool features of the kept images in order. `predicted` int64 [N] holds the likeliest classes if the
+    extractor judges them, `probabilities` [N, C] the class probabilities if they are scored.
     """
 
     count: int
@@ -84,20 +67,23 @@ class Measurement:
 def measure(
     images: ImageSet, extractor: Extractor, keep: int | None = None, progress: Progress = lambda done, total: None
 ) -> Measurement:
-    """Runs the extractor over all images, in batches. Samples are measured without `keep`, and all is kept of them. Of
-    a reference the pool features of `keep` images are kept, evenly spaced, and no probabilities: of ImageNet's training
-    images these would take 5 GB.
+    """Run the extractor over all images in batches.
 
-    Raises UserError for fewer than 2 images.
+    Samples are measured without `keep`: all their features and probabilities are kept. For a reference the pool
+    features of `keep` evenly spaced images are kept, and no probabilities: those of ImageNet's training images would
+    take 5 GB. Raises UserError for fewer than 2 images.
     """
     wanted = np.arange(images.count)
     if keep is not None and keep < images.count:
         wanted = np.linspace(0, images.count - 1, keep).round().astype(np.int64)
     pool, spatial, digest, done = Moments(), Moments(), hashlib.sha256(), 0
-    kept, predicted, probabilities, size = [], [], [], [0, 0]
+    kept: list[np.ndarray] = []
+    predicted: list[np.ndarray] = []
+    probabilities: list[np.ndarray] = []
+    size = [0, 0]
     for batch in images.batches(extractor.batch_size):
         found = extractor(batch)
-        digest.update(np.ascontiguousarray(batch))
+        digest.update(np.ascontiguousarray(batch).data)
         size = list(batch.shape[1:3])
         pool.add(found.pool)
         if found.spatial is not None:

@@ -1,4 +1,4 @@
-"""Sets of images to measure: what `npp sample` wrote, an .npz of images, image shards, or a folder of images."""
+"""Open a set of images to measure: samples of `npp sample`, an .npz of images, image shards, or a folder of images."""
 
 import glob
 import os
@@ -24,7 +24,7 @@ IMAGES_KEY = "arr_0"
 class ImageSet:
     """`count` images of one size in a fixed order. `batches(n)` yields them as uint8 [<= n, H, W, 3].
 
-    `labels` int64 [count] where they are known; `record` is samples.json of images that were sampled.
+    `labels` int64 [count] is None if unknown. `record` is the content of samples.json, empty for other images.
     """
 
     path: str
@@ -36,12 +36,11 @@ class ImageSet:
 
 
 def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
-    """Images of a folder that `npp sample` wrote, an .npz (`arr_0`), image shards (a file, a pattern such as
-    `val-*.tar.gz`, or a folder of them), or a folder with images at any depth.
+    """Open a folder of `npp sample`, an .npz file (`arr_0`), image shards, or a folder with images at any depth.
 
-    Encoded images (of shards and folders) must have one size; with `image_size` they are centre-cropped to it as ADM
-    does. samples.npz stands for its folder. Raises UserError when there is no image, and for samples that are not
-    finished.
+    Shards are given as a file, a pattern such as `val-*.tar.gz`, or a folder of them. The encoded images of shards and
+    folders must have one size; with `image_size` they are centre-cropped to it as ADM does. samples.npz stands for its
+    folder. Raises UserError if there is no image, and for samples that are not finished.
     """
     path = Path(source)
     if path.name == SAMPLES_FILE and (path.parent / RECORD_FILE).exists():
@@ -60,17 +59,17 @@ def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
 
 
 def _check_finished(path: Path) -> None:
-    """UserError for the folder of an `npp sample` that was stopped, or what lies in it: its PNGs, its samples.npz."""
+    """Raise UserError for an unfinished folder of `npp sample`, and for its PNGs and its samples.npz."""
     for folder in (path, path.parent):
         stopped = (folder / WORK_FOLDER).exists() or (folder == path and (folder / SAMPLES_FILE).exists())
         if stopped and not (folder / RECORD_FILE).exists():
-            raise UserError(f"{folder}: these samples are not finished; run the same `npp sample` again, it goes on")
+            raise UserError(f"{folder}: these samples are not finished; rerun the same `npp sample` to finish them")
 
 
 def shard_paths(source: str | Path) -> list[str]:
-    """The shards a file name, a pattern such as `images/val-*.tar.gz`, or a folder (all its tars) stands for, sorted.
+    """Return the sorted shards of a file name, a pattern such as `images/val-*.tar.gz`, or a folder (all its tars).
 
-    Raises UserError when there is none.
+    Raises UserError if there is none.
     """
     path = Path(source)
     found = _shards(path) if path.is_dir() else sorted(glob.glob(str(path)))
@@ -87,7 +86,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _listed(root: Path) -> list[ImageItem]:
-    """Every file below `root` that is named like an image, links followed, sorted by path."""
+    """Return every file below `root` with the suffix of an image, sorted by path. Links are followed."""
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
     paths = sorted(path for path in paths if os.path.splitext(path)[1][1:].lower() in FOLDER_EXTENSIONS)
     if not paths:
@@ -132,7 +131,7 @@ def _slices(images: np.ndarray, n: int) -> Iterator[np.ndarray]:
 
 
 def _npz(path: Path) -> ImageSet:
-    """Maps `arr_0` where it lies uncompressed: a file of 50,000 images need not fit in memory."""
+    """Memory-map `arr_0` if it is uncompressed, so that 50,000 images need not fit in memory."""
     try:
         images = map_array(path, IMAGES_KEY)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:

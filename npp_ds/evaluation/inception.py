@@ -1,4 +1,4 @@
-"""Inception as ADM's evaluator uses it, by torch-fidelity's port, and the file of weights that it needs."""
+"""The Inception network of ADM's evaluator, as torch-fidelity ported it, and its file of weights."""
 
 import hashlib
 import http.client
@@ -17,18 +17,17 @@ from npp_ds.utils.files import sha256, write_atomic
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
-WEIGHTS_SHA256 = "6726825d"  # its first digits, which the file's name ends with
+WEIGHTS_SHA256 = "6726825d"  # the first digits, which end the file's name
 TIMEOUT = 20  # seconds without a byte from the server
 POOL, LOGITS = "2048", "logits_unbiased"
 SPATIAL_CHANNELS = 7
 
 
 def find_weights(file: str | Path | None = None) -> tuple[Path, str]:
-    """(the file of weights, its SHA-256): `file`, else torch-fidelity's own where torch.hub keeps it, fetched if need
-    be.
+    """Return (path, SHA-256) of `file`, else of torch-fidelity's file in the folder of torch.hub, fetched if missing.
 
-    Raises UserError, with name, address, hash and place, when there is none, and when a file that bears the standard
-    name has another hash. A file of another name may hold other weights.
+    Raises UserError with name, address, hash and path if there is no file, and if a file with the standard name has
+    another hash. A file with another name may hold other weights.
     """
     path = Path(file) if file else Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     if not path.is_file():
@@ -50,14 +49,14 @@ def _fetch(path: Path) -> None:
         with urllib.request.urlopen(WEIGHTS_URL, timeout=TIMEOUT) as answer:
             data = answer.read()
         if not hashlib.sha256(data).hexdigest().startswith(WEIGHTS_SHA256):
-            raise OSError("what came has another SHA-256")
+            raise OSError("the fetched file has another SHA-256")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: file.write(data))
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"Inception's weights are neither at {path} nor could they be fetched ({reason}); fetch {_wanted()} on a "
-            "machine with network, and put it there or give it as --inception-weights FILE"
+            f"Inception's weights are not at {path} and could not be fetched ({reason}); fetch {_wanted()} on another "
+            "machine, and copy it there or give it as --inception-weights FILE"
         ) from None
 
 
@@ -66,12 +65,12 @@ def _load_network(path: Path) -> Any:
 
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        # torch-fidelity (0.4.0) unpickles whatever its file holds, so it is given a copy of what was read safely.
+        # torch-fidelity (0.4.0) unpickles any object in its file, so it gets a copy of the tensors, read safely.
         safe = io.BytesIO()
         torch.save(tensors, safe)
         safe.seek(0)
         return FeatureExtractorInceptionV3(INCEPTION, [POOL, LOGITS], feature_extractor_weights_path=safe)
-    except Exception as error:  # reading damaged data raises many kinds
+    except Exception as error:  # damaged files raise exceptions of many types
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"{path}: holds no weights of torch-fidelity's Inception ({reason}); expected {_wanted()}"
@@ -79,12 +78,12 @@ def _load_network(path: Path) -> Any:
 
 
 class Inception:
-    """torch-fidelity's `inception-v3-compat`: images of any size, resized inside as the TensorFlow graph does.
+    """torch-fidelity's `inception-v3-compat`. It resizes images of any size as the TensorFlow graph does.
 
-    pool: `pool_3` [N, 2048]. probabilities: softmax over 1008 classes of the logits without bias, as ADM's evaluator
-    takes them. spatial: the first 7 channels of `mixed_6/conv`, flattened as height, width, channel: [N, 2023]. By
-    torch-fidelity's table of names `mixed_6/conv` is Mixed_6d.branch1x1; the TensorFlow node that bears a convolution's
-    bare name is the last one of its scope, the ReLU after batch norm.
+    pool: `pool_3` [N, 2048]. probabilities: softmax over 1008 classes of the logits without bias, as in ADM's
+    evaluator. spatial: the first 7 channels of `mixed_6/conv`, flattened as height, width, channel: [N, 2023].
+    torch-fidelity's table of names maps `mixed_6/conv` to Mixed_6d.branch1x1. The TensorFlow node with the bare name of
+    a convolution is the last one of its scope, the ReLU after batch norm.
     """
 
     name = INCEPTION
@@ -104,7 +103,7 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
-        """images uint8 [N, H, W, 3], in float32 without TF32."""
+        """Return the features of images uint8 [N, H, W, 3], computed in float32 without TF32."""
         pixels = torch.tensor(images, device=self._device).permute(0, 3, 1, 2)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             pool, logits = self._network(pixels)

@@ -1,4 +1,4 @@
-"""How likely held-out codes are under a model: their mean for a training run, and figures by position in the image."""
+"""The likelihood of held-out codes under a model: its mean, for training runs, and figures by position in the image."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +24,7 @@ from npp_ds.sizes import num_positions
 from npp_ds.utils.git import git_commit
 
 LOGIT_BYTES = 256 << 20
-"""Most float32 logits of one forward pass: 16 images of 256 codes out of 16384."""
+"""Upper limit for the float32 logits of one forward pass: 16 images of 256 codes out of 16384."""
 TOP = 5
 
 Batches = Iterable[tuple[Tensor, Tensor, int]]
@@ -32,10 +32,10 @@ Batches = Iterable[tuple[Tensor, Tensor, int]]
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Means over `images` by patch position, float64 [grid, grid] each, where grid is the number of patches in a row.
+    """Means over `images` by patch position, float64 [grid, grid] each; grid is the number of patches in a row.
 
-    `nll` is in nats per code; `top1` and `top5` are the shares of codes that are the model's likeliest guess, and among
-    its five likeliest. At a patch side above 1 each position holds the mean over its patch's codes.
+    `nll` is in nats per code. `top1` and `top5` are the shares of codes that are the model's likeliest prediction, and
+    among its five likeliest. At a patch side above 1 each position holds the mean over the codes of its patch.
     """
 
     patch_side: int
@@ -46,11 +46,12 @@ class Likelihood:
 
     @property
     def codes_per_image(self) -> int:
+        """The number of codes of an image, at patch side 1."""
         return self.nll.size * self.patch_side**2
 
     @property
     def bits_per_image(self) -> float:
-        """Length of an image's codes, those of a patch being independent of each other given all before them."""
+        """The length of an image's codes. The codes of a patch are independent of each other given all before them."""
         return float(self.nll.mean()) / log(2) * self.codes_per_image
 
 
@@ -65,7 +66,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _on(device: torch.device | str, batch: tuple[Tensor, Tensor, int]) -> tuple[Tensor, Tensor, int]:
-    """The real rows of a batch on the device, and their number; one row where none is real."""
+    """Move the real rows of a batch to the device, one row if none is real. Return them and the number of real ones."""
     codes, labels, count = batch
     rows = slice(max(count, 1))
     return codes[rows].to(device, non_blocking=True), labels[rows].to(device, non_blocking=True), count
@@ -79,13 +80,13 @@ def _over_ranks(total: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_nll(model: nn.Module, loader: Batches, device: torch.device | str) -> float:
-    """Mean over all images of all ranks of `model(codes, labels)`, in nats per code at the loader's patch side.
+    """Return the mean of `model(codes, labels)` over all images of all ranks, in nats per code.
 
-    `model` is a `Transformer` or a DeepSpeed engine around one. `loader` yields (codes int64 [B, N, k], labels int64
-    [B], count), of which only the first `count` rows are real. Every rank calls the model once per batch, also for
-    batches of no real row (they weigh nothing), because with ZeRO-3 each call gathers weights from all ranks; so when
-    torch.distributed is initialised, all ranks must call this with equally long loaders. The model is in eval mode
-    meanwhile, then in the mode it had. Raises ValueError when no rank has a real row.
+    `model` is a `Transformer`, or a DeepSpeed engine that wraps one. `loader` yields (codes int64 [B, N, k], labels
+    int64 [B], count), of which only the first `count` rows are real. Every rank calls the model once per batch, also
+    for batches without a real row, which have no weight: with ZeRO-3 each call gathers parameters from all ranks. So if
+    torch.distributed is initialised, all ranks must call this function with loaders of equal length. The model is in
+    eval mode meanwhile, then in its previous mode. Raises ValueError if no rank has a real row.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, images
     with _eval_mode(model):
@@ -101,10 +102,10 @@ def mean_nll(model: nn.Module, loader: Batches, device: torch.device | str) -> f
 
 @torch.no_grad()
 def likelihood_by_position(model: nn.Module, loader: Batches, device: torch.device | str) -> Likelihood:
-    """What `mean_nll` sums up, position by position, with the accuracy of the model's guesses; same loader, same ranks.
+    """Return `mean_nll` by position, and the accuracy of predictions. `loader` and ranks are as for `mean_nll`.
 
-    The mean of `nll` is `mean_nll`. All float32 logits of a batch exist at once, so `loader` should give as many images
-    at a time as `images_at_a_time` says.
+    The mean of `nll` is `mean_nll`. All float32 logits of a batch exist at once, so `loader` should give at most
+    `images_at_a_time` images per batch.
     """
     total, images = torch.zeros((), dtype=torch.float64, device=device), 0
     with _eval_mode(model):
@@ -121,15 +122,15 @@ def likelihood_by_position(model: nn.Module, loader: Batches, device: torch.devi
 
 
 def _figures(logits: Tensor, codes: Tensor) -> Tensor:
-    """logits[B, N, V], codes[B, N, k] -> float64 [3, B, N]: nats, first guess right, one of five guesses right."""
+    """Return float64 [3, B, N] (nats, top-1 accuracy, top-5 accuracy) for logits [B, N, V] and codes [B, N, k]."""
     nats = logits.logsumexp(-1, keepdim=True) - logits.gather(-1, codes)
-    guesses = logits.topk(min(TOP, logits.shape[-1])).indices
-    right = codes[..., None] == guesses[..., None, :]
+    predictions = logits.topk(min(TOP, logits.shape[-1])).indices
+    right = codes[..., None] == predictions[..., None, :]
     return torch.stack([nats.double(), right[..., 0].double(), right.any(-1).double()]).mean(-1)
 
 
 def images_at_a_time(positions: int, vocab_size: int) -> int:
-    """Images whose float32 logits, at this many positions each, fit in `LOGIT_BYTES`; at least one."""
+    """Return how many images have float32 logits, at this many positions each, within `LOGIT_BYTES`; at least one."""
     return max(1, LOGIT_BYTES // (4 * positions * vocab_size))
 
 
@@ -144,10 +145,11 @@ def likelihood_of(
     device: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The likelihood of held-out code shards (`limit`: of that many of their images) under trained weights, as JSON.
+    """Return the likelihood of held-out code shards under trained weights, as a dict for JSON.
 
-    Products are computed in `precision` from float32 weights, the softmax and all sums in float32 and float64. Raises
-    UserError when the shards do not fit the model, or are of another tokenizer than the codes it was trained on.
+    `limit` measures that many images. Matrix products are computed in `precision` from float32 weights, the softmax in
+    float32, sums in float64. Raises UserError if the shards do not fit the model, or if their tokenizer is not the one
+    whose codes the model was trained on.
     """
     if precision not in DTYPES:
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(DTYPES)}")
@@ -174,7 +176,7 @@ def likelihood_of(
             "path": str(source.path),
             "name": source.name,
             "step": source.step,
-            "kind": source.kind,
+            "kind": source.variant,
             "sha256": source.sha256,
         },
         "shards": {"path": str(shards), "fingerprint": store.manifest.fingerprint(), "images": len(store)},

@@ -1,4 +1,4 @@
-"""What samples are compared with: ADM's statistics, statistics made here, or real images measured on the spot."""
+"""The reference of a comparison: statistics of ADM, statistics made by npp_ds, or real images measured now."""
 
 import json
 import zipfile
@@ -8,24 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from npp_ds import __version__
 from npp_ds.errors import UserError
 from npp_ds.evaluation.features import INCEPTION, Extractor, Measurement, Progress, measure
-from npp_ds.evaluation.fid import Statistics
 from npp_ds.evaluation.images import IMAGES_KEY, ImageSet, open_images
-from npp_ds.evaluation.output_paths import try_target, writing
-from npp_ds.evaluation.scores import class_agreement
-from npp_ds.utils.files import sha256, write_atomic
+from npp_ds.evaluation.metrics import Statistics, class_agreement
+from npp_ds.utils.files import check_writable, explain_os_errors, sha256, write_atomic
 
-MANIFOLD_IMAGES = 10_000  # as many as ADM's reference files hold, for precision and recall
+MANIFOLD_IMAGES = 10_000  # for precision and recall; the number of images in ADM's reference files
 POOL_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
 FEATURES_KEY, METADATA_KEY = "features", "metadata"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a reference comes from, for results and for the metadata of files made here; None: not known.
+    """The origin of a reference, for results and for the metadata of files made here; None means unknown.
 
-    `images` names the images of the statistics, `num_images` is their number, `image_size` [height, width].
+    `images` names the images of the statistics, `num_images` is their number, `image_size` is [height, width].
     `extractor_sha256` is that of the extractor's weights.
     """
 
@@ -43,7 +42,7 @@ class Source:
 class Reference:
     """Statistics of real images, and pool features [M, d] of some of them for precision and recall.
 
-    `sha256` is that of the file at `path`, or of the pixels in order where images were measured.
+    `sha256` is that of the file at `path`, or of the pixels in order if images were measured.
     """
 
     path: str
@@ -55,7 +54,7 @@ class Reference:
 
 
 def recorded_extractor(path: str | Path) -> str | None:
-    """Name of the extractor whose statistics a file holds (ADM's files: Inception); None for images."""
+    """Return the name of the extractor that made the statistics in a file (Inception for ADM's), None for images."""
     if Path(path).suffix != ".npz":
         return None
     content = _read(Path(path), ())
@@ -71,11 +70,11 @@ def load_reference(
     progress: Progress = lambda done, total: None,
     with_features: bool = True,
 ) -> Reference:
-    """A reference from an .npz with statistics (ADM's `mu`, `sigma`, and `mu_s`, `sigma_s` where it has them), or from
-    any images that `open_images` takes.
+    """Load a reference from an .npz with statistics, or measure any images that `open_images` takes.
 
-    Features are only needed for precision and recall; for ADM's files they cost a pass over their 10,000 images.
-    Raises UserError when the statistics are of another extractor.
+    Statistics are `mu` and `sigma`, and optionally `mu_s` and `sigma_s`, as in ADM's files. `with_features` loads the
+    features for precision and recall; for ADM's files this is a pass over their 10,000 images. Raises UserError if
+    another extractor made the statistics.
     """
     if recorded_extractor(path) is None:
         images = open_images(path, image_size)
@@ -87,7 +86,7 @@ def load_reference(
 
 
 def check_reference(path: str | Path, extractor: Extractor, image_size: int | None = None) -> None:
-    """Raises the UserError that `load_reference` would, in seconds: of images no more than the first is read."""
+    """Raise the UserError that `load_reference` would raise, within seconds: of images only the first is read."""
     if recorded_extractor(path) is None:
         next(open_images(path, image_size).batches(1))
     else:
@@ -101,29 +100,28 @@ def make_reference(
     image_size: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Reference:
-    """Measures images once and writes an .npz for later: statistics under ADM's names, features for precision and
-    recall, and where they come from. Raises UserError, before it measures, where `out` cannot be written.
+    """Measure images and write a reference .npz: statistics under ADM's names, features, and their origin.
+
+    Raises UserError, before it measures, if `out` cannot be written.
     """
     if Path(out).suffix != ".npz":
         raise UserError(f"{out}: found {Path(out).suffix or 'no suffix'}, expected a file name that ends in .npz")
     if recorded_extractor(source) is not None:
-        raise UserError(f"{source}: holds statistics already; give images to make a reference of")
-    try_target(out)
+        raise UserError(f"{source}: holds statistics already; give images to make a reference from")
+    check_writable(out)
     made = load_reference(source, extractor, image_size, progress)
-    arrays = dict(zip(POOL_KEYS, made.pool, strict=True))
+    arrays: dict[str, Any] = dict(zip(POOL_KEYS, made.pool, strict=True))
     if made.spatial is not None:
         arrays |= dict(zip(SPATIAL_KEYS, made.spatial, strict=True))
     arrays |= {FEATURES_KEY: made.features, METADATA_KEY: np.array(json.dumps(asdict(made.source)))}
-    with writing(out):
+    with explain_os_errors(out):
         write_atomic(out, lambda file: np.savez(file, **arrays))
     return made
 
 
 def _source_of(images: ImageSet, measured: Measurement, extractor: Extractor) -> Source:
-    from npp_ds import __version__
-
     agreement = None
-    if extractor.judges_classes and images.labels is not None:
+    if measured.predicted is not None and images.labels is not None:
         agreement = class_agreement(measured.predicted, images.labels)["class_agreement"]
     return Source(
         images=images.path,
@@ -147,7 +145,7 @@ def _from_statistics(path: Path, extractor: Extractor, progress: Progress, with_
         source = Source(None, None, size, INCEPTION, None)
     if source.extractor != extractor.name:
         raise UserError(
-            f"{path}: statistics of the extractor {source.extractor}, but {extractor.name} is asked for; "
+            f"{path}: statistics of the extractor {source.extractor}, but {extractor.name} was requested; "
             f"give --extractor {source.extractor} or another reference"
         )
     pool = _statistics(path, content, POOL_KEYS, extractor.feature_dim)
@@ -159,7 +157,7 @@ def _from_statistics(path: Path, extractor: Extractor, progress: Progress, with_
 
 
 def _read(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """Everything an .npz holds by name; arrays are read only where `wanted`, or small as the metadata is."""
+    """Return the arrays of an .npz by name. Those not `wanted` are None, except the metadata, which is small."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] if name in (*wanted, METADATA_KEY) else None for name in file.files}
@@ -177,7 +175,7 @@ def _metadata(path: Path, text: np.ndarray) -> Source:
 
 
 def _statistics(path: Path, content: dict[str, Any], keys: tuple[str, str], dim: int | None) -> Statistics:
-    mean, covariance = (content.get(key) for key in keys)
+    mean, covariance = (content.get(key, ()) for key in keys)
     d = dim or np.size(mean)
     if np.shape(mean) != (d,) or np.shape(covariance) != (d, d):
         found = ", ".join(f"{k} {list(np.shape(content[k])) if k in content else 'missing'}" for k in keys)

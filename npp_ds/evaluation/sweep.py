@@ -1,43 +1,42 @@
-"""The same evaluation for several guidance scales or checkpoints: a table and a plot."""
+"""Sample and evaluate several guidance scales or checkpoints, and write a table and a plot of the results."""
 
-import io
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from npp_ds.checkpoint.folders import folder_of, saved_steps, what_is_wrong
-from npp_ds.checkpoint.open import open_weights
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.folders import find_problem, folder_of, saved_steps
+from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.distributed.environment import Place, choose_device, choose_dtype
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
 from npp_ds.evaluation.features import Extractor, Progress
 from npp_ds.evaluation.images import open_images
-from npp_ds.evaluation.output_paths import try_target, writing
 from npp_ds.evaluation.reference import Reference
 from npp_ds.sampling.job import Sampling
-from npp_ds.sampling.request import Request, companions, default_folder, image_count
-from npp_ds.sampling.sampler import Options
+from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.request import Request, default_folder, find_tokenizer, image_count
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.utils.files import write_atomic, write_json_atomic, write_text_atomic
+from npp_ds.utils.files import check_writable, explain_os_errors, write_atomic, write_json_atomic, write_text_atomic
 
 CFG, CHECKPOINT, ALL = "cfg", "checkpoint", "all"
+_NUMBERS: dict[str, Callable[[str], float]] = {CFG: float, CHECKPOINT: int}
 LABELS = {CFG: "scale of classifier-free guidance", CHECKPOINT: "checkpoint, step"}
 TABLE_FILE, TEXT_FILE, PLOT_FILE = "sweep.json", "sweep.md", "sweep.png"
 COLORS = ("#4878a8", "#d1773a", "#5a9a5a", "#8d6aa8")
 POLL_SECONDS = 1.0
-KEPT = "the parts that are finished are kept, run the same command again"
+RESUME = "finished parts are kept, rerun the same command to resume"
 ALONE = Place()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How samples are drawn at every value, as `npp sample` takes it; what is swept replaces its own entry.
+    """The options of `npp sample` for every value. The swept value replaces its own entry.
 
-    `patch_side`, instead of that of `options`; None: that of the stage the weights were last trained in.
+    `patch_side` replaces that of `options`; None means that of the stage in which the weights were last trained.
     """
 
     per_class: int | None = None
@@ -53,7 +52,7 @@ class Settings:
 
 
 class Point(NamedTuple):
-    """A guidance scale or a step, and what is sampled there."""
+    """A guidance scale or a step, with its weights and its samples."""
 
     value: float
     weights: Weights
@@ -62,60 +61,60 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is varied, "cfg" or "checkpoint", the points in order, and what the sampling of all of them shares."""
+    """What varies ("cfg" or "checkpoint"), the points in order, and what all of them share."""
 
     name: str
     points: tuple[Point, ...]
     tokenizer: VQModel
-    class_names: Sequence[str]
     device: str
     batch_size: int
 
     @property
     def folder(self) -> Path:
-        """Where table and plot lie by default: beside the samples."""
+        """The default folder of table and plot, beside the samples."""
         return default_folder(self.points[0].weights, self.points[0].request).parent / f"sweep-{self.name}"
 
     def sampling(self, point: Point) -> Sampling:
-        """A new one, which loads a model of its own when it draws: let go of one before taking the next."""
-        how = {"class_names": self.class_names, "device": self.device, "batch_size": self.batch_size}
-        out = default_folder(point.weights, point.request)
-        return Sampling(point.weights, self.tokenizer, point.request, out, **how)
+        """Return a new job, which loads a model of its own when it samples. Release one before creating the next."""
+        weights, request, batch_size = point.weights, point.request, self.batch_size
+        out = default_folder(weights, request)
+        return Sampling(weights, self.tokenizer, request, out, device=self.device, batch_size=batch_size)
 
 
 def open_sweep(source: str | Path, text: str, settings: Settings, local_rank: int = 0) -> Sweep:
-    """A sweep from `cfg=1.5,1.75`, `checkpoint=1000,2000` or `checkpoint=all`: every complete one of the run `source`.
+    """Parse `cfg=1.5,1.75`, `checkpoint=1000,2000` or `checkpoint=all` (every complete one) into a sweep of `source`.
 
-    All guidance scales are of one checkpoint, found once. Samples lie where `npp sample` would put them: those that are
-    there already are used. Raises UserError for anything that could not be sampled.
+    All guidance scales use one checkpoint, which is looked up once. Samples are in the folders of `npp sample`, and
+    existing ones are used. Raises UserError for anything that could not be sampled.
     """
     name, _, listed = text.partition("=")
-    number = {CFG: float, CHECKPOINT: int}.get(name)
-    try:
-        words = _complete_steps(source) if (name, listed) == (CHECKPOINT, ALL) else listed.split(",")
-        values = tuple(sorted(set(map(number, words))))
-    except (ValueError, TypeError):
-        raise UserError(
-            f"sweep: found {text!r}, expected {CFG}=1.5,1.75,2.0 or {CHECKPOINT}=1000,2000 or {CHECKPOINT}={ALL}"
-        ) from None
+    if (name, listed) == (CHECKPOINT, ALL):
+        values: list[float] = sorted(_complete_steps(source))
+    else:
+        try:
+            values = sorted({_NUMBERS[name](word) for word in listed.split(",")})
+        except (ValueError, KeyError):
+            raise UserError(
+                f"sweep: found {text!r}, expected {CFG}=1.5,1.75,2.0 or {CHECKPOINT}=1000,2000 or {CHECKPOINT}={ALL}"
+            ) from None
     if not values:
         raise UserError(f"{source}: found no checkpoint to sweep over; train first, or sweep over {CFG}")
     if name == CFG:
-        weights = [open_weights(source, step=settings.step, kind=settings.weights)] * len(values)
+        weights = [open_weights(source, step=settings.step, variant=settings.weights)] * len(values)
     else:
-        weights = [open_weights(source, step=step, kind=settings.weights) for step in values]
-    tokenizer, class_names = companions(weights[-1], settings.tokenizer)
+        weights = [open_weights(source, step=int(step), variant=settings.weights) for step in values]
+    tokenizer = find_tokenizer(weights[-1], settings.tokenizer)
     device = choose_device("auto", local_rank)
     points = (Point(v, w, _request(w, v, name, settings, device)) for v, w in zip(values, weights, strict=True))
-    sweep = Sweep(name, tuple(points), tokenizer, class_names, device, settings.batch_size)
+    sweep = Sweep(name, tuple(points), tokenizer, device, settings.batch_size)
     for point in sweep.points:
-        sweep.sampling(point)  # refuses what cannot be drawn
+        sweep.sampling(point)  # raises for what cannot be sampled
     return sweep
 
 
 def _complete_steps(source: str | Path) -> list[int]:
     checkpoints = Path(source) / "checkpoints"
-    return [step for step in saved_steps(checkpoints) if what_is_wrong(folder_of(checkpoints, step)) is None]
+    return [step for step in saved_steps(checkpoints) if find_problem(folder_of(checkpoints, step)) is None]
 
 
 def _request(weights: Weights, value: float, name: str, settings: Settings, device: str) -> Request:
@@ -132,11 +131,11 @@ def _request(weights: Weights, value: float, name: str, settings: Settings, devi
     )
 
 
-def draw_share(sweep: Sweep, place: Place) -> None:
-    """Draws what nobody else does of the samples of all values: the part in a sweep of all processes but the first."""
+def sample_share(sweep: Sweep, place: Place) -> None:
+    """Sample the unclaimed parts of all values; what every process of a sweep does except the first."""
     for point in sweep.points:
         job = sweep.sampling(point)
-        with writing(job.out, KEPT):
+        with explain_os_errors(job.out, RESUME):
             job.run(place.rank, place.world_size)
 
 
@@ -148,14 +147,14 @@ def run_sweep(
     progress: Callable[[str], AbstractContextManager[Progress]] = lambda what: nullcontext(lambda done, total: None),
     place: Place = ALONE,
 ) -> tuple[list[dict[str, Any]], Path]:
-    """Samples what is missing, evaluates every value, and writes sweep.json, sweep.md and sweep.png into `out`, by
-    default a folder beside the samples. Waits for samples that other processes draw.
+    """Sample what is missing, evaluate every value, and write sweep.json, sweep.md and sweep.png to `out`.
 
-    Returns the results, each with its `value`, and the folder. The files are there, and grow, from the first value on;
-    a sweep that was killed goes on with the samples it had.
+    `out` defaults to a folder beside the samples. The files are rewritten after each value. A sweep that was killed
+    resumes with the samples it had. This function waits for samples of other processes. Returns the results, each with
+    its `value`, and the folder.
     """
     folder = Path(out) if out else sweep.folder
-    try_target(folder / TABLE_FILE)
+    check_writable(folder / TABLE_FILE)
     results: list[dict[str, Any]] = []
     for point in sweep.points:
         what = f"{sweep.name} {point.value:g}"
@@ -165,17 +164,16 @@ def run_sweep(
             result = evaluate_images(open_images(samples), reference, extractor, shown)
         write_result(result)
         results.append({"value": point.value, **result})
-        picture = plot(sweep.name, results)
-        with writing(folder):
+        with explain_os_errors(folder):
             write_json_atomic(folder / TABLE_FILE, {"sweep": sweep.name, "results": results})
             write_text_atomic(folder / TEXT_FILE, table(sweep.name, results))
-            write_atomic(folder / PLOT_FILE, lambda file, picture=picture: file.write(picture))
+            write_atomic(folder / PLOT_FILE, partial(plot, name=sweep.name, results=results))
     return results, folder
 
 
 def _completed(job: Sampling, place: Place, progress: Progress) -> Path:
-    """The folder of the samples, once they are finished. Parts that other processes let go of are drawn here."""
-    with writing(job.out, KEPT):
+    """Wait until the samples are finished, sampling the parts that other processes abandon. Return their folder."""
+    with explain_os_errors(job.out, RESUME):
         job.run(place.rank, place.world_size, progress)
         while job.finish() is None:
             time.sleep(POLL_SECONDS)
@@ -184,7 +182,7 @@ def _completed(job: Sampling, place: Place, progress: Progress) -> Path:
 
 
 def table(name: str, results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row for each value, then what all of them rest on and every warning."""
+    """Return Markdown with a row for each value, then the common settings and every warning."""
     rows = [{metric: text for _, metric, text in rows_of(result)} for result in results]
     sides = [result["samples"]["patch_side"] for result in results]
     if set(sides) != {1}:
@@ -200,8 +198,8 @@ def table(name: str, results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"\nWarning: {text}." for text in warnings)]) + "\n"
 
 
-def plot(name: str, results: Sequence[dict[str, Any]]) -> bytes:
-    """PNG with a panel for each metric over the values, and in it a line for each patch side."""
+def plot(file: IO[bytes], name: str, results: Sequence[dict[str, Any]]) -> None:
+    """Write a PNG with a panel for each metric over the values, and a line for each patch side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -211,15 +209,19 @@ def plot(name: str, results: Sequence[dict[str, Any]]) -> bytes:
     FigureCanvasAgg(figure)
     for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, side in enumerate(sides):
-            there = [r for r in results if r["samples"]["patch_side"] == side]
-            style = {"color": COLORS[number % len(COLORS)], "marker": "osDv^"[number % 5], "markersize": 4}
-            axis.plot([r["value"] for r in there], [r[key] for r in there], label=f"patch side {side}", **style)
+            line = [r for r in results if r["samples"]["patch_side"] == side]
+            axis.plot(
+                [r["value"] for r in line],
+                [r[key] for r in line],
+                label=f"patch side {side}",
+                color=COLORS[number % len(COLORS)],
+                marker="osDv^"[number % 5],
+                markersize=4,
+            )
         if sides != [1]:
             axis.legend(frameon=False, fontsize=9)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel(LABELS[name])
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e5e5e5", linewidth=1)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    return picture.getvalue()
+    figure.savefig(file, format="png", dpi=110)

@@ -1,4 +1,4 @@
-"""From weights to images: decoding codes with a cache and guidance, turning them into pixels, writing them down.
+"""From weights to images: decode codes with a cache and guidance, turn them into pixels, write them to a folder.
 
-It builds on `model` and `tokenizer` and reads run folders; it may not touch training state, data order or DeepSpeed.
+This package builds on `model`, `checkpoint` and `tokenizer`. It imports nothing of training, evaluation or DeepSpeed.
 """

@@ -1,4 +1,4 @@
-"""A folder of samples: the images for metrics, a picture for eyes, and a record of how they were made."""
+"""A folder of samples: the images for metrics, a picture for people, and a record of how they were made."""
 
 import csv
 import hashlib
@@ -7,9 +7,10 @@ import json
 import struct
 import zipfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -29,11 +30,10 @@ def write_samples(
     record: dict[str, Any],
     class_names: Sequence[str] = (),
 ) -> None:
-    """Writes samples.npz (`arr_0` uint8 [N, H, W, 3], what ADM's evaluator reads, then `labels`), grid.png,
-    samples.json.
+    """Write samples.npz (`arr_0` uint8 [N, H, W, 3], as ADM's evaluator reads it; `labels`), grid.png, samples.json.
 
-    `images` is uint8 [N, H, W, 3], or the parts of such an array in order: never more than one is held in memory. Each
-    file appears whole or not at all; samples.json comes last and says that the rest is there.
+    `images` is uint8 [N, H, W, 3], or yields the parts of such an array in order, of which one is in memory at a time.
+    Each file appears complete or not at all. samples.json is written last, so it shows that the others are complete.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def write_samples(
 
 
 def _write_npz(file: BinaryIO, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """What np.savez writes of whole arrays, yet without the time of day: equal images make equal files."""
+    """Write what np.savez writes, but without the time, so that equal images make equal files."""
     parts = iter(images)
     first = next(parts)
     shape, written = (len(labels), *first.shape[-3:]), 0
@@ -60,24 +60,24 @@ def _write_npz(file: BinaryIO, images: Iterable[np.ndarray], labels: np.ndarray)
 
 
 def write_npy(file: BinaryIO, images: np.ndarray) -> None:
-    """What np.save writes of images uint8; np.save itself overlooks a full disk (numpy 2.4, small arrays)."""
+    """Write uint8 images as np.save does. np.save itself ignores a full disk (numpy 2.4, small arrays)."""
     _write_header(file, images.shape)
     file.write(images.data)
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def map_array(path: str | Path, name: str = "arr_0") -> np.ndarray:
-    """An array of an .npz, mapped where it is stored as it is (np.savez, `npp sample`), so that any slice is cheap.
+    """Return an array of an .npz file, memory-mapped if it is stored uncompressed (np.savez, `npp sample`).
 
-    Writing to it changes nothing on disk. A compressed one is read whole. KeyError, ValueError, OSError or BadZipFile
-    when there is none of that name.
+    A compressed array is read whole. Writing to the result changes nothing on disk. Raises KeyError, ValueError,
+    OSError or BadZipFile if there is no such array.
     """
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         entry = archive.getinfo(f"{name}.npy")
-        file.seek(entry.header_offset + 26)  # of the local header, which has 30 bytes, then a name and an extra field
+        file.seek(entry.header_offset + 26)  # in the local header: 30 bytes, then a name and an extra field
         file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)
         if entry.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(file) == (1, 0):
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
@@ -88,9 +88,9 @@ def map_array(path: str | Path, name: str = "arr_0") -> np.ndarray:
 
 
 def load_samples(directory: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """(images, labels, record) as `write_samples` wrote them; UserError when the folder holds no finished samples.
+    """Return (images, labels, record) as `write_samples` wrote them. The images are memory-mapped.
 
-    The images are mapped, not read: take them in slices where there are many.
+    Raises UserError if the folder holds no finished samples.
     """
     directory = Path(directory)
     try:
@@ -105,7 +105,7 @@ def load_samples(directory: str | Path) -> tuple[np.ndarray, np.ndarray, dict[st
 
 
 def _check_samples(images: np.ndarray, labels: np.ndarray, record: Any) -> None:
-    """ValueError for what `write_samples` cannot have written."""
+    """Raise ValueError for content that `write_samples` cannot have written."""
     if not isinstance(record, dict):
         raise ValueError(f"{RECORD_FILE} is no record but {str(record)[:40]!r}")
     tokenizer = record.get("tokenizer", {"name": ""})
@@ -116,13 +116,13 @@ def _check_samples(images: np.ndarray, labels: np.ndarray, record: Any) -> None:
 
 
 def samples_of(source: str | Path) -> Path:
-    """Where samples of a run folder go, its samples/, and those of a file of weights: samples/<its name> here."""
+    """Return the folder for samples: `samples/` in a run folder; for a file of weights `samples/<name>` here."""
     source = Path(source)
     return source / "samples" if source.is_dir() else Path("samples", source.stem)
 
 
 def newest_samples(source: str | Path) -> Path:
-    """The folder of samples of a run or a file that was finished last. Raises UserError when there is none."""
+    """Return the last finished folder of samples of a run or a file. Raises UserError if there is none."""
     folder = samples_of(source)
     newest = max(folder.glob(f"*/{RECORD_FILE}"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
@@ -131,20 +131,19 @@ def newest_samples(source: str | Path) -> Path:
 
 
 def write_pngs(directory: str | Path, images: Iterable[np.ndarray], numbers: Iterable[int]) -> None:
-    """Writes images uint8 [H, W, 3] as images/000000.png .. by their `numbers`, each whole or not at all."""
+    """Write images uint8 [H, W, 3] as images/000000.png .. by their `numbers`, each file complete or not at all."""
     folder = Path(directory) / PNG_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for image, number in zip(images, numbers, strict=True):
-        picture = Image.fromarray(image)
-        write_atomic(folder / png_name(number), lambda file, picture=picture: picture.save(file, "PNG"))
+        write_atomic(folder / png_name(number), partial(Image.fromarray(image).save, format="PNG"))
 
 
 def complete_pngs(directory: str | Path, class_names: Sequence[str] = ()) -> None:
-    """Writes the PNGs that are still missing beside finished samples, then labels.csv: file, class, its name."""
+    """Write the missing PNGs of finished samples, then labels.csv with file, class and class name."""
     directory = Path(directory)
     images, labels, _ = load_samples(directory)
-    there = {path.name for path in (directory / PNG_FOLDER).glob("*.png")}
-    missing = [i for i in range(len(images)) if png_name(i) not in there]
+    existing = {path.name for path in (directory / PNG_FOLDER).glob("*.png")}
+    missing = [i for i in range(len(images)) if png_name(i) not in existing]
     write_pngs(directory, (images[i] for i in missing), missing)
     for leftover in (directory / PNG_FOLDER).glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -157,10 +156,11 @@ def complete_pngs(directory: str | Path, class_names: Sequence[str] = ()) -> Non
 
 
 def png_name(number: int) -> str:
+    """Return the file name of an image number."""
     return f"{number:06d}.png"
 
 
 def repeated_images(images: Iterable[np.ndarray]) -> int:
-    """How many images are pixel for pixel equal to an earlier one; told from 128-bit hashes, one image at a time."""
-    digests = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in images]
+    """Return how many images equal an earlier one in all pixels. Compares 128-bit hashes, one image at a time."""
+    digests = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest() for image in images]
     return len(digests) - len(set(digests))

@@ -1,4 +1,4 @@
-"""One picture of many samples: a row per class with its name, for eyes rather than metrics."""
+"""Pictures of many images for people: a row per class with its name, or plain tiles."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ def sample_grid(
     max_rows: int = 20,
     min_cell: int = 64,
 ) -> Image.Image:
-    """images uint8 [N, H, W, 3], labels int [N] -> an RGB picture: a row for each of the first `max_rows` classes
-    present, in the order of their numbers, showing its first `per_row` images.
+    """Return an RGB picture of images uint8 [N, H, W, 3] with labels int [N].
 
-    Images smaller than `min_cell` are enlarged by a whole factor without smoothing, so that every pixel stays visible.
+    Each of the first `max_rows` classes, in the order of their numbers, has a row with its first `per_row` images.
+    Images smaller than `min_cell` are enlarged by a whole factor without smoothing, so each pixel stays visible.
     """
     classes = np.unique(labels)[:max_rows]
     rows = [images[np.flatnonzero(labels == c)[:per_row]] for c in classes]
@@ -42,7 +42,7 @@ def sample_grid(
 
 
 def tiled(images: np.ndarray, per_row: int) -> Image.Image:
-    """images uint8 [N, H, W, 3] side by side, `per_row` in a row, in their order; what is left of the last is white."""
+    """Return a picture of images uint8 [N, H, W, 3] side by side in their order; the rest of the last row is white."""
     count, height, width = images.shape[:3]
     picture = Image.new("RGB", (min(per_row, count) * width, -(-count // per_row) * height), "white")
     for i, image in enumerate(images):

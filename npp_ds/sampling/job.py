@@ -1,14 +1,13 @@
-"""Samples in numbers: drawn in parts by any number of processes, resumable, put together by whoever is last.
+"""Sample many images: any number of processes sample parts, resumably, and the last one assembles them.
 
-A part owns a fixed range of the images, batches never cross parts, and the form that decoding takes follows from the
-request, so the images depend neither on the number of processes nor on interruptions. Processes share nothing but the
-output folder.
+A part is a fixed range of the images, batches never cross parts, and the request decides whether steps are captured. So
+the images depend neither on the number of processes nor on interruptions. Processes share only the output folder.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from npp_ds import __version__
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.open import Weights
 from npp_ds.distributed.work_queue import Claims, locked
 from npp_ds.errors import UserError
 from npp_ds.model import Transformer
 from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, write_npy, write_pngs, write_samples
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
-from npp_ds.sampling.steps import worth_recording
+from npp_ds.sampling.steps import worth_capturing
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.utils.differences import differences
 from npp_ds.utils.files import write_atomic, write_json_atomic
@@ -35,7 +34,7 @@ SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
 
 
 class Sampling:
-    """The drawing of one request into one folder: `run`, then `finish`, in every process that takes part."""
+    """One request that is sampled into one folder. Every participating process calls `run`, then `finish`."""
 
     def __init__(
         self,
@@ -44,32 +43,33 @@ class Sampling:
         request: Request,
         out: str | Path,
         *,
-        class_names: Sequence[str] = (),
         device: str = "cpu",
         batch_size: int = 64,
         png: bool = False,
     ):
-        """`png` writes the images as files as well. UserError for an impossible request, or when `out` holds samples
-        of another one."""
+        """`png` also writes each image as a file.
+
+        Raises UserError for an impossible request, and if `out` holds samples of another request.
+        """
         request.check(weights, tokenizer)
         if batch_size < 1:
             raise UserError(f"batch_size: found {batch_size}, expected a whole number of at least 1")
         self.weights, self.tokenizer, self.request, self.out = weights, tokenizer, request, Path(out)
-        self.class_names, self.device, self.batch_size, self.png = class_names, device, batch_size, png
+        self.device, self.batch_size, self.png = device, batch_size, png
         self.work = self.out / WORK_FOLDER
         self.part_count = -(-request.count // request.part_size)
-        self._sound: set[int] = set()
-        self._drawn, self._seconds, self._processes = 0, 0.0, 1
+        self._intact: set[int] = set()
+        self._sampled, self._seconds, self._processes = 0, 0.0, 1
         self._check_folder()
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the images depend on: this must agree before those of an earlier call are kept."""
+        """The settings that determine the images. Existing images are kept only if they have the same settings."""
         request, tokenizer = self.request, self.tokenizer
         return {
             "weights_sha256": self.weights.sha256,
             "checkpoint_step": self.weights.step,
-            "weights": self.weights.kind,
+            "weights": self.weights.variant,
             **asdict(request.options),
             "labels": request.labels,
             "classes": list(request.classes),
@@ -81,22 +81,23 @@ class Sampling:
 
     @property
     def image_size(self) -> int:
+        """Height and width of the images in pixels."""
         return self.request.image_size or self.weights.model.grid_size * self.tokenizer.downsample
 
     @property
     def finished(self) -> bool:
-        """Whether the samples are all there, with their record; PNGs may be missing."""
+        """Whether all samples and their record exist; PNGs may be missing."""
         return (self.out / RECORD_FILE).is_file()
 
     @property
     def images_per_second(self) -> float | None:
-        """Of this process, without loading and writing; None as long as it has drawn nothing."""
-        return self._drawn / self._seconds if self._drawn else None
+        """The rate of this process, without loading and writing; None before it has sampled an image."""
+        return self._sampled / self._seconds if self._sampled else None
 
     def run(
         self, rank: int = 0, world_size: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> int:
-        """Draws the missing parts that no other process holds; returns the number of images drawn.
+        """Sample the missing parts that no other process has claimed. Return the number of images sampled.
 
         `progress(done, total)` counts the images of all processes.
         """
@@ -104,27 +105,26 @@ class Sampling:
         if self.finished:
             return 0
         with locked(self.work / LOCK_FILE):
-            self.work.mkdir(exist_ok=True)  # it is removed under this lock
-            self._check_folder()  # again, now that nobody else can begin
+            self.work.mkdir(exist_ok=True)  # `finish` removes it under this lock
+            self._check_folder()  # again: another process may have begun since
             if not (self.work / SETTINGS_FILE).is_file():
                 write_json_atomic(self.work / SETTINGS_FILE, self._settings())
         with Claims(self.work, rank, world_size) as claims:
-            for part in claims.take(self.part_count, lambda part: self._is_sound(part) or self.finished):
-                self._draw(part, progress)
+            for part in claims.take(self.part_count, lambda part: self._is_intact(part) or self.finished):
+                self._sample_part(part, progress)
                 claims.release(part)
-        return self._drawn
+        return self._sampled
 
     def finish(self) -> dict[str, Any] | None:
-        """Puts the parts together and returns the record; None while other processes still hold some: the last one
-        will do it."""
-        if not all(map(self._is_sound, range(self.part_count))) and not self.finished:
+        """Assemble the parts and return the record. Return None if other processes are still sampling parts."""
+        if not all(map(self._is_intact, range(self.part_count))) and not self.finished:
             return None
         if self.work.exists() or self.png or not self.finished:
             with locked(self.work / LOCK_FILE):
                 if not self.finished:
                     self._assemble()
                 if self.png:
-                    complete_pngs(self.out, self.class_names)
+                    complete_pngs(self.out, self.weights.class_names)
                 for leftover in self.out.glob(".*.tmp"):
                     leftover.unlink(missing_ok=True)
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -132,10 +132,11 @@ class Sampling:
 
     @cached_property
     def model(self) -> Transformer:
+        """The model on its device, loaded at first use; the tokenizer is moved there too."""
         self.tokenizer.to(self.device)
         return build_model(self.weights, self.device, self.request.dtype)
 
-    def _draw(self, part: int, progress: Callable[[int, int], None]) -> None:
+    def _sample_part(self, part: int, progress: Callable[[int, int], None]) -> None:
         request, numbers = self.request, self._numbers(part)
         before = sum(len(self._numbers(int(file.stem))) for file in self.work.glob("[0-9]*.npy"))
         batch_size = min(self.batch_size, request.part_size)
@@ -148,14 +149,14 @@ class Sampling:
             request.options,
             batch_size=batch_size,
             image_size=request.image_size,
-            capture=worth_recording(model, request.count, batch_size),
+            capture=worth_capturing(model, request.count, batch_size),
             progress=lambda done, total: progress(min(before + done, request.count), request.count),
         )
         self._seconds += time.perf_counter() - started
         if self.png:
             write_pngs(self.out, images, numbers.tolist())
         write_atomic(self._file(part), lambda file: write_npy(file, images))
-        self._drawn += len(images)
+        self._sampled += len(images)
 
     def _assemble(self) -> None:
         labels = self._labels(np.arange(self.request.count))
@@ -174,8 +175,8 @@ class Sampling:
             "git_commit": git_commit(),
         }
         try:
-            write_samples(self.out, self._parts(), labels, record, self.class_names)
-        except FileNotFoundError:  # without file locks another process may have done the same, and be done
+            write_samples(self.out, self._parts(), labels, record, self.weights.class_names)
+        except FileNotFoundError:  # without file locks another process may have assembled them at the same time
             if not self.finished:
                 raise
 
@@ -194,23 +195,23 @@ class Sampling:
     def _file(self, part: int) -> Path:
         return self.work / f"{part:06d}.npy"
 
-    def _is_sound(self, part: int) -> bool:
-        """Whether the part is there, whoever drew it; files appear whole, and one of a wrong size is drawn again."""
-        if part in self._sound and self._file(part).is_file():
+    def _is_intact(self, part: int) -> bool:
+        """Return whether the file of a part exists, whoever wrote it, and has the right shape."""
+        if part in self._intact and self._file(part).is_file():
             return True
         try:
             images = np.load(self._file(part), mmap_mode="r")
         except (OSError, ValueError, EOFError):
             return False
         if images.shape == (len(self._numbers(part)), self.image_size, self.image_size, 3):
-            self._sound.add(part)
-        return part in self._sound
+            self._intact.add(part)
+        return part in self._intact
 
     def _settings(self) -> dict[str, Any]:
         return {**self.identity, "part_size": self.request.part_size}
 
     def _check_folder(self) -> None:
-        """UserError when the folder's samples, or the parts of unfinished ones, were made with other settings."""
+        """Raise UserError if the folder holds samples, finished or not, that were made with other settings."""
         for file in (self.work / SETTINGS_FILE, self.out / RECORD_FILE):
             try:
                 found = json.loads(file.read_text())
@@ -221,11 +222,9 @@ class Sampling:
             except NotADirectoryError:
                 raise UserError(f"{self.out}: found a file, expected a folder; name another one with --out") from None
             except OSError as error:
-                raise UserError(f"{file}: {error.strerror}; mend that, or name another folder with --out") from None
+                raise UserError(f"{file}: {error.strerror}; fix that, or name another folder with --out") from None
             except ValueError as error:
-                raise UserError(
-                    f"{file}: damaged ({error}); remove {self.out} and run the same command again"
-                ) from None
+                raise UserError(f"{file}: damaged ({error}); remove {self.out} and rerun the same command") from None
             wanted = self._settings() if file.parent == self.work else self.identity
             if different := list(differences({name: found[name] for name in wanted if name in found}, wanted)):
                 raise UserError(

@@ -1,14 +1,14 @@
-"""What is to be sampled: the images asked for, the tokenizer that belongs to the weights, the folder."""
+"""What to sample: the requested images, the tokenizer and class names that belong to the weights, the folder."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.open import Weights
 from npp_ds.errors import UserError
-from npp_ds.sampling.decode import option_problems
 from npp_ds.sampling.folder import samples_of
-from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES, Options
+from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
 
@@ -17,10 +17,11 @@ PART_SIZE = 256
 
 @dataclass(frozen=True)
 class Request:
-    """Which images are wanted: numbers 0 .. `count` - 1, with labels of `classes` as `labels_of` deals them.
+    """The images 0 .. `count` - 1, with labels of `classes` that `labels_of` assigns.
 
-    They are resized to `image_size` pixels (None: as they are decoded). `dtype` is that of the model, "fp32" or "bf16";
-    the tokenizer decodes in float32. A process draws `part_size` images before it writes them.
+    They are resized to `image_size` pixels; None keeps the size of the tokenizer's output. `dtype` is that of the
+    model, "fp32" or "bf16"; the tokenizer decodes in float32. A process samples `part_size` images before it writes
+    them.
     """
 
     classes: Sequence[int]
@@ -32,14 +33,13 @@ class Request:
     part_size: int = PART_SIZE
 
     def check(self, weights: Weights, tokenizer: VQModel) -> None:
-        """Raises UserError naming everything that these weights and this tokenizer cannot make."""
+        """Raise a UserError that names everything that is impossible with these weights and this tokenizer."""
         problems = [
             f"{name}: found {value}, expected a whole number of at least 1"
             for name in ("count", "image_size", "part_size")
             if (value := getattr(self, name)) is not None and value < 1
         ]
-        options = {name: value for name, value in asdict(self.options).items() if name != "seed"}
-        problems += option_problems(weights.model.grid_size, **options)
+        problems += self.options.problems(weights.model.grid_size)
         if self.labels not in LABEL_CHOICES:
             problems.append(f"labels: found {self.labels!r}, expected one of {', '.join(LABEL_CHOICES)}")
         if self.dtype not in DTYPES:
@@ -50,21 +50,21 @@ class Request:
         if self.labels == "balanced" and self.count % n:
             below = self.count // n * n
             problems.append(
-                f"count: {self.count} images cannot be shared out evenly to {n} classes; ask for {below + n}"
+                f"count: {self.count} images cannot be divided evenly among {n} classes; use {below + n}"
                 + (f" or {below}" if below else "")
-                + ", or for random labels"
+                + ", or random labels"
             )
         if tokenizer.config.codebook_size != weights.model.vocab_size:
             problems.append(
-                f"tokenizer {tokenizer.name}: it has {tokenizer.config.codebook_size} codes, the model draws from "
-                f"{weights.model.vocab_size}; give the one whose codes it was trained on"
+                f"tokenizer {tokenizer.name}: it has {tokenizer.config.codebook_size} codes, the model has "
+                f"{weights.model.vocab_size}; give the tokenizer whose codes the model was trained on"
             )
         if problems:
             raise UserError("; ".join(problems))
 
 
 def image_count(num_classes: int, per_class: int | None, count: int | None) -> int:
-    """Images in all: `count`, or `per_class` (10 when neither is given) times the classes. UserError for both."""
+    """Return the number of images: `count`, or `per_class` (default 10) times the classes; UserError for both."""
     if count is not None and per_class is not None:
         raise UserError(f"count and per_class: found {count} and {per_class}, expected one of them")
     for name, value in (("per_class", per_class), ("count", count)):
@@ -74,9 +74,9 @@ def image_count(num_classes: int, per_class: int | None, count: int | None) -> i
 
 
 def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_names: Sequence[str]) -> list[int]:
-    """Class numbers from numbers or names, None meaning all.
+    """Return class numbers for numbers or names; None means all classes.
 
-    Raises UserError naming every one that does not exist, and names that several classes have with their numbers.
+    Raises UserError that names all unknown classes, or all names that several classes share, with their numbers.
     """
     if wanted is None:
         return list(range(num_classes))
@@ -97,7 +97,7 @@ def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_na
 
 
 def split_classes(text: str, class_names: Sequence[str]) -> list[str]:
-    """The numbers and names of a list with commas between; a name that has commas itself is kept whole."""
+    """Split a comma-separated list of class numbers and names. A known name that contains commas stays whole."""
     words, found = [word.strip() for word in text.split(",")], []
     names = {", ".join(map(str.strip, name.split(","))): name for name in class_names}
     longest = max((name.count(",") for name in names), default=0) + 1
@@ -109,21 +109,20 @@ def split_classes(text: str, class_names: Sequence[str]) -> list[str]:
     return found
 
 
-def companions(weights: Weights, tokenizer: str | Path | None = None) -> tuple[VQModel, list[str]]:
-    """The tokenizer that decodes what these weights draw, and the class names, empty where they are not known.
+def find_tokenizer(weights: Weights, tokenizer: str | Path | None = None) -> VQModel:
+    """Load the tokenizer that decodes the codes of these weights.
 
-    The tokenizer is the one named, else the one that the run's config names, else one at hand that made the codes they
-    were trained on; UserError when it cannot be told, or when another one made those codes.
+    It is the one given by name or file, else that of the run's config, else an available one that made the codes of the
+    training data. Raises UserError if none is known, and if another tokenizer made those codes.
     """
-    named = tokenizer or (weights.config.data.tokenizer if weights.config else None)
-    return tokenizer_of(weights.tokenizer, named), list(weights.class_names)
+    return tokenizer_of(weights.tokenizer, tokenizer or (weights.config.data.tokenizer if weights.config else None))
 
 
 def default_folder(weights: Weights, request: Request) -> Path:
-    """A folder of `samples_of` these weights, named by the settings.
+    """Return the folder for the samples of a request, inside `samples_of` these weights.
 
-    The settings are step, guidance, seed and number of images, then whatever else differs from the usual: what people
-    change does not share a folder.
+    Its name holds the step, guidance scale, seed and number of images, then every other setting that differs from the
+    default. So different settings have different folders.
     """
     options, usual = asdict(request.options), asdict(Options())
     step = [f"step-{weights.step:08d}"] if weights.step is not None else []
@@ -131,7 +130,8 @@ def default_folder(weights: Weights, request: Request) -> Path:
     for name, value in options.items():
         if value != usual[name] and name not in ("cfg_scale", "seed"):
             parts.append(f"{name.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
-    parts += [word for word in (weights.kind, request.labels, request.dtype) if word not in ("raw", "balanced", "fp32")]
+    words = (weights.variant, request.labels, request.dtype)
+    parts += [word for word in words if word not in ("raw", "balanced", "fp32")]
     if (n := len(request.classes)) < weights.model.num_classes:
         parts.append("-".join(["classes", *map(str, request.classes[:8]), *([f"and-{n - 8}-more"] if n > 8 else [])]))
     if request.image_size:
@@ -140,7 +140,7 @@ def default_folder(weights: Weights, request: Request) -> Path:
 
 
 def stage_warning(weights: Weights, options: Options) -> str | None:
-    """What to say when a model is sampled at another patch side than that of the stage it was last trained in."""
+    """Return a warning if the model is sampled at another patch side than that of its last training stage."""
     if weights.patch_side in (None, options.patch_side):
         return None
     return (

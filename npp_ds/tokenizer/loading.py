@@ -14,7 +14,7 @@ from npp_ds.tokenizer.vq import VQConfig, VQModel
 from npp_ds.utils.files import sha256, write_atomic
 
 if TYPE_CHECKING:
-    from npp_ds.checkpoint.weights import TokenizerId
+    from npp_ds.checkpoint.open import TokenizerId
     from npp_ds.data.shards import TokenizerInfo
 
 ASSETS = Path(__file__).parent.parent / "assets"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from npp_ds.checkpoint.open import Weights
 from npp_ds.checkpoint.rank_files import MASTER, SavedState
-from npp_ds.checkpoint.weights import Weights
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes

@@ -15,13 +15,15 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import TokenizerInfo
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.evaluation.features import Extractor, load_extractor
-from npp_ds.evaluation.fid import Moments, frechet_distance
+from npp_ds.evaluation.evaluate import load_extractor
+from npp_ds.evaluation.features import Extractor
+from npp_ds.evaluation.metrics import Moments, frechet_distance
 from npp_ds.evaluation.reference import Reference, load_reference, recorded_extractor
 from npp_ds.model import Transformer
 from npp_ds.sampling.grid import tiled
-from npp_ds.sampling.sampler import Options, labels_of, sample_images
-from npp_ds.sampling.steps import worth_recording
+from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.sampler import labels_of, sample_images
+from npp_ds.sampling.steps import worth_capturing
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.training.hooks import Context, Hook, Logged
@@ -207,7 +209,7 @@ class Evaluation(Hook):
         moments = Moments(center=judge.reference.pool[0])
         options = Options(seed=s.seed, cfg_scale=s.cfg_scale, patch_side=context.stage.patch_side)
         classes = range(self.config.model.num_classes)
-        how = {"batch_size": s.batch_size, "capture": worth_recording(model, s.images, s.batch_size)}
+        how = {"batch_size": s.batch_size, "capture": worth_capturing(model, s.images, s.batch_size)}
         for turn in range(ceil(s.images / (s.batch_size * self.processes.world_size))):
             context.check_stop()
             first = (turn * self.processes.world_size + self.processes.rank) * s.batch_size

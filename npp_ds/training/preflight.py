@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from npp_ds.checkpoint.folders import saved_steps
-from npp_ds.checkpoint.open import open_weights
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.config.load import problems_of
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import ModelSection, RunConfig

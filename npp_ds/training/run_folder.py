@@ -66,7 +66,10 @@ def checkpoint_to_resume(
     """
     checkpoints = config.directory / "checkpoints"
     folders.remove_unfinished(checkpoints)
-    folder = folders.newest_complete(checkpoints) if from_step is None else folders.asked_for(checkpoints, from_step)
+    if from_step is None:
+        folder = folders.newest_complete(checkpoints)
+    else:
+        folder = folders.complete_at_step(checkpoints, from_step)
     saved = _newest_that_was_saved(config.directory)
     if folder is None:
         steps = folders.saved_steps(checkpoints) or ([saved] if saved is not None else [])

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from npp_ds.checkpoint.folders import CheckpointRecord
+from npp_ds.checkpoint.open import Weights
 from npp_ds.checkpoint.saver import CheckpointSaver
-from npp_ds.checkpoint.weights import Weights
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes, join_processes, leave_processes
@@ -245,4 +245,4 @@ class Trainer:
         self.processes.on_all(self.engine.start_from, weights)
         self.engine.partitions.publish()
         digest = self.processes.on_first(lambda: weights.sha256)
-        self.log.write("init", 0, path=str(weights.path), kind=weights.kind, source_step=weights.step, sha256=digest)
+        self.log.write("init", 0, path=str(weights.path), kind=weights.variant, source_step=weights.step, sha256=digest)

@@ -3,9 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from npp_ds.errors import UserError
 
 
 def fsync_directory(directory: Path) -> None:
@@ -59,3 +63,26 @@ def sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def explain_os_errors(path: str | Path, advice: str = "free some space, or name another path") -> Iterator[None]:
+    """Turn an OSError of the block into a UserError that names its file, else `path`, and ends with `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}; {advice}") from error
+
+
+def check_writable(path: str | Path) -> Path:
+    """Make the folder of a result and check that it takes files, before hours of work. Return `path`.
+
+    Raises UserError if nothing can be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected the name of a file")
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    return path

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import sampling as benchmark
 from npp_ds.sampling.decode import generate
+from npp_ds.sampling.logits_processing import Options
 from published_models import published_model
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def test_both_ways_of_decoding_choose_the_same_codes_greedily(kv_heads):
             parameter.data *= 5 if parameter.ndim == 2 else 1
     labels = torch.arange(8)
     published = benchmark.PublishedWay(model).generate(labels, 1.5, temperature=0)
-    codes = generate(model, labels, labels, seed=0, cfg_scale=1.5, temperature=0)
+    codes = generate(model, labels, labels, Options(cfg_scale=1.5, temperature=0))
     assert torch.equal(codes, published)
     assert len(codes.unique()) > 20 and len(codes.unique(dim=0)) == 8
 

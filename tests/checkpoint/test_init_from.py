@@ -1,4 +1,4 @@
-"""A run that starts from other weights has exactly them, a fresh optimizer, and a schedule of its own."""
+"""A run that starts from given weights has exactly these, a fresh optimizer, and its own schedule."""
 
 import math
 import shutil
@@ -29,17 +29,17 @@ def source(pair, shards, tmp_path_factory) -> Path:
     return folder
 
 
-def test_an_export_says_which_run_step_and_tokenizer_it_comes_from(source, tmp_path):
-    export_weights(open_weights(source, step=10, kind="ema"), tmp_path / "a.safetensors")
-    found, opened = open_weights(tmp_path / "a.safetensors"), open_weights(source, step=10, kind="ema")
-    assert (found.name, found.step, found.kind, found.model) == ("tiny", 10, "ema", opened.config.model)
+def test_an_export_records_its_run_step_and_tokenizer(source, tmp_path):
+    export_weights(open_weights(source, step=10, variant="ema"), tmp_path / "a.safetensors")
+    found, opened = open_weights(tmp_path / "a.safetensors"), open_weights(source, step=10, variant="ema")
+    assert (found.name, found.step, found.variant, found.model) == ("tiny", 10, "ema", opened.config.model)
     assert found.tokenizer == opened.tokenizer == ("random", "0" * 64)
     assert found.config_hash == opened.config.hash()
     expected = opened.read()
     assert all(torch.equal(values, expected[name]) for name, values in found.read().items())
 
 
-def test_another_set_of_shards_in_the_same_place_does_not_say_who_made_the_codes(source, tmp_path, shards):
+def test_another_set_of_shards_under_the_same_path_is_not_taken_for_the_training_data(source, tmp_path, shards):
     shutil.copytree(source, tmp_path / "run")
     write_set(tmp_path / "train", 32, seed=9)
     config = tiny_config(shards, tmp_path / "run", data={"train": str(tmp_path / "train")})
@@ -88,13 +88,13 @@ def test_masters_equal_the_file_bit_for_bit_and_the_optimizer_is_fresh(
 
 
 @pytest.mark.parametrize("how", ["run folder", "safetensors", "published", "published ema"])
-def test_a_run_goes_on_from_any_source_with_another_schedule(pair, shards, source, tmp_path, how):
+def test_a_run_starts_from_any_source_with_another_schedule(pair, shards, source, tmp_path, how):
     origin, nll = source, _last_nll(source)
     if how == "safetensors":
         export_weights(open_weights(source), origin := tmp_path / "start.safetensors")
     elif how.startswith("published"):
-        kind = "ema" if how == "published ema" else "raw"
-        export_weights(open_weights(source, kind=kind), origin := tmp_path / "start.pt", layout="published")
+        variant = "ema" if how == "published ema" else "raw"
+        export_weights(open_weights(source, variant=variant), origin := tmp_path / "start.pt", layout="published")
     config = tiny_config(shards, tmp_path / "run", init_from=str(origin), **NEXT)
     pair.run(run, config)
     metrics = metrics_of(tmp_path / "run")
@@ -116,7 +116,7 @@ def _last_nll(run_dir: Path) -> float:
     return [m["nll"] for m in metrics_of(run_dir) if m["event"] == "validation" and m["patch_side"] == 1][-1]
 
 
-def test_a_resume_needs_no_file_and_ends_as_if_undisturbed(pair, shards, source, tmp_path):
+def test_a_resume_needs_no_file_and_ends_like_an_uninterrupted_run(pair, shards, source, tmp_path):
     keys = {**NEXT, "init_from": str(tmp_path / "start.safetensors")}
     export_weights(open_weights(source), tmp_path / "start.safetensors")
     pair.run(run, tiny_config(shards, tmp_path / "undisturbed", **keys))
@@ -131,7 +131,7 @@ def test_a_resume_needs_no_file_and_ends_as_if_undisturbed(pair, shards, source,
     assert f"init_from: it has '{tmp_path}/start.safetensors', asked for '{source}'" in pair.run(error_of, other)[0]
 
 
-def test_a_second_start_that_found_no_checkpoint_tells_of_its_own_weights_only(pair, shards, source, tmp_path):
+def test_a_second_start_without_a_checkpoint_logs_its_own_weights_only(pair, shards, source, tmp_path):
     keys = {**NEXT, "init_from": str(tmp_path / "start.safetensors")}
     export_weights(open_weights(source), tmp_path / "start.safetensors")
     config = tiny_config(shards, tmp_path / "run", **keys)
@@ -143,7 +143,7 @@ def test_a_second_start_that_found_no_checkpoint_tells_of_its_own_weights_only(p
         folder.rmdir()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(line for line in lines if '"checkpoint"' not in line))
-    export_weights(open_weights(source, kind="ema"), tmp_path / "start.safetensors", force=True)
+    export_weights(open_weights(source, variant="ema"), tmp_path / "start.safetensors", force=True)
     pair.run(run, config)
     lines = metrics_of(tmp_path / "run")
     (init,) = [line for line in lines if line["event"] == "init"]

@@ -1,4 +1,4 @@
-"""Weights travel: published files in, ours and published files out, every tensor bit for bit."""
+"""Export and import: published files in, ours and published files out, every tensor bit for bit."""
 
 import argparse
 import json
@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from npp_ds.checkpoint.export import METADATA_KEY, export_weights
-from npp_ds.checkpoint.open import open_weights
-from npp_ds.checkpoint.weights import Weights
+from npp_ds.checkpoint.export import export_weights
+from npp_ds.checkpoint.open import METADATA_KEY, Weights, open_weights
 from npp_ds.cli import app
 from npp_ds.config.schema import ModelSection
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.sampling.decode import generate
+from npp_ds.sampling.logits_processing import Options
 from npp_ds.sizes import SIZES
 from published_models import published_model
 from sample_sets import tiny_run
@@ -90,7 +90,7 @@ def test_an_imported_model_samples_the_published_greedy_sequences(tmp_path, cfg_
     _, vectors = published_model("gpt_small")
     labels = torch.from_numpy(vectors["sample_labels"])
     model = model_of(open_weights(tmp_path / "ours.safetensors"))
-    codes = generate(model, labels, torch.arange(len(labels)), seed=0, cfg_scale=cfg_scale, temperature=0.0)
+    codes = generate(model, labels, torch.arange(len(labels)), Options(cfg_scale=cfg_scale, temperature=0.0))
     assert np.array_equal(codes.numpy(), vectors[f"greedy_cfg{cfg_scale}"])
 
 
@@ -111,7 +111,7 @@ def test_published_to_ours_and_back_is_bit_equal_and_loads_as_the_published_scri
     assert size < (tmp_path / "back.pt").stat().st_size < size + 100_000, "each tensor is saved once, and nothing else"
 
 
-def test_an_exported_file_is_an_ordinary_safetensors_file_that_says_what_it_holds(tmp_path):
+def test_an_exported_file_is_ordinary_safetensors_that_describes_itself(tmp_path):
     path, state = published_file(tmp_path / "c2i.pt", "gpt_gqa")
     export_weights(open_published(path, "gpt_gqa"), tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
@@ -147,21 +147,21 @@ def test_values_beyond_fp16_are_refused_and_nothing_is_left_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c2i.pt"]
 
 
-def test_the_published_average_is_read_when_asked_for(tmp_path):
+def test_the_published_average_is_read_on_request(tmp_path):
     path, state = published_file(tmp_path / "c2i.pt", "gpt_small")
     average = {name: tensor / 2 for name, tensor in state.items()}
     with pytest.raises(UserError, match=r"c2i\.pt: holds no `ema` entry"):
-        open_published(path, "gpt_small", kind="ema")
+        open_published(path, "gpt_small", variant="ema")
     torch.save({"model": state, "ema": average}, path)
-    weights = open_published(path, "gpt_small", kind="ema")
+    weights = open_published(path, "gpt_small", variant="ema")
     assert_same_tensors(weights.read(), average)
     assert_same_tensors(open_published(path, "gpt_small").read(), state)
     export_weights(weights, tmp_path / "ema.safetensors")
-    assert open_weights(tmp_path / "ema.safetensors").kind == "ema"
-    assert_same_tensors(open_weights(tmp_path / "ema.safetensors", kind="ema").read(), average)
+    assert open_weights(tmp_path / "ema.safetensors").variant == "ema"
+    assert_same_tensors(open_weights(tmp_path / "ema.safetensors", variant="ema").read(), average)
     export_weights(open_published(path, "gpt_small"), tmp_path / "raw.safetensors")
     with pytest.raises(UserError, match="holds raw weights, no ema"):
-        open_weights(tmp_path / "raw.safetensors", kind="ema")
+        open_weights(tmp_path / "raw.safetensors", variant="ema")
 
 
 def shape_only(path: Path, **arguments) -> Path:
@@ -184,14 +184,14 @@ def test_heads_of_the_published_3b_model_are_not_64_wide(tmp_path):
     assert open_weights(path, grid_size=24).model.grid_size == 24
 
 
-def test_grid_and_heads_are_taken_from_the_file_where_it_tells_them(tmp_path):
+def test_grid_and_heads_are_taken_from_the_file_if_it_contains_them(tmp_path):
     model, _ = published_model("gpt_small")
     table = torch.zeros(24 * 24 + 1, 64 // 4 // 2, 2)
     torch.save({"model": {**model.state_dict(), "freqs_cis": table}}, tmp_path / "table.pt")
     weights = open_weights(tmp_path / "table.pt")
     assert (weights.model.grid_size, weights.model.n_heads) == (24, 4)
     assert set(weights.read()) == set(model.state_dict())
-    with pytest.raises(UserError, match="its grid size is 24, found 16 asked for"):
+    with pytest.raises(UserError, match="its grid size is 24, but 16 was requested"):
         open_weights(tmp_path / "table.pt", grid_size=16)
     arguments = argparse.Namespace(image_size=384, downsample_size=16)
     torch.save({"model": model.state_dict(), "args": arguments}, tmp_path / "arguments.pt")
@@ -250,7 +250,7 @@ def test_nothing_but_tensors_and_plain_values_is_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_damaged_published_files_are_told_from_those_that_hold_other_things(tmp_path, legacy):
+def test_damaged_published_files_are_distinguished_from_those_with_other_objects(tmp_path, legacy):
     path = tmp_path / "c2i.pt"
     torch.save({"model": {"a": torch.ones(100)}}, path, _use_new_zipfile_serialization=not legacy)
     whole = path.read_bytes()
@@ -291,7 +291,7 @@ def test_a_checkpoint_is_opened_by_its_record_and_sizes_and_read_whole_only_to_v
         patch.setattr("npp_ds.checkpoint.folders.sha256", lambda path: pytest.fail(f"{path} was read whole"))
         assert open_weights(run_dir).step == open_weights(run_dir, step=120).step == 120
     victim.write_bytes(whole[:-4] + bytes(4))
-    with pytest.raises(UserError, match=r"asked for, but torn: .* its SHA-256 is not the recorded one"):
+    with pytest.raises(UserError, match=r"requested, but incomplete: .* its SHA-256 is not the recorded one"):
         open_weights(run_dir, step=120, verify=True)
     done = CliRunner().invoke(app, ["export", str(run_dir), "--out", str(tmp_path / "out.safetensors")])
     assert isinstance(done.exception, UserError) and "no complete checkpoint" in str(done.exception)
@@ -300,18 +300,18 @@ def test_a_checkpoint_is_opened_by_its_record_and_sizes_and_read_whole_only_to_v
         open_weights(run_dir)
 
 
-def test_asking_for_what_a_file_does_not_have_is_an_error(tmp_path):
+def test_requesting_what_a_file_does_not_have_is_an_error(tmp_path):
     path, _ = published_file(tmp_path / "c2i.pt", "gpt_small")
-    with pytest.raises(UserError, match="step 3 asked for, but a file holds one set of weights"):
+    with pytest.raises(UserError, match="step 3 requested, but a file holds a single step"):
         open_published(path, "gpt_small", step=3)
     with pytest.raises(UserError, match=r"nowhere: not found; expected the folder of a run"):
         open_weights(tmp_path / "nowhere")
     export_weights(open_published(path, "gpt_small"), tmp_path / "ours.safetensors")
-    with pytest.raises(UserError, match="its number of heads is 4, found 8 asked for"):
+    with pytest.raises(UserError, match="its number of heads is 4, but 8 was requested"):
         open_weights(tmp_path / "ours.safetensors", n_heads=8)
 
 
-def test_existing_files_are_replaced_only_when_forced_and_names_tell_the_format(tmp_path):
+def test_existing_files_are_replaced_only_if_forced_and_suffixes_must_match_the_format(tmp_path):
     path, _ = published_file(tmp_path / "c2i.pt", "gpt_small")
     weights, out = open_published(path, "gpt_small"), tmp_path / "ours.safetensors"
     out.write_text("mine")

@@ -1,4 +1,4 @@
-"""Consolidating a checkpoint takes memory far below its weights, whatever number of processes saved it."""
+"""An export of a checkpoint takes at most 1.5 times the memory of its weights, for any number of saving processes."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from npp_ds.model import ModelConfig, Transformer
 from runs import tiny_config
 
 MODEL = {"dim": 640, "n_layers": 6, "n_heads": 10, "vocab_size": 16384, "grid_size": 4, "num_classes": 10}
-KINDS = ("master", "ema")
+STATES = ("master", "ema")
 PROGRAM = """
 import re, sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def peak():  # of this program; getrusage would count what it was forked from
 
 source, out, layout = sys.argv[1:]
 baseline = peak()
-export_weights(open_weights(source, kind="ema"), out, layout=layout)
+export_weights(open_weights(source, variant="ema"), out, layout=layout)
 print(peak() - baseline)
 """
 
@@ -49,8 +49,8 @@ def _write_checkpoint(run_dir: Path, world_size: int) -> int:
             numel = max(0, min(length, parameter.numel() - rank * length))
             fragments.append(Fragment(name, rank * length, numel, 0, offset))
             offset += numel
-        kinds = {kind: [torch.full((offset,), float(rank + i))] for i, kind in enumerate(KINDS)}
-        files[file_of(rank, world_size)] = write_state(folder / file_of(rank, world_size), fragments, kinds)
+        states = {state: [torch.full((offset,), float(rank + i))] for i, state in enumerate(STATES)}
+        files[file_of(rank, world_size)] = write_state(folder / file_of(rank, world_size), fragments, states)
     record = CheckpointRecord(
         step=5,
         stage=0,
@@ -60,7 +60,7 @@ def _write_checkpoint(run_dir: Path, world_size: int) -> int:
         config_hash="",
         data_fingerprint="",
         optimizer_steps=5,
-        kinds=list(KINDS),
+        kinds=list(STATES),
         shapes=shapes,
         files=files,
     )

@@ -1,4 +1,4 @@
-"""The shipped classifier judges shipped images, and torch-fidelity takes its features."""
+"""The shipped classifier classifies shipped images, and its Frechet distance equals torch-fidelity's."""
 
 import runpy
 from argparse import Namespace
@@ -17,7 +17,7 @@ from npp_ds.evaluation.classifier import (
     predict,
     save_classifier,
 )
-from npp_ds.evaluation.fid import frechet_distance
+from npp_ds.evaluation.metrics import frechet_distance
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.sources import load_images, open_source
 
@@ -43,7 +43,7 @@ def test_at_least_89_percent_of_the_shipped_validation_images_are_classified_rig
     assert SHIPPED.stat().st_size < 5e5
 
 
-def test_reconstructions_of_the_shipped_tokenizer_are_judged_nearly_as_well(validation, script):
+def test_reconstructions_of_the_shipped_tokenizer_are_classified_nearly_as_well(validation, script):
     images, labels = validation
     decoded = script["reconstruct"](load_tokenizer("fashion_mnist"), images)
     assert decoded.shape == images.shape and (predict(decoded) == labels).mean() >= 0.86
@@ -64,7 +64,7 @@ def test_torch_fidelity_and_we_compute_the_same_distance_which_grows_with_the_da
     assert distance(validation[0][500:]) < 0.01 < distance(real) < distance(noisy) / 3
 
 
-def test_features_are_what_the_logits_are_made_of(validation):
+def test_features_are_the_input_of_the_last_layer(validation):
     images = validation[0][:8]
     model, found = load_classifier(), ClassifierExtractor()(images)
     assert found.pool.shape == (8, ClassifierExtractor.feature_dim) and found.pool.dtype == np.float32

@@ -1,4 +1,4 @@
-"""`npp evaluate`: images of every kind against references of every kind, and what every result says."""
+"""`npp evaluate`: images of every kind against references of every kind, and the content of results."""
 
 import hashlib
 import io
@@ -19,8 +19,8 @@ from extractors import Projection, random_images
 from npp_ds.cli import app
 from npp_ds.errors import UserError
 from npp_ds.evaluation.classifier import ClassifierExtractor
-from npp_ds.evaluation.evaluate import describe, evaluate_images, open_extractor, write_result
-from npp_ds.evaluation.features import Features, load_extractor, measure
+from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor, open_extractor, write_result
+from npp_ds.evaluation.features import Features, measure
 from npp_ds.evaluation.images import open_images, shard_paths
 from npp_ds.evaluation.reference import check_reference, load_reference, make_reference, recorded_extractor
 from npp_ds.sampling.folder import write_pngs, write_samples
@@ -159,7 +159,7 @@ def test_samples_that_are_not_finished_are_refused(images, tmp_path):
     assert open_images(tmp_path / "a").count == 80, "with its record it is finished"
     (tmp_path / "a/samples.json").unlink()
     for name in ("a", "a/images", "a/samples.npz"):
-        with pytest.raises(UserError, match="a: these samples are not finished; run the same `npp sample` again"):
+        with pytest.raises(UserError, match="a: these samples are not finished; rerun the same `npp sample`"):
             open_images(tmp_path / name)
     (tmp_path / "a/.unfinished").rmdir()
     with pytest.raises(UserError, match="not finished"):
@@ -224,7 +224,7 @@ def test_references_that_do_not_fit_are_refused(images, shards, tmp_path):
     assert recorded_extractor(tmp_path / "made.npz") == "projection"
     assert recorded_extractor(tmp_path / "adm.npz") == "inception"
     assert recorded_extractor(shards) is None
-    with pytest.raises(UserError, match=r"adm\.npz: statistics of the extractor inception, but projection is asked"):
+    with pytest.raises(UserError, match=r"adm\.npz: statistics of the extractor inception, but projection was"):
         load_reference(tmp_path / "adm.npz", extractor)
     extractor.name, extractor.feature_dim = "inception", 2048
     with pytest.raises(UserError, match=r"found mu \[2048\], sigma missing, expected \[2048\] and \[2048, 2048\]"):
@@ -248,13 +248,13 @@ def test_a_reference_is_checked_without_being_measured(shards, tmp_path, monkeyp
     monkeypatch.setattr("npp_ds.evaluation.reference.measure", None)
     check_reference(shards, extractor)
     check_reference(tmp_path / "made.npz", extractor)
-    with pytest.raises(UserError, match=r"adm\.npz: statistics of the extractor inception, but projection is asked"):
+    with pytest.raises(UserError, match=r"adm\.npz: statistics of the extractor inception, but projection was"):
         check_reference(tmp_path / "adm.npz", extractor)
     with pytest.raises(UserError, match="nowhere"):
         check_reference(tmp_path / "nowhere", extractor)
 
 
-def test_whatever_keeps_numbers_from_being_compared_is_said_once(images, tmp_path):
+def test_each_reason_why_results_are_not_comparable_is_reported_once(images, tmp_path):
     extractor = Projection()
     (tmp_path / "imagenet_val").mkdir()
     np.savez(tmp_path / "imagenet_val/images.npz", arr_0=random_images(30, 1, size=8))
@@ -320,7 +320,7 @@ def real():
     return load_images(open_source([SHIPPED_IMAGES], "val"), 32)
 
 
-def test_the_shipped_classifier_prefers_real_images_to_spoilt_ones(real, tmp_path):
+def test_the_shipped_classifier_prefers_real_images_to_darkened_ones(real, tmp_path):
     images, labels = real
     extractor = ClassifierExtractor()
     write_shard(tmp_path / "real-000000.tar.gz", images[400:], labels[400:])
@@ -365,7 +365,7 @@ def test_the_command_evaluates_the_newest_samples_of_a_run_and_makes_references(
         npp("--reference", made)
 
 
-def test_where_nothing_can_be_written_is_said_before_measuring(images, tmp_path, monkeypatch):
+def test_an_unwritable_result_is_reported_before_measuring(images, tmp_path, monkeypatch):
     np.savez(tmp_path / "images.npz", arr_0=images)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("npp_ds.evaluation.evaluate.load_extractor", lambda name, weights: Projection())
@@ -381,7 +381,10 @@ def test_where_nothing_can_be_written_is_said_before_measuring(images, tmp_path,
     assert not measured
     monkeypatch.undo()
     made = make_reference(tmp_path / "new/folder/ref.npz", tmp_path / "images.npz", Projection())
-    with files_limited_to(1000), pytest.raises(UserError, match=r"ref\.npz: .*too large; make room or name another"):
+    with (
+        files_limited_to(1000),
+        pytest.raises(UserError, match=r"ref\.npz: .*too large; free some space, or name"),
+    ):
         make_reference(tmp_path / "new/folder/ref.npz", tmp_path / "images.npz", Projection())
     assert load_reference(tmp_path / "new/folder/ref.npz", Projection()).source == made.source, "the old one stays"
 
@@ -398,7 +401,7 @@ def test_the_commands_of_the_guide_name_options_that_exist():
 def test_missing_weights_stop_the_command_before_any_image_is_read(tmp_path, monkeypatch):
     np.savez(tmp_path / "samples.npz", arr_0=random_images(4, 0))
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    monkeypatch.setattr("npp_ds.evaluation.features.measure", None)
+    monkeypatch.setattr("npp_ds.evaluation.evaluate.measure", None)
     arguments = ["--samples", "samples.npz", "--reference", "adm.npz", "--inception-weights", "absent.pth"]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"absent\.pth: not found; expected weights-inception-2015-12-05-6726825d"):

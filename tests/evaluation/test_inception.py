@@ -17,11 +17,10 @@ from torch_fidelity import calculate_metrics
 from extractors import random_inception, statistics
 from npp_ds.errors import UserError
 from npp_ds.evaluation import inception
-from npp_ds.evaluation.evaluate import describe, evaluate_images
-from npp_ds.evaluation.features import load_extractor
+from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor
 from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.inception import Inception, find_weights
-from npp_ds.evaluation.precision_recall import precision_recall
+from npp_ds.evaluation.metrics import precision_recall
 from npp_ds.evaluation.reference import load_reference
 from npp_ds.tokenizer.sources import load_images, open_source
 
@@ -194,7 +193,7 @@ def server(tmp_path, hub, monkeypatch):
 def test_fetched_weights_are_checked_and_kept_where_torch_fidelity_looks(server, hub, monkeypatch):
     content = os.urandom(1000)
     (server / inception.WEIGHTS_FILE).write_bytes(content)
-    with pytest.raises(UserError, match="what came has another SHA-256"):
+    with pytest.raises(UserError, match="the fetched file has another SHA-256"):
         find_weights()
     assert not hub.exists()
     monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest()[:8])

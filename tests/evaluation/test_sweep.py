@@ -1,4 +1,4 @@
-"""`npp evaluate --sweep`: a table and a plot over guidance scales or checkpoints, from samples that are used again."""
+"""`npp evaluate --sweep`: a table and a plot over guidance scales or checkpoints, with existing samples used again."""
 
 import gc
 import json
@@ -24,10 +24,9 @@ from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images
 from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.reference import load_reference
-from npp_ds.evaluation.sweep import Settings, draw_share, open_sweep, run_sweep
+from npp_ds.evaluation.sweep import Settings, open_sweep, run_sweep, sample_share
 from npp_ds.sampling import job
-from npp_ds.sampling.job import Sampling
-from npp_ds.sampling.sampler import Options
+from npp_ds.sampling.logits_processing import Options
 from sample_sets import tiny_run
 
 SETTINGS = Settings(per_class=6, options=Options(seed=4), batch_size=7)
@@ -47,16 +46,14 @@ def reference(tmp_path):
     return load_reference(tmp_path / "real.npz", Projection(16))
 
 
-def no_drawing(monkeypatch) -> None:
-    def draw(*_):
-        raise AssertionError("drew samples that were there")
+def no_sampling(monkeypatch) -> None:
+    def sample_images(*_, **__):
+        raise AssertionError("sampled images that existed")
 
-    monkeypatch.setattr(Sampling, "_draw", draw)
+    monkeypatch.setattr(job, "sample_images", sample_images)
 
 
-def test_guidance_scales_give_a_row_each_in_order_with_files_and_the_samples_used_again(
-    run_dir, reference, tmp_path, monkeypatch
-):
+def test_each_guidance_scale_has_a_row_and_existing_samples_are_used_again(run_dir, reference, tmp_path, monkeypatch):
     extractor = Projection(16)
     results, folder = run_sweep(open_sweep(run_dir, "cfg=3, 1", SETTINGS), reference, extractor)
     assert [r["value"] for r in results] == [r["samples"]["cfg_scale"] for r in results] == [1, 3]
@@ -76,25 +73,25 @@ def test_guidance_scales_give_a_row_each_in_order_with_files_and_the_samples_use
     assert text.count("Warning: 18 samples are too few for 24 features") == 1
     with Image.open(folder / "sweep.png") as picture:
         assert picture.width > picture.height > 300 and len(set(picture.convert("L").tobytes())) > 10
-    no_drawing(monkeypatch)
+    no_sampling(monkeypatch)
     wider, elsewhere = run_sweep(open_sweep(run_dir, "cfg=1,3", SETTINGS), reference, extractor, tmp_path / "out")
     assert wider == results and elsewhere == tmp_path / "out" and (elsewhere / "sweep.png").is_file()
 
 
 def test_all_checkpoints_means_every_complete_one(run_dir, reference):
-    torn = tiny_run(run_dir, step=200) / "checkpoints/step-00000200"
-    next(torn.glob("*.safetensors")).write_bytes(b"torn")
+    incomplete = tiny_run(run_dir, step=200) / "checkpoints/step-00000200"
+    next(incomplete.glob("*.safetensors")).write_bytes(b"damaged")
     sweep = open_sweep(run_dir, "checkpoint=all", SETTINGS)
     assert [point.value for point in sweep.points] == [60, 120]
     results, folder = run_sweep(sweep, reference, Projection(16))
     assert [r["samples"]["checkpoint_step"] for r in results] == [60, 120]
     assert results[0]["samples_sha256"] != results[1]["samples_sha256"]
     assert folder.name == "sweep-checkpoint" and "| checkpoint |" in (folder / "sweep.md").read_text()
-    with pytest.raises(UserError, match="torn"):
+    with pytest.raises(UserError, match="incomplete"):
         open_sweep(run_dir, "checkpoint=60,200", SETTINGS)
 
 
-def test_every_checkpoint_is_sampled_at_the_side_of_its_stage_and_table_and_warnings_say_so(tmp_path, reference):
+def test_each_checkpoint_is_sampled_at_the_side_of_its_stage_which_table_and_warnings_show(tmp_path, reference):
     for step, stage in ((60, 0), (120, 1)):
         tiny_run(tmp_path / "run", seed=step, step=step, stage=stage)
     results, folder = run_sweep(open_sweep(tmp_path / "run", "checkpoint=all", SETTINGS), reference, Projection(16))
@@ -108,14 +105,14 @@ def test_every_checkpoint_is_sampled_at_the_side_of_its_stage_and_table_and_warn
     (fine,), _ = run_sweep(open_sweep(tmp_path / "run", "checkpoint=60", forced), reference, Projection(16))
     assert fine["samples_sha256"] != results[0]["samples_sha256"]
     (warning,) = [text for text in fine["warnings"] if "patch side" in text]
-    assert warning.startswith("the samples were drawn at patch side 1 from weights of a stage of patch side 2")
+    assert warning.startswith("the images were sampled at patch side 1 from weights of a stage of patch side 2")
     sweep = open_sweep(tmp_path / "run", "cfg=1,2", replace(SETTINGS, step=60))
     scales, _ = run_sweep(sweep, reference, Projection(16))
     assert [r["samples"]["patch_side"] for r in scales] == [2, 2]
 
 
 @pytest.mark.parametrize("text", ["cfg=1,1.5,2", "checkpoint=all"])
-def test_no_more_than_one_model_is_alive_and_none_while_its_samples_are_judged(run_dir, reference, monkeypatch, text):
+def test_at_most_one_model_is_alive_and_none_while_its_samples_are_evaluated(run_dir, reference, monkeypatch, text):
     alive, most, judged = WeakSet(), [], []
     build = job.build_model
 
@@ -136,7 +133,7 @@ def test_no_more_than_one_model_is_alive_and_none_while_its_samples_are_judged(r
     assert most == [1] * len(results) and set(judged) == {0}
 
 
-def test_guidance_scales_are_of_one_checkpoint_though_the_run_goes_on(run_dir, reference, monkeypatch):
+def test_guidance_scales_are_of_one_checkpoint_though_the_run_continues(run_dir, reference, monkeypatch):
     opened = []
     monkeypatch.setattr(
         "npp_ds.evaluation.sweep.open_weights", lambda *a, **k: opened.append(open_weights(*a, **k)) or opened[-1]
@@ -147,7 +144,7 @@ def test_guidance_scales_are_of_one_checkpoint_though_the_run_goes_on(run_dir, r
     assert len(opened) == 1 and {r["samples"]["checkpoint_step"] for r in results} == {120}
 
 
-def test_what_other_processes_draw_is_waited_for_and_what_they_leave_is_drawn_here(
+def test_a_sweep_waits_for_samples_of_other_processes_and_samples_the_parts_they_abandon(
     run_dir, reference, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("npp_ds.evaluation.sweep.POLL_SECONDS", 0.05)
@@ -161,14 +158,14 @@ def test_what_other_processes_draw_is_waited_for_and_what_they_leave_is_drawn_he
         died.start()
         first, _ = run_sweep(replace(sweep, points=sweep.points[:1]), reference, Projection(16), place=places[0])
         died.join()
-    draw_share(sweep, places[1])
-    no_drawing(monkeypatch)
+    sample_share(sweep, places[1])
+    no_sampling(monkeypatch)
     results, _ = run_sweep(sweep, reference, Projection(16), place=places[0])
     digests = [[result["samples_sha256"] for result in some] for some in (expected, results)]
     assert digests[0] == digests[1] and first[0]["samples_sha256"] == digests[0][0]
 
 
-def test_a_sweep_that_was_interrupted_has_its_first_rows_and_goes_on(run_dir, reference, monkeypatch):
+def test_an_interrupted_sweep_has_its_first_rows_and_resumes(run_dir, reference, monkeypatch):
     extractor = Projection(16)
 
     class Interrupting(Projection):
@@ -182,7 +179,7 @@ def test_a_sweep_that_was_interrupted_has_its_first_rows_and_goes_on(run_dir, re
         run_sweep(sweep, reference, Interrupting(16))
     folder = run_dir / "samples/sweep-cfg"
     assert [r["value"] for r in json.loads((folder / "sweep.json").read_text())["results"]] == [1]
-    no_drawing(monkeypatch)
+    no_sampling(monkeypatch)
     results, _ = run_sweep(open_sweep(run_dir, "cfg=1,2", SETTINGS), reference, extractor)
     assert [r["value"] for r in results] == [1, 2]
 

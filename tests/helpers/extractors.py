@@ -12,7 +12,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as ported
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from npp_ds.evaluation.features import Extractor, Features
-from npp_ds.evaluation.fid import Moments, Statistics
+from npp_ds.evaluation.metrics import Moments, Statistics
 
 
 class Projection:

@@ -124,7 +124,7 @@ def test_crash_safe_when_real_processes_are_killed(shards, tmp_path, undisturbed
     assert_same(outcome_of(tmp_path / "run"), undisturbed)
 
 
-def test_crash_safe_torn_checkpoints_are_named_and_passed_over(pair, shards, tmp_path, undisturbed):
+def test_crash_safe_incomplete_checkpoints_are_named_and_skipped(pair, shards, tmp_path, undisturbed, caplog):
     folder = tmp_path / "run"
     config = tiny_config(shards, folder, **WATCHED)
     pair.run(run_and_stop_after, config, 3)
@@ -140,17 +140,17 @@ def test_crash_safe_torn_checkpoints_are_named_and_passed_over(pair, shards, tmp
         flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
         for damage, word in zip((whole[:-4], flipped, None), words[path], strict=True):
             path.unlink() if damage is None else path.write_bytes(damage)
-            said: list[str] = []
-            assert folders.newest_complete(checkpoints, said.append) == checkpoints / "step-00000003"
-            assert "step-00000006 is torn" in said[0]
-            assert word in said[0]
-            with pytest.raises(UserError, match="asked for, but torn"):
-                folders.asked_for(checkpoints, 6)
+            caplog.clear()
+            assert folders.newest_complete(checkpoints) == checkpoints / "step-00000003"
+            assert "step-00000006 is incomplete and skipped" in caplog.messages[0]
+            assert word in caplog.messages[0]
+            with pytest.raises(UserError, match="requested, but incomplete"):
+                folders.complete_at_step(checkpoints, 6)
         path.write_bytes(whole)
     assert folders.newest_complete(checkpoints) == newest
     victim.unlink()
     told = pair.run(error_of, config, 6)
-    assert "asked for, but torn" in told[0]
+    assert "requested, but incomplete" in told[0]
     assert "no such checkpoint; saved steps: 6, 3" in pair.run(error_of, config, 5)[0]
     assert len(metrics_of(folder)) > 0, "a refused start changes nothing"
     pair.run(run, config)
@@ -206,7 +206,7 @@ def _break_at_step_2(trainer: Trainer) -> None:
     trainer.engine.step = broken
 
 
-def test_a_checkpoint_of_another_format_is_an_error_and_not_passed_over(tmp_path):
+def test_a_checkpoint_of_another_format_is_an_error_and_not_skipped(tmp_path):
     folder = tmp_path / "step-00000004"
     folder.mkdir()
     (folder / "COMPLETE.json").write_text(json.dumps({"format": 99, "news": 1}))
@@ -314,11 +314,11 @@ def test_crash_safe_one_rank_that_cannot_read_ends_all_with_one_error(pair, shar
     assert texts == [f"rank 1, host {host_of_environment()}: {problem}"] * 2
 
 
-def test_crash_safe_an_unreadable_checkpoint_is_not_taken_for_torn(pair, shards, tmp_path, monkeypatch):
+def test_crash_safe_an_unreadable_checkpoint_is_not_taken_for_incomplete(pair, shards, tmp_path, monkeypatch):
     config = tiny_config(shards, tmp_path / "run")
     pair.run(run_and_stop_after, config, 3)
     monkeypatch.setattr(folders, "sha256", _raise_io_error)
-    with pytest.raises(UserError, match="Input/output error; mend that, or remove this checkpoint"):
+    with pytest.raises(UserError, match="Input/output error; fix that, or remove this checkpoint"):
         folders.newest_complete(tmp_path / "run" / "checkpoints")
 
 
@@ -342,7 +342,7 @@ def test_crash_safe_a_late_commit_does_not_replace_a_complete_checkpoint(tmp_pat
         assert pool.run(_commit_twice, tmp_path) == [["latest", "step-00000005"]]
     finally:
         pool.stop()
-    assert folders.what_is_wrong(tmp_path / "step-00000005") is None
+    assert folders.find_problem(tmp_path / "step-00000005") is None
 
 
 def test_crash_safe_killed_while_a_thread_writes(pair, fresh_pair, shards, tmp_path, undisturbed):

@@ -80,7 +80,7 @@ def test_frugal_never_deletes_the_newest_complete_checkpoint(tmp_path):
         folders.remove_old(checkpoints, newest, keep_last, lambda step: step % 7 == 0)
         left = folders.saved_steps(checkpoints)
         assert left[:2] == [later, newest], "later steps are none of this run's"
-        assert folders.what_is_wrong(folders.folder_of(checkpoints, newest)) is None
+        assert folders.find_problem(folders.folder_of(checkpoints, newest)) is None
         assert len([s for s in left if s < newest and s % 7]) <= keep_last - 1
         assert all((folders.folder_of(checkpoints, s) / "COMPLETE.json").exists() for s in left), "no rubble"
 

@@ -1,11 +1,8 @@
-"""Decoding: greedy parity with the published sampler, cache = full forward, draws that follow the softmax and depend
-only on (seed, index).
-"""
+"""Decoding: greedy codes equal the published sampler's, cached equal full logits, sampled codes follow the softmax."""
 
 import copy
 import gc
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +12,8 @@ from npp_ds.errors import UserError
 from npp_ds.model import patches
 from npp_ds.model.transformer import Block
 from npp_ds.sampling.decode import generate
-from npp_ds.sampling.logits_processing import Drawing, choose, keep_likely
-from npp_ds.sampling.noise import gumbel, noise_keys
-from npp_ds.sampling.steps import recorded_steps
+from npp_ds.sampling.logits_processing import Options, choose, gumbel, keep_likely, noise_keys
+from npp_ds.sampling.steps import captured_batch
 from published_models import published_model
 
 
@@ -30,7 +26,7 @@ def small():
 def test_greedy_codes_equal_the_published_sampler(small, cfg_scale):
     model, vectors = small
     labels = torch.from_numpy(vectors["sample_labels"])
-    codes = generate(model, labels, torch.arange(4), seed=0, cfg_scale=cfg_scale, temperature=0)
+    codes = generate(model, labels, torch.arange(4), Options(cfg_scale=cfg_scale, temperature=0))
     np.testing.assert_array_equal(codes.numpy(), vectors[f"greedy_cfg{cfg_scale}"])
 
 
@@ -53,7 +49,7 @@ def test_greedy_codes_of_grouped_query_attention_equal_the_full_forward_argmax(p
     model, _ = published_model("gpt_gqa")
     labels = torch.tensor([3, 0])
     codes = patches.group(
-        generate(model, labels, torch.arange(2), seed=0, temperature=0, patch_side=patch_side), patch_side
+        generate(model, labels, torch.arange(2), Options(temperature=0, patch_side=patch_side)), patch_side
     )
     assert (codes == codes[..., :1]).all()
     with torch.no_grad():
@@ -108,43 +104,44 @@ def test_only_the_filled_part_of_the_cache_is_read(small):
         {"cfg_scale": 2.0, "patch_side": 2},
     ],
 )
-def test_steps_as_they_are_recorded_draw_the_codes_of_plain_steps(small, options):
+def test_steps_in_the_captured_form_sample_the_codes_of_plain_steps(small, options):
     model, _ = small
     labels, indices = torch.arange(5), torch.arange(20, 25)
-    codes = generate(model, labels, indices, seed=3, capture=True, **options)
-    assert torch.equal(codes, generate(model, labels, indices, seed=3, **options))
-    again = generate(model, labels.flip(0), indices.flip(0), seed=3, capture=True, **options)
+    codes = generate(model, labels, indices, Options(seed=3, **options), capture=True)
+    assert torch.equal(codes, generate(model, labels, indices, Options(seed=3, **options)))
+    again = generate(model, labels.flip(0), indices.flip(0), Options(seed=3, **options), capture=True)
     assert torch.equal(again, codes.flip(0))  # the same batch, after other images were in it
-    fewer = generate(model, labels[3:], indices[3:], seed=3, capture=True, **options)
+    fewer = generate(model, labels[3:], indices[3:], Options(seed=3, **options), capture=True)
     assert torch.equal(fewer, codes[3:])
 
 
-def test_a_kind_of_batch_is_recorded_once_and_anew_where_weights_have_moved():
+def test_a_batch_is_captured_once_and_again_after_weights_have_moved():
     model, _ = published_model("gpt_small")
-    drawing, cpu = Drawing(1.0, 0, 1.0, 1), torch.device("cpu")
 
-    def recorded(size, guided=True, drawing=drawing):
-        return recorded_steps(model, size, guided, drawing, cpu)
+    def captured(size, guided=True, **options):
+        return captured_batch(model, size, guided, Options(**options), torch.device("cpu"))
 
-    steps = recorded(4)
-    assert steps.batch.size == 4 and recorded(4) is steps
-    assert recorded(3).batch.size == 3, "another size has other last bits, whatever was recorded before"
-    steps = recorded(3)
+    batch = captured(4)
+    assert batch.size == 4 and captured(4) is batch
+    assert captured(3).size == 3, "another size has other last bits, whatever was captured before"
+    batch = captured(3)
     model.norm.weight = torch.nn.Parameter(model.norm.weight.detach().clone())
-    assert recorded(3) is not steps
-    steps = recorded(3)
-    assert recorded(3, guided=False) is not steps and recorded(3, drawing=replace(drawing, top_k=3)) is not steps
+    assert captured(3) is not batch
+    batch = captured(3)
+    assert captured(3, guided=False) is not batch
+    batch = captured(3)
+    assert captured(3, seed=7, cfg_scale=3.0) is batch and captured(3, top_k=3) is not batch
 
 
-def test_recorded_steps_live_as_long_as_their_model():
+def test_a_captured_batch_lives_as_long_as_its_model():
     model, _ = published_model("gpt_small")
-    steps = recorded_steps(model, 2, True, Drawing(1.0, 0, 1.0, 1), torch.device("cpu"))
-    steps.step(model, 0, True)
-    steps.step(model, 1, True)
-    steps = weakref.ref(steps)
+    batch = captured_batch(model, 2, True, Options(), torch.device("cpu"))
+    batch.step(model, 0, True)
+    batch.step(model, 1, True)
+    batch = weakref.ref(batch)
     del model
     gc.collect()
-    assert steps() is None
+    assert batch() is None
 
 
 def test_few_compilations_serve_all_layers_batch_sizes_and_lengths():
@@ -172,10 +169,10 @@ def test_guidance_that_has_ended_costs_nothing(small, monkeypatch):
     rows = []
     decode_step = model.decode_step
     monkeypatch.setattr(model, "decode_step", lambda inputs, *a: rows.append(len(inputs)) or decode_step(inputs, *a))
-    generate(model, torch.arange(3), torch.arange(3), seed=0, cfg_scale=2.0, cfg_interval=5)
+    generate(model, torch.arange(3), torch.arange(3), Options(cfg_scale=2.0, cfg_interval=5))
     assert rows == [6] * 7 + [3] * (len(rows) - 7)
     rows.clear()
-    generate(model, torch.arange(3), torch.arange(3), seed=0, cfg_scale=2.0, cfg_schedule="linear")
+    generate(model, torch.arange(3), torch.arange(3), Options(cfg_scale=2.0, cfg_schedule="linear"))
     assert set(rows) == {6}
 
 
@@ -189,7 +186,7 @@ def test_weights_that_hooks_gather_and_release_around_each_module_are_enough(sma
             parameter.data = torch.empty(0)
             module.register_forward_pre_hook(lambda *_, p=parameter, w=whole: setattr(p, "data", w))
             module.register_forward_hook(lambda *_, p=parameter: setattr(p, "data", torch.empty(0)))
-    codes = generate(model, labels, torch.arange(4), seed=0, cfg_scale=2.0, temperature=0)
+    codes = generate(model, labels, torch.arange(4), Options(cfg_scale=2.0, temperature=0))
     np.testing.assert_array_equal(codes.numpy(), vectors["greedy_cfg2.0"])
     assert all(parameter.numel() == 0 for parameter in model.parameters())
 
@@ -202,7 +199,7 @@ def test_a_bf16_model_is_sampled_with_float32_logits(small):
         logits = model.decode_step(labels, 0, model.new_cache(4, model.config.grid_size, torch.bfloat16, "cpu"))
     assert logits.dtype == torch.float32
     for capture in (False, True):
-        codes = generate(model, labels, torch.arange(4), seed=0, cfg_scale=2.0, temperature=0, capture=capture)
+        codes = generate(model, labels, torch.arange(4), Options(cfg_scale=2.0, temperature=0), capture=capture)
         same = (codes.numpy() == vectors["greedy_cfg2.0"])[:, :4].mean()
         assert same > 0.6, same
 
@@ -211,16 +208,16 @@ def test_image_depends_only_on_seed_and_index(small):
     model, _ = small
     labels, indices = torch.arange(12) % 10, torch.arange(100, 112)
     options = {"seed": 5, "cfg_scale": 1.7, "top_p": 0.95}
-    whole = generate(model, labels, indices, **options)
+    whole = generate(model, labels, indices, Options(**options))
     for chosen in ([7], [3, 11, 0], list(range(11, -1, -1))):
-        assert torch.equal(generate(model, labels[chosen], indices[chosen], **options), whole[chosen])
+        assert torch.equal(generate(model, labels[chosen], indices[chosen], Options(**options)), whole[chosen])
     assert len(whole.unique(dim=0)) == 12
-    assert not torch.equal(generate(model, labels, indices, **{**options, "seed": 6}), whole)
-    same_label = generate(model, torch.zeros(12, dtype=torch.int64), indices, **options)
+    assert not torch.equal(generate(model, labels, indices, Options(**{**options, "seed": 6})), whole)
+    same_label = generate(model, torch.zeros(12, dtype=torch.int64), indices, Options(**options))
     assert len(same_label.unique(dim=0)) == 12
 
 
-def test_draws_follow_the_softmax():
+def test_sampled_codes_follow_the_softmax():
     draws, vocab = 200_000, 40
     logits = torch.linspace(0, 6, vocab)
     keys = noise_keys(3, torch.arange(draws // 50), 50).flatten(0, 1)
@@ -268,21 +265,21 @@ def test_noise_and_greedy_codes_on_cuda_equal_those_on_the_cpu(small):
     labels, indices = torch.from_numpy(vectors["sample_labels"]).cuda(), torch.arange(4).cuda()
     model = copy.deepcopy(model).cuda()
     for capture in (False, True, True):
-        codes = generate(model, labels, indices, seed=0, cfg_scale=2.0, temperature=0, capture=capture)
+        codes = generate(model, labels, indices, Options(cfg_scale=2.0, temperature=0), capture=capture)
         np.testing.assert_array_equal(codes.cpu().numpy(), vectors["greedy_cfg2.0"])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["gpt_small", "gpt_gqa"])
 @pytest.mark.parametrize("patch_side", [1, 2])
-def test_recorded_steps_on_cuda_draw_the_codes_of_plain_ones_batch_after_batch(name, patch_side):
+def test_captured_steps_on_cuda_sample_the_codes_of_plain_ones_batch_after_batch(name, patch_side):
     model = published_model(name)[0].cuda()
     options = {"seed": 4, "cfg_scale": 2.0, "top_k": 100, "top_p": 0.95, "cfg_interval": 20, "patch_side": patch_side}
     for start, count in ((0, 6), (50, 6), (7, 3)):
         indices = torch.arange(start, start + count).cuda()
-        plain, recorded = (generate(model, indices % 10, indices, capture=c, **options) for c in (False, True))
-        assert (plain == recorded).all(dim=1).float().mean() > 0.5
-        assert (plain == recorded).float().mean() > 0.9
+        plain, captured = (generate(model, indices % 10, indices, Options(**options), capture=c) for c in (False, True))
+        assert (plain == captured).all(dim=1).float().mean() > 0.5
+        assert (plain == captured).float().mean() > 0.9
 
 
 @pytest.mark.gpu
@@ -316,23 +313,19 @@ def test_top_k_and_top_p_keep_the_smallest_sufficient_set():
 def test_top_k_of_one_is_greedy(small):
     model, vectors = small
     labels = torch.from_numpy(vectors["sample_labels"])
-    codes = generate(model, labels, torch.arange(4), seed=9, top_k=1)
+    codes = generate(model, labels, torch.arange(4), Options(seed=9, top_k=1))
     np.testing.assert_array_equal(codes.numpy(), vectors["greedy_cfg1.0"])
 
 
-def test_every_bad_option_is_named_at_once(small):
+def test_all_bad_options_are_reported_together(small):
     model, _ = small
+    bad = Options(temperature=-1, top_k=-2, top_p=0, patch_side=3, cfg_scale=-1)
     with pytest.raises(UserError) as error:
         generate(
             model,
             torch.tensor([11]),
             torch.tensor([0]),
-            seed=0,
-            temperature=-1,
-            top_k=-2,
-            top_p=0,
-            patch_side=3,
-            cfg_scale=-1,
+            bad,
         )
     for word in ("labels", "temperature", "top_k", "top_p", "patch_side", "cfg_scale"):
         assert word in str(error.value)

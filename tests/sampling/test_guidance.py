@@ -1,4 +1,4 @@
-"""Guidance over positions: the schedules have the published values, and what is drawn follows them."""
+"""Guidance over positions: the schedules have the published values, and the sampled codes follow them."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from npp_ds.errors import UserError
 from npp_ds.sampling.decode import generate
-from npp_ds.sampling.guidance import guidance_scales, guide
+from npp_ds.sampling.logits_processing import Options, guidance_scales, guide
 from published_models import published_model
 
 
@@ -43,7 +43,7 @@ def test_a_scale_of_one_gives_the_conditional_logits_to_the_bit():
 def test_codes_are_those_of_the_full_forward_guided_by_the_scale_of_each_position(small):
     labels = torch.tensor([3, 0, 7])
     for options in ({"cfg_schedule": "linear"}, {"cfg_schedule": "cosine", "cfg_power": 0.5}, {"cfg_interval": 20}):
-        codes = generate(small, labels, torch.arange(3), seed=0, cfg_scale=4.0, temperature=0, **options)
+        codes = generate(small, labels, torch.arange(3), Options(cfg_scale=4.0, temperature=0, **options))
         with torch.no_grad():
             conditional, unconditional = (
                 small(codes[..., None], x, output="logits") for x in (labels, torch.full_like(labels, 10))
@@ -51,23 +51,23 @@ def test_codes_are_those_of_the_full_forward_guided_by_the_scale_of_each_positio
         scales = torch.tensor(guidance_scales(codes.shape[1], 4.0, **options))[:, None]
         expected = (unconditional + (conditional - unconditional) * scales).argmax(-1)
         assert torch.equal(codes, expected)
-        assert not torch.equal(codes, generate(small, labels, torch.arange(3), seed=0, cfg_scale=4.0, temperature=0))
+        assert not torch.equal(codes, generate(small, labels, torch.arange(3), Options(cfg_scale=4.0, temperature=0)))
 
 
 def test_codes_up_to_the_interval_are_guided_and_those_after_it_are_not(small):
     labels, indices = torch.arange(4), torch.arange(4)
-    guided = generate(small, labels, indices, seed=1, cfg_scale=5.0)
-    early = generate(small, labels, indices, seed=1, cfg_scale=5.0, cfg_interval=9)
+    guided = generate(small, labels, indices, Options(seed=1, cfg_scale=5.0))
+    early = generate(small, labels, indices, Options(seed=1, cfg_scale=5.0, cfg_interval=9))
     assert torch.equal(guided[:, :11], early[:, :11]) and not torch.equal(guided, early)
-    plain = generate(small, labels, indices, seed=1)
-    assert torch.equal(plain, generate(small, labels, indices, seed=1, cfg_scale=1.0, cfg_schedule="cosine"))
+    plain = generate(small, labels, indices, Options(seed=1))
+    assert torch.equal(plain, generate(small, labels, indices, Options(seed=1, cfg_scale=1.0, cfg_schedule="cosine")))
 
 
-def test_every_bad_guidance_option_is_named_at_once(small):
+def test_all_bad_guidance_options_are_reported_together(small):
     bad = {"cfg_scale": float("inf"), "cfg_schedule": "sine", "cfg_power": 0.0, "cfg_interval": -2, "top_k": -1}
     with pytest.raises(UserError) as error:
-        generate(small, torch.tensor([1]), torch.tensor([0]), seed=0, **bad)
+        generate(small, torch.tensor([1]), torch.tensor([0]), Options(**bad))
     for word in bad:
         assert word in str(error.value)
-    with pytest.raises(UserError, match="cfg_power: found 2, expected 1 with cfg_schedule constant"):
-        generate(small, torch.tensor([1]), torch.tensor([0]), seed=0, cfg_power=2)
+    with pytest.raises(UserError, match="cfg_power: found 2, expected 1, because it has no effect"):
+        generate(small, torch.tensor([1]), torch.tensor([0]), Options(cfg_power=2))

@@ -1,4 +1,4 @@
-"""`npp sample`: what it refuses before it loads or writes anything, and what it says of the weights it was given."""
+"""`npp sample`: what it refuses before it loads or writes anything, and what it prints about the weights."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def published_384(path: Path) -> Path:
     return path
 
 
-def test_the_grid_and_heads_of_a_published_checkpoint_are_asked_for_and_a_guess_is_warned_about(tmp_path, monkeypatch):
+def test_the_grid_and_heads_of_a_published_checkpoint_are_options_and_a_guess_gives_a_warning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file, tokenizer = published_384(tmp_path / "c2i_384.pt"), save_tiny_tokenizer(tmp_path / "vq.safetensors")
     line = ["sample", file, "--tokenizer", tokenizer, "--count", "3"]
@@ -48,7 +48,7 @@ def test_the_grid_and_heads_of_a_published_checkpoint_are_asked_for_and_a_guess_
     assert "grid 24x24" in told.output and "WARNING" not in told.output
     assert load_samples(tmp_path / "told")[0].shape == (3, 96, 96, 3)
     guessed = npp(*line, "--heads", "4", "--out", "guessed")
-    warning = f"WARNING: {file} does not tell its grid; taken as 16x16, give --grid-size to say otherwise"
+    warning = f"WARNING: {file} does not contain its grid size; assuming 16x16, set --grid-size if that is wrong"
     assert guessed.exit_code == 0 and warning in guessed.output
     for command in ("import", "export"):
         assert warning in npp(command, file, "--heads", "4", "--out", f"{command}.safetensors").output
@@ -64,10 +64,8 @@ def test_the_grid_and_heads_of_a_published_checkpoint_are_asked_for_and_a_guess_
         ("cfg-schedule", "steep"), ("cfg-power", "2"), ("cfg-interval", "-2"), ("labels", "sorted"), ("dtype", "fp8"),
     ],
 )  # fmt: skip
-def test_bad_options_are_refused_before_anything_is_read_written_or_warned_about(
-    run_dir, tmp_path, monkeypatch, option, value
-):
-    monkeypatch.setattr("npp_ds.checkpoint.weights.Weights.reading", lambda *_: pytest.fail("weights were read"))
+def test_bad_options_are_refused_before_anything_is_read_or_written(run_dir, tmp_path, monkeypatch, option, value):
+    monkeypatch.setattr("npp_ds.checkpoint.open.Weights.reading", lambda *_: pytest.fail("weights were read"))
     out = tmp_path / "out"
     assert f"{option.replace('-', '_')}: found" in refusal("sample", run_dir, f"--{option}", value, "--out", out)
     assert not out.exists()
@@ -91,7 +89,7 @@ def test_an_out_that_is_no_folder_is_named(run_dir, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"x"', "{"])
-def test_a_folder_with_a_strange_record_is_neither_sampled_into_nor_evaluated(run_dir, tmp_path, text):
+def test_a_folder_with_an_invalid_record_is_refused(run_dir, tmp_path, text):
     assert npp("sample", run_dir, "--count", "3", "--out", tmp_path / "out").exit_code == 0
     (tmp_path / "out/samples.json").write_text(text)
     with pytest.raises(UserError, match="no finished samples"):
@@ -100,7 +98,7 @@ def test_a_folder_with_a_strange_record_is_neither_sampled_into_nor_evaluated(ru
 
 
 @pytest.mark.parametrize("tokenizer", ["x", {}, {"name": 3}, None])
-def test_a_record_with_a_strange_tokenizer_is_refused(run_dir, tmp_path, tokenizer):
+def test_a_record_with_an_invalid_tokenizer_is_refused(run_dir, tmp_path, tokenizer):
     assert npp("sample", run_dir, "--count", "3", "--out", tmp_path / "out").exit_code == 0
     record = json.loads((tmp_path / "out/samples.json").read_text())
     (tmp_path / "out/samples.json").write_text(json.dumps({**record, "tokenizer": tokenizer}))

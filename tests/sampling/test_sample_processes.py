@@ -1,4 +1,4 @@
-"""Killed, crowded, alone: whatever happens to the processes, the samples end with the bytes of one quiet run."""
+"""Any number of processes, killed or not, write the samples of one uninterrupted process, byte for byte."""
 
 import errno
 import multiprocessing
@@ -17,8 +17,8 @@ from npp_ds.checkpoint.open import open_weights
 from npp_ds.distributed.work_queue import Claims
 from npp_ds.sampling.folder import load_samples
 from npp_ds.sampling.job import Sampling
-from npp_ds.sampling.request import Request, companions
-from npp_ds.sampling.sampler import Options
+from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.request import Request, find_tokenizer
 from sample_sets import tiny_run
 from workers import free_port
 
@@ -40,7 +40,7 @@ def arguments(run_dir: Path, out: Path) -> list[str]:
 def sampling(run_dir: Path, out: Path) -> Sampling:
     weights = open_weights(run_dir)
     request = Request([0, 1, 2], COUNT, options=Options(cfg_scale=1.5), part_size=PART_SIZE)
-    return Sampling(weights, companions(weights)[0], request, out, batch_size=4, png=True)
+    return Sampling(weights, find_tokenizer(weights), request, out, batch_size=4, png=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "srun"])
-def test_two_processes_of_a_launcher_make_the_bytes_of_one(launcher, run_dir, expected, tmp_path):
+def test_two_processes_of_a_launcher_write_the_bytes_of_one(launcher, run_dir, expected, tmp_path):
     command = ["-m", "npp_ds", *arguments(run_dir, tmp_path / "out")]
     python, port = sys.executable, str(free_port())
     launchers = {
@@ -119,7 +119,7 @@ def wait(processes: list[multiprocessing.Process], seconds: float, until=lambda:
 
 
 @pytest.mark.processes
-def test_kill_9_at_six_random_moments_ends_with_the_bytes_of_one_quiet_run(run_dir, expected, tmp_path):
+def test_kill_9_at_six_random_moments_ends_with_the_bytes_of_an_uninterrupted_run(run_dir, expected, tmp_path):
     out = tmp_path / "out"
     draw = random.Random(0)
     kills = finished = 0
@@ -152,7 +152,7 @@ def test_kill_9_at_six_random_moments_ends_with_the_bytes_of_one_quiet_run(run_d
     assert sorted(path.name for path in out.iterdir()) == FILES
 
 
-def test_a_process_waits_for_nobody_and_the_last_one_puts_the_parts_together(run_dir, expected, tmp_path):
+def test_no_process_waits_for_another_and_the_last_one_assembles_the_parts(run_dir, expected, tmp_path):
     early, late = (sampling(run_dir, tmp_path) for _ in range(2))
     with Claims(tmp_path / ".unfinished", 0, 2) as claims:
         assert [part for _, part in zip(range(2), claims.take(9, lambda part: False), strict=False)] == [0, 1]
@@ -164,7 +164,7 @@ def test_a_process_waits_for_nobody_and_the_last_one_puts_the_parts_together(run
     assert early.finish()["count"] == COUNT
 
 
-def test_a_process_that_comes_when_all_is_done_draws_nothing(run_dir, expected, tmp_path, monkeypatch):
+def test_a_process_that_starts_after_the_end_samples_nothing(run_dir, expected, tmp_path, monkeypatch):
     late = sampling(run_dir, tmp_path)
     done = sampling(run_dir, tmp_path)
     claim = Claims._claim
@@ -180,7 +180,7 @@ def test_a_process_that_comes_when_all_is_done_draws_nothing(run_dir, expected, 
     assert contents(tmp_path) == expected
 
 
-def test_without_file_locks_the_parts_are_dealt_in_turn(run_dir, expected, tmp_path, monkeypatch):
+def test_without_file_locks_the_parts_are_assigned_in_turn(run_dir, expected, tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "no locks")
 
@@ -192,7 +192,7 @@ def test_without_file_locks_the_parts_are_dealt_in_turn(run_dir, expected, tmp_p
 
 
 @pytest.mark.processes
-def test_the_command_draws_names_what_to_mend_and_says_when_nothing_is_left_to_do(run_dir, tmp_path):
+def test_the_command_samples_explains_errors_and_reports_when_nothing_is_left_to_do(run_dir, tmp_path):
     def npp(*line: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "npp_ds", "sample", *line]
         return subprocess.run(
@@ -212,7 +212,7 @@ def test_the_command_draws_names_what_to_mend_and_says_when_nothing_is_left_to_d
     other = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--out", str(out))
     assert other.returncode == 2 and "patch_side: it has 2, asked for 1" in other.stderr
     uneven = npp(str(run_dir), "--count", "50")
-    assert uneven.returncode == 2 and "cannot be shared out evenly to 3 classes; ask for 51 or 48" in uneven.stderr
+    assert uneven.returncode == 2 and "cannot be divided evenly among 3 classes; use 51 or 48" in uneven.stderr
 
     export_weights(open_weights(run_dir), tmp_path / "tiny.safetensors")
     unknown = npp("tiny.safetensors", "--per-class", "2")

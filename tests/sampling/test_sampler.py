@@ -27,17 +27,18 @@ from npp_ds.sampling import job as job_module
 from npp_ds.sampling.folder import load_samples, map_array, repeated_images, write_samples
 from npp_ds.sampling.grid import sample_grid
 from npp_ds.sampling.job import Sampling
+from npp_ds.sampling.logits_processing import Options
 from npp_ds.sampling.request import (
     Request,
-    companions,
     default_folder,
+    find_tokenizer,
     image_count,
     parse_classes,
     split_classes,
     stage_warning,
 )
-from npp_ds.sampling.sampler import Options, build_model, labels_of, resize, sample_images
-from npp_ds.sampling.steps import worth_recording
+from npp_ds.sampling.sampler import build_model, labels_of, resize, sample_images
+from npp_ds.sampling.steps import worth_capturing
 from npp_ds.tokenizer import loading, vq
 from npp_ds.utils.files import sha256
 from sample_sets import tiny_model, tiny_run
@@ -56,7 +57,7 @@ def weights(run_dir):
 
 @pytest.fixture(scope="module")
 def tokenizer(weights):
-    return companions(weights)[0]
+    return find_tokenizer(weights)
 
 
 def twelve(**changes) -> Request:
@@ -96,7 +97,7 @@ def test_classes_are_numbers_or_names_and_unknown_ones_are_all_named():
         parse_classes(["dog", "cow", 7], 3, names)
 
 
-def test_names_of_several_classes_are_refused_and_names_with_commas_are_taken_whole():
+def test_names_of_several_classes_are_refused_and_names_with_commas_stay_whole():
     names = ["tench, Tinca tinca", "crane", "dog", "crane", "dog, small,wild", "Tinca tinca"]
     with pytest.raises(UserError, match="crane is the name of 1 and 3; give the number of the one you mean"):
         parse_classes(["dog", "crane"], 6, names)
@@ -246,7 +247,7 @@ def test_given_classes_a_coarse_side_and_given_weights_are_used(weights, tokeniz
     assert (load_samples(tmp_path / "usual")[0] != load_samples(tmp_path / "looked")[0]).any()
 
 
-def test_a_model_of_a_coarse_stage_is_told_from_one_that_is_trained_to_the_end(tmp_path):
+def test_a_model_of_a_coarse_stage_is_distinguished_from_a_finished_one(tmp_path):
     coarse = open_weights(tiny_run(tmp_path / "coarse", stage=0))
     assert coarse.patch_side == 2
     assert "from a stage of patch side 2 and are sampled at 1; sample them with --patch-side 2" in stage_warning(
@@ -269,7 +270,7 @@ def test_a_sample_folder_is_finished_only_when_its_record_is_there(weights, toke
     assert job.run() == 0 and job.finish()["count"] == 12
 
 
-def test_finished_samples_are_kept_and_parts_drawn_before_are_not_drawn_again(weights, tokenizer, tmp_path):
+def test_finished_samples_are_kept_and_finished_parts_are_not_sampled_again(weights, tokenizer, tmp_path):
     quiet = tmp_path / "quiet"
     draw(weights, tokenizer, twelve(), quiet)
     before = {path.name: path.stat().st_mtime_ns for path in quiet.iterdir()}
@@ -296,7 +297,7 @@ def raise_(error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("size", [1_000, 5_000, 9_000])
-def test_a_full_disk_leaves_no_half_file_and_is_no_obstacle(size, weights, tokenizer, tmp_path):
+def test_a_full_disk_leaves_no_partial_file_and_a_rerun_finishes(size, weights, tokenizer, tmp_path):
     quiet, full = tmp_path / "quiet", tmp_path / "full"
     draw(weights, tokenizer, twelve(), quiet)
     with files_limited_to(size), pytest.raises(OSError, match="too large"):
@@ -342,11 +343,12 @@ def test_a_folder_with_samples_or_parts_of_other_settings_is_refused_with_the_di
             Sampling(weights, tokenizer, twelve(part_size=6), tmp_path)
 
 
-def test_pngs_are_the_images_of_the_file_and_can_be_asked_for_later(weights, tokenizer, tmp_path):
+def test_pngs_are_the_images_of_the_file_and_can_be_added_later(weights, tokenizer, tmp_path):
     names = ["cat", "dog, small", "cow"]
-    draw(weights, tokenizer, twelve(), tmp_path / "with", class_names=names, png=True)
+    weights = replace(weights, class_names=tuple(names))
+    draw(weights, tokenizer, twelve(), tmp_path / "with", png=True)
     draw(weights, tokenizer, twelve(), tmp_path / "later")
-    draw(weights, tokenizer, twelve(), tmp_path / "later", class_names=names, png=True)
+    draw(weights, tokenizer, twelve(), tmp_path / "later", png=True)
     images = load_samples(tmp_path / "with")[0]
     for folder in (tmp_path / "with", tmp_path / "later"):
         files = sorted((folder / "images").iterdir())
@@ -365,7 +367,7 @@ def test_repeated_images_are_counted():
     assert repeated_images(iter(images)) == 3
 
 
-def test_bf16_draws_with_a_model_in_bf16(weights, tokenizer, tmp_path):
+def test_bf16_samples_with_a_model_in_bf16(weights, tokenizer, tmp_path):
     job = Sampling(weights, tokenizer, twelve(dtype="bf16"), tmp_path)
     assert {p.dtype for p in job.model.parameters()} == {torch.bfloat16}
     job.run()
@@ -374,11 +376,11 @@ def test_bf16_draws_with_a_model_in_bf16(weights, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 64])
-def test_recorded_steps_make_the_same_bytes_in_one_job_and_in_two_that_were_cut_off(
+def test_captured_steps_make_the_same_bytes_in_one_job_and_in_two_that_were_interrupted(
     weights, tokenizer, tmp_path, monkeypatch, batch_size
 ):
-    """In bf16, where plain and recorded steps draw other images: none may depend on what a process did before."""
-    monkeypatch.setattr(job_module, "worth_recording", lambda model, images, batch: images > batch)
+    """In bf16, where plain and captured steps give other images: none may depend on what a process did before."""
+    monkeypatch.setattr(job_module, "worth_capturing", lambda model, images, batch: images > batch)
     request, files = twelve(dtype="bf16", options=Options(cfg_scale=2.0)), []
     for name in ("one", "two"):
         jobs = [Sampling(weights, tokenizer, request, tmp_path / name, batch_size=batch_size) for _ in name[1:]]
@@ -391,29 +393,29 @@ def test_recorded_steps_make_the_same_bytes_in_one_job_and_in_two_that_were_cut_
     assert files[0] == files[1]
 
 
-def test_steps_are_recorded_for_more_than_one_batch_on_a_gpu_and_never_where_hooks_gather_weights():
+def test_steps_are_captured_for_more_than_one_batch_on_a_gpu_and_never_if_hooks_gather_weights():
     model = tiny_model()
-    assert not worth_recording(model, 65, 64), "on the CPU nothing is gained"
+    assert not worth_capturing(model, 65, 64), "on the CPU nothing is gained"
     on_gpu = SimpleNamespace(modules=lambda: [model], parameters=lambda: iter([SimpleNamespace(is_cuda=True)]))
-    assert worth_recording(on_gpu, 65, 64) and not worth_recording(on_gpu, 64, 64)
+    assert worth_capturing(on_gpu, 65, 64) and not worth_capturing(on_gpu, 64, 64)
     model.register_forward_hook(lambda *_: None)
-    assert not worth_recording(on_gpu, 65, 64)
+    assert not worth_capturing(on_gpu, 65, 64)
 
 
-def test_impossible_requests_are_refused_before_anything_is_drawn(weights, tokenizer, tmp_path):
+def test_impossible_requests_are_refused_before_anything_is_sampled(weights, tokenizer, tmp_path):
     def refused(**changes):
         with pytest.raises(UserError) as error:
             Sampling(weights, tokenizer, twelve(**changes), tmp_path / "out")
         return str(error.value)
 
-    assert "count: 50 images cannot be shared out evenly to 3 classes; ask for 51 or 48" in refused(count=50)
-    assert "ask for 3, or for random labels" in refused(count=2)
+    assert "count: 50 images cannot be divided evenly among 3 classes; use 51 or 48" in refused(count=50)
+    assert "use 3, or random labels" in refused(count=2)
     assert "classes: some are named twice" in refused(classes=[1, 1])
     both = refused(labels="sorted", dtype="fp8", image_size=0)
     assert all(text in both for text in ("labels: found 'sorted'", "dtype: found 'fp8'", "image_size: found 0"))
     with pytest.raises(UserError, match="batch_size: found 0"):
         Sampling(weights, tokenizer, twelve(), tmp_path / "out", batch_size=0)
-    with pytest.raises(UserError, match=r"vq\.safetensors: it has 64 codes, the model draws from 100"):
+    with pytest.raises(UserError, match=r"vq\.safetensors: it has 64 codes, the model has 100"):
         foreign = replace(weights, model=weights.model.model_copy(update={"vocab_size": 100}))
         Sampling(foreign, tokenizer, twelve(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -469,7 +471,7 @@ def test_samples_of_different_settings_go_to_different_folders(weights):
         {"dtype": "bf16"},
     ]
     folders = [default_folder(weights, twelve(**change)) for change in changes]
-    folders.append(default_folder(replace(weights, kind="ema"), twelve()))
+    folders.append(default_folder(replace(weights, variant="ema"), twelve()))
     folders.append(default_folder(replace(weights, step=121), twelve()))
     assert len(set(folders)) == len(folders)
     assert {folder.parent for folder in folders} == {weights.path / "samples"}
@@ -486,25 +488,25 @@ def test_codes_are_decoded_only_by_the_tokenizer_that_made_them(tmp_path, monkey
     manifest_of([], **shards).save(tmp_path / "shards")
     weights = open_weights(tiny_run(tmp_path / "run", train=tmp_path / "shards"))
     with pytest.raises(UserError, match=r"the codes were made by vq\.safetensors.*not at hand; give its file with"):
-        companions(weights)
-    found, names = companions(weights, file)
-    assert (found.sha256, names) == (made_by.sha256, ["cat", "dog", "cow"])
+        find_tokenizer(weights)
+    assert find_tokenizer(weights, file).sha256 == made_by.sha256
+    assert weights.class_names == ("cat", "dog", "cow")
     with pytest.raises(UserError, match=r"fashion_mnist: SHA-256 .*made by vq\.safetensors .*; give that one"):
-        companions(weights, "fashion_mnist")
+        find_tokenizer(weights, "fashion_mnist")
     monkeypatch.setattr(loading, "SHIPPED", {"tiny": file})
-    assert companions(weights)[0].sha256 == made_by.sha256
+    assert find_tokenizer(weights).sha256 == made_by.sha256
 
 
-def test_weights_that_are_a_file_need_a_tokenizer_and_draw_what_their_run_draws(weights, tokenizer, tmp_path):
+def test_exported_weights_need_a_tokenizer_and_give_the_samples_of_their_run(weights, tokenizer, tmp_path):
     files = {"safetensors": tmp_path / "tiny.safetensors", "published": tmp_path / "tiny.pt"}
     draw(weights, tokenizer, twelve(), tmp_path / "run")
     for layout, file in files.items():
         export_weights(weights, file, layout=layout)
         found = open_weights(file, grid_size=4, n_heads=2)
         with pytest.raises(UserError, match="give its name or file with --tokenizer"):
-            companions(found)
-        named, names = companions(found, weights.path / "vq.safetensors")
-        assert (named.sha256, names) == (tokenizer.sha256, [])
+            find_tokenizer(found)
+        named = find_tokenizer(found, weights.path / "vq.safetensors")
+        assert (named.sha256, found.class_names) == (tokenizer.sha256, ())
         record = draw(found, named, twelve(), tmp_path / layout)
         assert record["source"] == str(file) and record["weights_sha256"] == sha256(file)
         np.testing.assert_array_equal(load_samples(tmp_path / layout)[0], load_samples(tmp_path / "run")[0])

@@ -43,7 +43,7 @@ def test_ema_follows_the_recurrence_over_the_weights_of_every_step(pair, shards,
     for part in parts:
         for (name, start), values in part.items():
             by_hand.setdefault(name, {})[start] = values
-    source = open_weights(tmp_path / "run", kind="ema")
+    source = open_weights(tmp_path / "run", variant="ema")
     average, step = source.read(), source.step
     weights = open_weights(tmp_path / "run").read()
     assert step == 20
@@ -78,7 +78,7 @@ def test_ema_of_two_processes_is_that_of_plain_pytorch_in_one(pair, shards, tmp_
     for steps in range(1, 21):
         for name, value in plain_losses(config, steps)[2].items():
             expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
-    average = open_weights(tmp_path / "run", kind="ema").read()
+    average = open_weights(tmp_path / "run", variant="ema").read()
     for name, value in expected.items():
         torch.testing.assert_close(average[name].double(), value, rtol=1e-4, atol=1e-5)
 
@@ -97,7 +97,7 @@ def test_validating_the_average_leaves_training_bit_identical(pair, shards, tmp_
     assert found[1] != plain[1]
     config = tiny_config(shards, tmp_path / "both", **keys)
     model = Transformer(ModelConfig(**config.model.arguments())).eval()
-    model.load_state_dict(open_weights(tmp_path / "both", kind="ema").read())
+    model.load_state_dict(open_weights(tmp_path / "both", variant="ema").read())
     store = stage_shards(config.data.val, config.data.cache_dir)
     ((codes, labels, _),) = EvalLoader(store, 1, len(store), 0, 1)
     with torch.no_grad():
@@ -109,4 +109,4 @@ def test_a_checkpoint_without_an_average_says_so_when_it_is_asked_for_one(pair, 
     pair.run(run, tiny_config(shards, tmp_path / "run", **keys))
     assert not any(line["event"] == "validation_ema" for line in metrics_of(tmp_path / "run"))
     with pytest.raises(UserError, match=r"holds no ema weights; set optimizer\.ema_decay"):
-        open_weights(tmp_path / "run", kind="ema")
+        open_weights(tmp_path / "run", variant="ema")

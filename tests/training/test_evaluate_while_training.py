@@ -21,10 +21,11 @@ from npp_ds.data.shards import Manifest, ShardWriter, TokenizerInfo, shard_name
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.evaluation.classifier import ClassifierExtractor
-from npp_ds.evaluation.fid import Moments, frechet_distance
+from npp_ds.evaluation.metrics import Moments, frechet_distance
 from npp_ds.evaluation.reference import load_reference, make_reference
 from npp_ds.reporting.report import report_run
-from npp_ds.sampling.sampler import Options, build_model, labels_of, sample_images
+from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.training import evaluation
 from npp_ds.training.evaluation import Budget
@@ -79,7 +80,7 @@ def evaluations_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def distance_by_hand(folder: Path, run_dir: Path, step: int, kind: str, patch_side: int) -> float:
     """In this process, from the checkpoint of `step`, all features at once."""
-    source = open_weights(run_dir, step=step, kind=kind)
+    source = open_weights(run_dir, step=step, variant=kind)
     model, indices = build_model(source, "cpu"), np.arange(IMAGES)
     labels = labels_of(indices, range(10), "balanced", 0)
     options = Options(seed=0, cfg_scale=1.5, patch_side=patch_side)
@@ -145,9 +146,9 @@ def test_a_run_is_bit_for_bit_the_same_with_and_without(pair, folder, tmp_path, 
     assert_same(found._replace(metrics=[e for e in found.metrics if e["event"] != "evaluation"]), expected)
 
 
-def test_all_images_of_an_evaluation_decide_whether_steps_are_recorded(folder, tmp_path, monkeypatch):
+def test_all_images_of_an_evaluation_decide_whether_steps_are_captured(folder, tmp_path, monkeypatch):
     asked, batches = [], []
-    monkeypatch.setattr(evaluation, "worth_recording", lambda model, *counts: asked.append(counts) or "as asked")
+    monkeypatch.setattr(evaluation, "worth_capturing", lambda model, *counts: asked.append(counts) or "as asked")
 
     def drawn(model, decode, labels, indices, options, *, batch_size, capture):
         batches.append((batch_size, capture, indices.tolist()))
