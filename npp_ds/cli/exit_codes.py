@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
-from npp_ds.distributed.environment import Place, host_of_environment, place_of_environment
+from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
 from npp_ds.errors import RendezvousError, UserError
 
 
@@ -17,11 +17,11 @@ def exit_code_of(action: Callable[[], object]) -> int:
     A UserError that all processes raise alike is told once, others by whom they are of. Any other error is raised when
     this process is alone; among several its traceback is told line by line, and the code is 1.
     """
-    place, who = Place(), ""
+    place, who = ProcessInfo(), ""
     try:
-        place = place_of_environment()
+        place = read_environment()
         if place.world_size > 1:
-            who = f"rank {place.rank}, host {host_of_environment()}"
+            who = f"rank {place.rank}, host {host_name()}"
         action()
     except UserError as error:
         if place.rank == 0 or not error.on_all_ranks:

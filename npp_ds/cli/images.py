@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from npp_ds.cli.common import GridSize, Heads, progress_bar, warn
-from npp_ds.distributed.environment import Place, place_of_environment
+from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def sample(
     )
     from npp_ds.sampling.sampler import Options
 
-    place = place_of_environment()
+    place = read_environment()
     device = choose_device(device, place.local_rank)
     found = open_weights(source, step=step, kind=weights, n_heads=heads, grid_size=grid_size)
     decoder, class_names = companions(found, tokenizer)
@@ -99,7 +99,7 @@ def sample(
     _draw(job, place)
 
 
-def _draw(job: "Sampling", place: "Place") -> None:
+def _draw(job: "Sampling", place: "ProcessInfo") -> None:
     """Runs the sampling of this process and says what came of it."""
     try:
         with progress_bar("sampling", shown=place.rank == 0) as progress:
@@ -170,7 +170,7 @@ def evaluate(
 
     One process measures; several (accelerate launch, torchrun or srun) share the sampling of a sweep.
     """
-    place = place_of_environment()
+    place = read_environment()
     if place.rank and (sweep is None or make_reference is not None):
         return
     if make_reference is not None:
@@ -249,7 +249,7 @@ def _evaluate(
 
 def _sweep(
     swept: "Sweep",
-    place: "Place",
+    place: "ProcessInfo",
     reference: str,
     extractor: str,
     inception_weights: Path | None,
@@ -287,7 +287,7 @@ def likelihood(
     ] = None,
 ) -> None:
     """Measure held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure."""
-    if place_of_environment().rank:  # one process does it all
+    if read_environment().rank:  # one process does it all
         return
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.evaluation.likelihood import likelihood_of

@@ -10,7 +10,7 @@ import typer
 
 from npp_ds.cli.common import RunDirectory
 from npp_ds.cli.exit_codes import tell
-from npp_ds.distributed.environment import place_of_environment
+from npp_ds.distributed.environment import read_environment
 from npp_ds.errors import UserError
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 
@@ -37,7 +37,7 @@ def _train(
     from npp_ds.config.load import load_config
 
     try:
-        run = load_config(recipe, config, overrides, place_of_environment().world_size)
+        run = load_config(recipe, config, overrides, read_environment().world_size)
     except UserError as error:
         raise UserError(str(error), on_all_ranks=True) from error
 
@@ -47,7 +47,7 @@ def _train(
     try:
         train_run(run, from_step, stop)
     except NonFiniteError as error:
-        if place_of_environment().rank == 0:
+        if read_environment().rank == 0:
             tell(f"error: {error}; stopped before the weights changed")
         sys.exit(3)
 

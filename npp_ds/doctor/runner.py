@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Timer
 
 from npp_ds.config.load import load_config
-from npp_ds.distributed.environment import host_of_environment, place_of_environment
+from npp_ds.distributed.environment import host_name, read_environment
 from npp_ds.distributed.process_group import RENDEZVOUS_TIMEOUT, Processes, join_processes
 from npp_ds.doctor import collectives, machine, run
 from npp_ds.doctor.context import Context
@@ -60,7 +60,7 @@ def examine(request: Request) -> int:
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
         # One without its GPU would join through gloo, and the others would wait for it in NCCL.
-        if reason := machine.missing_gpu(place_of_environment().local_rank):
+        if reason := machine.missing_gpu(read_environment().local_rank):
             _report_alone(reason, request.as_json)
             return ANOTHER_START
         with _ending_after(CONNECT_SECONDS, request.as_json):
@@ -85,7 +85,7 @@ class Examination:
     def __init__(self, request: Request, processes: Processes):
         self.request, self.processes = request, processes
         self.exchange = Exchange(processes)
-        self.nodes: list[str] = self.exchange.tell(self.exchange.collect(host_of_environment()))
+        self.nodes: list[str] = self.exchange.tell(self.exchange.collect(host_name()))
         self.context = Context(processes, self.nodes)
         self.rows: list[Row] = []
 
@@ -198,8 +198,8 @@ def _print_error(failures: Sequence[Row]) -> None:
 
 def _report_alone(reason: str, as_json: bool, lasting: bool = False) -> None:
     """What a process says that cannot ask the others."""
-    place = place_of_environment()
-    row = Row("processes", FAILURE, reason, reason, host_of_environment(), place.rank, lasting)
+    place = read_environment()
+    row = Row("processes", FAILURE, reason, reason, host_name(), place.rank, lasting)
     if place.rank == 0:
         _print([row], place.world_size, 1, as_json)
     else:

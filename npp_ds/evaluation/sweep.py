@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from npp_ds.checkpoint.folders import folder_of, saved_steps, what_is_wrong
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.checkpoint.weights import Weights
-from npp_ds.distributed.environment import Place, choose_device, choose_dtype
+from npp_ds.distributed.environment import ProcessInfo, choose_device, choose_dtype
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
 from npp_ds.evaluation.features import Extractor, Progress
@@ -30,7 +30,7 @@ TABLE_FILE, TEXT_FILE, PLOT_FILE = "sweep.json", "sweep.md", "sweep.png"
 COLORS = ("#4878a8", "#d1773a", "#5a9a5a", "#8d6aa8")
 POLL_SECONDS = 1.0
 KEPT = "the parts that are finished are kept, run the same command again"
-ALONE = Place()
+ALONE = ProcessInfo()
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _request(weights: Weights, value: float, name: str, settings: Settings, devi
     )
 
 
-def draw_share(sweep: Sweep, place: Place) -> None:
+def draw_share(sweep: Sweep, place: ProcessInfo) -> None:
     """Draws what nobody else does of the samples of all values: the part in a sweep of all processes but the first."""
     for point in sweep.points:
         job = sweep.sampling(point)
@@ -146,7 +146,7 @@ def run_sweep(
     extractor: Extractor,
     out: str | Path | None = None,
     progress: Callable[[str], AbstractContextManager[Progress]] = lambda what: nullcontext(lambda done, total: None),
-    place: Place = ALONE,
+    place: ProcessInfo = ALONE,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Samples what is missing, evaluates every value, and writes sweep.json, sweep.md and sweep.png into `out`, by
     default a folder beside the samples. Waits for samples that other processes draw.
@@ -173,7 +173,7 @@ def run_sweep(
     return results, folder
 
 
-def _completed(job: Sampling, place: Place, progress: Progress) -> Path:
+def _completed(job: Sampling, place: ProcessInfo, progress: Progress) -> Path:
     """The folder of the samples, once they are finished. Parts that other processes let go of are drawn here."""
     with writing(job.out, KEPT):
         job.run(place.rank, place.world_size, progress)
