@@ -60,9 +60,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do."""
-    from npp_ds.doctor.runner import Request, examine
+    from npp_ds.doctor.runner import Request, run_doctor
 
-    code = examine(Request(recipe, config, tuple(overrides or ()), step, as_json))
+    code = run_doctor(Request(recipe, config, tuple(overrides or ()), step, as_json))
     sys.stdout.flush()
     sys.stderr.flush()
     # All is said. To leave a group whose collectives hang could hang, and an orderly end now and then aborts in native
