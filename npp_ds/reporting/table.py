@@ -1,9 +1,10 @@
-"""The closing table of a run on the terminal."""
+"""Print the closing table of a run on the terminal."""
 
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from npp_ds.reporting.summary import RunSummary
+from npp_ds.utils.tables import make_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,11 +12,11 @@ if TYPE_CHECKING:
 STAGE_COLUMNS = ("stage", "patch side", "epochs", "steps", "time", "images/s", "last loss")
 
 SHARES = {"MFU": "mfu", "waiting for data": "data_wait_share", "waiting in exchanges": "communication_wait_share"}
-"""Figures of a stage that are shown where they are known: shares of the GPU's peak, or of the time."""
+"""Shares of a stage (of the GPU's peak, or of its time) that are shown if they are known."""
 
 
 def duration(seconds: float) -> str:
-    """12.3 s, 4:05 min or 3 days, 2:05:00."""
+    """Return a text such as 12.3 s, 4:05 min or 3 days, 2:05:00."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     text = str(timedelta(seconds=round(seconds)))
@@ -23,7 +24,7 @@ def duration(seconds: float) -> str:
 
 
 def stage_rows(summary: RunSummary) -> list[tuple[str, ...]]:
-    """The cells under `STAGE_COLUMNS`, one row per stage and a last row of totals."""
+    """Return the cells under `STAGE_COLUMNS`: a row per stage, and a last row of totals."""
     rows = []
     for number, s in enumerate(summary.stages, start=1):
         steps = f"{s.steps:,}" if s.steps == s.planned_steps else f"{s.steps:,} of {s.planned_steps:,}"
@@ -38,7 +39,7 @@ def stage_rows(summary: RunSummary) -> list[tuple[str, ...]]:
 
 
 def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
-    """(what, value with unit) of everything known about the run's outcome."""
+    """Return (name, value with unit) of all results that are known."""
     rows = []
     costs = (("positions", summary.token_cost), ("FLOPs", summary.flop_cost), ("measured time", summary.time_cost))
     known = [f"{cost:.3f} in {what}" for what, cost in costs if cost is not None]
@@ -49,7 +50,7 @@ def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
         rows.append(("validation at patch side 1", value))
     if summary.checkpoints and (seconds := summary.total("seconds")):
         share = summary.saving_seconds / seconds
-        value = f"{summary.checkpoints}, training stood still for {duration(summary.saving_seconds)} ({share:.2%})"
+        value = f"{summary.checkpoints}, training paused for {duration(summary.saving_seconds)} ({share:.2%})"
         rows.append(("checkpoints", value))
     if summary.evaluations and (seconds := summary.total("seconds")):
         share = summary.evaluation_seconds / seconds
@@ -84,22 +85,15 @@ def _evaluation_rows(evaluation: dict) -> list[tuple[str, str]]:
 
 
 def print_summary(summary: RunSummary, console: "Console | None" = None) -> None:
-    """Prints the stages, the results, where every file lies and what to run next."""
+    """Print the stages, the results, the paths of all files and what to run next."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
     state = "" if summary.finished else " (not finished)"
-    table = Table(title=f"{summary.name}{state}", title_justify="left", title_style="bold")
-    for column in STAGE_COLUMNS:
-        table.add_column(column, justify="right")
     *stages, totals = stage_rows(summary)
-    for row in stages:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*totals, style="bold")
-    console.print(table)
+    console.print(make_table(STAGE_COLUMNS, stages, title=f"{summary.name}{state}", totals=totals))
     if results := result_rows(summary):
         grid = Table.grid(padding=(0, 2))
         for what, value in results:
