@@ -70,7 +70,7 @@ class ModelSection(_Section):
         *others, last = map(repr, SIZES)
         raise PydanticCustomError("size", f"{', '.join(others)} or {last}")
 
-    def shape(self) -> dict[str, int | None]:
+    def shape(self) -> dict[str, int]:
         """dim, n_layers and n_heads, from `size` or as given."""
         return dict(SIZES[self.size]) if self.size else {k: getattr(self, k) for k in ("dim", "n_layers", "n_heads")}
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from npp_ds.doctor.checks import FAILURE, WARNING, Check, Context, Result
 from npp_ds.training.run_folder import check_shared
+from npp_ds.utils.format import format_bytes
 from npp_ds.utils.locks import locked
-from npp_ds.utils.progress import readable_bytes
 
 GPU_MESSAGE_BYTES, CPU_MESSAGE_BYTES = 64 << 20, 4 << 20
 SLOW_BYTES_PER_SECOND = 2e9
@@ -49,7 +49,7 @@ def speed(context: Context) -> Result | None:
     barrier = min(_seconds_of(context, dist.barrier) for _ in range(3))
     rate = 2 * (processes.world_size - 1) / processes.world_size * size / seconds
     text = (
-        f"{readable_bytes(size)} in {1e3 * seconds:.1f} ms ({readable_bytes(rate)}/s on the bus), "
+        f"{format_bytes(size)} in {1e3 * seconds:.1f} ms ({format_bytes(rate)}/s on the bus), "
         f"barrier {1e3 * barrier:.2f} ms"
     )
     if context.has_gpu and len(set(context.nodes)) > 1 and rate < SLOW_BYTES_PER_SECOND:

@@ -10,7 +10,7 @@ from npp_ds import __version__
 from npp_ds.distributed.environment import is_srun_task
 from npp_ds.doctor.checks import FAILURE, WARNING, Check, Context, Result
 from npp_ds.training.deepspeed_import import import_deepspeed
-from npp_ds.utils.progress import readable_bytes
+from npp_ds.utils.format import format_bytes
 
 DRIVER = Path("/sys/module/nvidia/version")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # set by torchrun and accelerate, and by the deepspeed launcher
@@ -72,9 +72,9 @@ def gpu_memory(context: Context) -> Result | None:
     free, total = torch.cuda.mem_get_info(context.processes.device)
     name = f"GPU {context.processes.local_rank}"
     if total - free > BUSY_BYTES:
-        text = f"{name}: {readable_bytes(total - free)} of {readable_bytes(total)} are in use"
+        text = f"{name}: {format_bytes(total - free)} of {format_bytes(total)} are in use"
         return Result(f"{text}: another program runs there (nvidia-smi names it)", WARNING)
-    return Result(f"{readable_bytes(free)} of {readable_bytes(total)} free on {name}")
+    return Result(f"{format_bytes(free)} of {format_bytes(total)} free on {name}")
 
 
 def world_size(context: Context) -> Result:

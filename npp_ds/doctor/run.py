@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from contextlib import closing
 from pathlib import Path
 
 from npp_ds.checkpoint.folders import saved_steps
@@ -17,7 +16,7 @@ from npp_ds.errors import UserError
 from npp_ds.training.partitions import MOMENTS
 from npp_ds.training.run_folder import check_settings
 from npp_ds.utils.files import nearest_folder
-from npp_ds.utils.progress import readable_bytes
+from npp_ds.utils.format import format_bytes
 
 SAMPLED_SHARDS = 3
 
@@ -70,8 +69,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         raise UserError(f"{problems[0]}{more}; restore them, or name a folder that is complete on every node")
     step = -(-len(manifest.shards) // SAMPLED_SHARDS)
     for shard in manifest.shards[::step]:
-        with closing(read_shard(folder / shard.file)) as samples:
-            next(samples, None)
+        for _ in read_shard(folder / shard.file):
+            break
 
 
 def _problem_of(path: Path, shard: ShardInfo) -> str | None:
@@ -100,13 +99,13 @@ def staging(context: Context) -> Result | None:
         folder = nearest_folder(root)
         left.append(shutil.disk_usage(folder).free - needed)
         if left[-1] < 0 or not os.access(folder, os.W_OK):
-            what = f"{readable_bytes(-left[-1])} too little" if left[-1] < 0 else "not writable"
-            text = f"{root}: {what} to stage {readable_bytes(needed)}"
+            what = f"{format_bytes(-left[-1])} too little" if left[-1] < 0 else "not writable"
+            text = f"{root}: {what} to stage {format_bytes(needed)}"
             return Result(f"{text}; set data.cache_dir to a local disk with enough space", FAILURE)
     if not needed_in:
         return Result("staged already")
-    text = ", ".join(f"{readable_bytes(needed)} to write into {root}" for root, needed in needed_in.items())
-    return Result(f"{text}, {readable_bytes(min(left))} left then")
+    text = ", ".join(f"{format_bytes(needed)} to write into {root}" for root, needed in needed_in.items())
+    return Result(f"{text}, {format_bytes(min(left))} left then")
 
 
 def checkpoint_space(context: Context) -> Result | None:
@@ -124,7 +123,7 @@ def checkpoint_space(context: Context) -> Result | None:
         return None
     size, most = checkpoint_bytes(config), most_checkpoints(context.schedule, config.checkpoint)
     free = shutil.disk_usage(nearest_folder(folder)).free
-    text = f"{readable_bytes(size)} each, {most} at most, {len(saved)} saved; {readable_bytes(free)} free in {folder}"
+    text = f"{format_bytes(size)} each, {most} at most, {len(saved)} saved; {format_bytes(free)} free in {folder}"
     advice = "free some space, lower checkpoint.keep_last, or set run_dir to a larger disk"
     if free < size and not saved:
         return Result(f"{text}; {advice}", FAILURE)

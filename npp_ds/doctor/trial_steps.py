@@ -12,7 +12,7 @@ from npp_ds.config.schedule import Stage
 from npp_ds.doctor.checks import FAILURE, Check, Context, Result
 from npp_ds.model.patches import group
 from npp_ds.training.engine import TrainingEngine
-from npp_ds.utils.progress import readable_bytes
+from npp_ds.utils.format import format_bytes
 
 MICRO_BATCHES = 2
 """Most micro-batches per step: from the second on, memory also holds the gradients of the first."""
@@ -37,7 +37,7 @@ class TrialSteps:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-        total = readable_bytes(_total_bytes(self.context))
+        total = format_bytes(_total_bytes(self.context))
         return Result(
             f"out of memory ({total}) at patch side {stage.patch_side} with {stage.micro_batch_size} images at a time; "
             f"lower schedule.micro_batch_size, set deepspeed.config=zero3, use more processes or a smaller model",
@@ -71,7 +71,7 @@ class TrialSteps:
 
     def _with_peak(self, text: str) -> Result:
         peak, total = _peak_bytes(self.context), _total_bytes(self.context)
-        return Result(f"{text}; {readable_bytes(peak)} of {readable_bytes(total)} at the peak")
+        return Result(f"{text}; {format_bytes(peak)} of {format_bytes(total)} at the peak")
 
     def _random_batch(self, stage: Stage) -> tuple[Tensor, Tensor]:
         """Return random codes[b, N, k] and labels[b] of one micro-batch."""

@@ -78,9 +78,12 @@ def _draw_distances(axis: "Axes", events: list[Event]) -> None:
     points = of_kind(events, "evaluation")
     for number, side in enumerate(sorted({e["patch_side"] for e in points})):
         own = [e for e in points if e["patch_side"] == side]
-        style = {"color": VALIDATION, "marker": "o"} if side == 1 else {"color": OWN_SIDE, "marker": "sDv^"[number % 4]}
+        color, marker = (VALIDATION, "o") if side == 1 else (OWN_SIDE, "sDv^"[number % 4])
         steps, distances = [e["step"] for e in own], [e["frechet_distance"] for e in own]
-        axis.plot(steps, distances, markersize=4, linewidth=1.2, clip_on=False, zorder=3, label=f"side {side}", **style)
+        axis.plot(
+            steps, distances, color=color, marker=marker, markersize=4, linewidth=1.2, clip_on=False, zorder=3,
+            label=f"side {side}",
+        )  # fmt: skip
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=9)
 
@@ -93,7 +96,7 @@ def plot_run(events: list[Event], stages: Sequence[Stage], title: str) -> bytes:
     evaluations = of_kind(events, "evaluation")
     figure = Figure(figsize=(11, 10 if evaluations else 7), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = [["losses", "likelihood"], ["learning rate", "throughput"], ["distance", "distance"]]
+    rows: list[Any] = [["losses", "likelihood"], ["learning rate", "throughput"], ["distance", "distance"]]
     rows = rows if evaluations else rows[:2]
     panels = list(figure.subplot_mosaic(rows, height_ratios=[1.6, 1, 1][: len(rows)]).values())
     losses, likelihood, learning_rate, throughput, *distance = panels

@@ -102,11 +102,11 @@ def _stage_summaries(events: list[Event], stages: Sequence[Stage]) -> list[Stage
 
 
 def _time_cost(stages: list[StageSummary]) -> float | None:
-    done = [s for s in stages if s.images]
-    plain_rate = next((s.images_per_second for s in done if s.patch_side == 1), None)
+    done = [(s.patch_side, s.images, s.images_per_second) for s in stages if s.images and s.images_per_second]
+    plain_rate = next((rate for side, _, rate in done if side == 1), None)
     if plain_rate is None:
         return None
-    return sum(s.images / s.images_per_second for s in done) * plain_rate / sum(s.images for s in done)
+    return sum(images / rate for _, images, rate in done) * plain_rate / sum(images for _, images, _ in done)
 
 
 def summarize(
