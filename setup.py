@@ -32,12 +32,13 @@ setup(
     packages=[*find_packages(include=["npp_ds", "npp_ds.*"]), "npp_ds.ds_configs"],
     package_dir={"npp_ds.ds_configs": "ds_configs"},
     package_data={
-        "npp_ds": ["config/recipes/*.yaml", "assets/*"],
+        "npp_ds": ["config/recipes/*.yaml", "assets/*", "reporting/*.j2"],
         "npp_ds.ds_configs": ["*.json"],
     },
     install_requires=[
         "accelerate>=1.0",
         "deepspeed>=0.19.3",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10",

@@ -196,11 +196,11 @@ def synchronisations() -> dict:
 
     DeepSpeed's own waits for the whole device are counted on a CPU, too; there must be none on a GPU.
     """
-    from npp_ds.training.deepspeed_import import import_deepspeed
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.step_loops import EngineLoop, batches_of
     from npp_ds.config.schema import RunConfig
+    from npp_ds.training.deepspeed_config import import_deepspeed
 
     steps, results = (5 if ON_GPU else 1), {}
     accelerator = import_deepspeed().accelerator.get_accelerator()
@@ -235,7 +235,7 @@ def synchronisations() -> dict:
             if "ynchronize" in e.key or e.key == "aten::_local_scalar_dense"
         }
         results[f"ZeRO-{zero_stage}"] = {"DeepSpeed's synchronize": counted / steps, **counts}
-        # With overlap_comm, DeepSpeed 0.19.8 synchronizes after each backward pass of ZeRO-2 (4 here); its timer: 5 more.
+        # With overlap_comm, DeepSpeed 0.19.8 synchronizes after each of ZeRO-2's 4 backward passes; its timer adds 5.
         check(counted <= (4 * steps if ON_GPU and zero_stage == 2 else 0), results)
     return results
 

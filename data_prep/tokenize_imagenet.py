@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from npp_ds.cli.exit_codes import exit_code_of
-from npp_ds.distributed.environment import choose_device, place_of_environment
+from npp_ds.distributed.environment import choose_device, read_environment
 from npp_ds.errors import UserError
 
 MOST_WORKERS = 16
@@ -96,7 +96,7 @@ def encode_images(options: argparse.Namespace) -> None:
     from npp_ds.tokenizer.vq import load_tokenizer
 
     started = time.monotonic()
-    place = place_of_environment()
+    place = read_environment()
     settings = EncodeSettings(
         split=options.split,
         image_size=options.image_size,

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# What all jobs share; the scripts beside this file source it. docs/cluster.md says what to set and what comes of it.
+# Functions of all job scripts, which source this file. docs/cluster.md describes the settings and the exit codes.
 #
-#   train RECIPE ...       trains a recipe until its last step, over as many starts as it takes
-#   begin PROGRESS ...     the start of a job; `PROGRESS ...` prints a text that changes as the work gets on
-#   run_step COMMAND ...   runs it on all tasks of the job, or as the array `step_options` tells srun, and sets `code`
-#   finish                 ends the job with `code`, and asks SLURM for another start where that helps
+#   train RECIPE ...       train a recipe to its last step, over as many starts of the job as it takes
+#   begin PROGRESS ...     begin a start of the job; `PROGRESS ...` prints a text that changes as the work advances
+#   run_step COMMAND ...   run a command on all tasks, with srun's `step_options`, and set `code` to its exit code
+#   finish                 end the job with `code`; requeue it if another start can help
 
-MOST_FAILURES=3 # starts since the work last got on that ended without having been asked to
-MOST_STARTS=20  # of any kind since then: a signal that comes before the first step would come for ever
-: "${NPP_SLURM_PATIENCE:=600}" # seconds in which SLURM's controller may come back, when the job wants another start
+MOST_FAILURES=3 # failed starts in a row without progress; a start that was asked to stop has not failed
+MOST_STARTS=20  # starts of any kind in a row without progress, for jobs that are always stopped before their first step
+: "${NPP_SLURM_PATIENCE:=600}" # seconds to wait for SLURM's controller to answer a request to requeue
 
 fail() {
   echo "error (job ${SLURM_JOB_ID:-none}): $*" >&2
@@ -20,7 +20,7 @@ need() { # NAME MEANING: a variable that must be set
 }
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "no SLURM job; start this script with sbatch"
-# What a shell has left over of another launch would be taken for this one's; site.env may set the last two.
+# The submitting shell may have these variables from another launch. site.env may set the last two.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 site=$NPP_HOME/slurm/site.env
 # shellcheck disable=SC1090
@@ -31,12 +31,12 @@ PYTHON=${NPP_PYTHON:-$NPP_HOME/.venv/bin/python}
 [[ -x $PYTHON ]] || fail "$PYTHON on $(hostname): no such program; run make install in $NPP_HOME, or set NPP_PYTHON in $site"
 
 export PYTHONPATH=$NPP_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export SLURM_EXPORT_ENV=ALL # else the tasks lack what is set here after sbatch --export=NONE
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not take it from sbatch
+export SLURM_EXPORT_ENV=ALL # pass the variables of this script to the tasks even after sbatch --export=NONE
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not inherit it from sbatch
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # its warnings come once for each task
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # each task would repeat torch's warnings
 
-# The number of a job array's last task is that of the whole array as well.
+# The last task of a job array has the job id of the whole array, so address it by array id and index.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 notes=$RUNS_DIR/.slurm/$SLURM_JOB_ID
@@ -46,8 +46,8 @@ say() {
   printf '== %(%F %T)T job %s: %s\n' -1 "$job" "$*"
 }
 
-# The first signal (the time limit is near, another job wants the nodes) goes on to all tasks: they save and end with 75.
-# The shell lives on until they have.
+# Forward the first signal (the time limit is near, or another job needs the nodes) to all tasks, which save and end with
+# 75. This shell keeps running until they have ended.
 asked_by='' heard='' step=''
 pass_on() {
   asked_by=$1 heard=yes
@@ -58,12 +58,12 @@ pass_on() {
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-# Counts the starts of this job since the work last got on, also those that ended without a word: SLURM requeues a job
-# whose node has died by itself.
+# Count the starts of this job since its last progress. SLURM itself requeues a job whose node has failed, so a start
+# that ended without a message counts too.
 begin() {
   progress=("$@")
   mkdir -p "$notes" || fail "$notes: cannot be made; set RUNS_DIR to a folder that you may write to"
-  # A job cannot tell whether it is cancelled for good; the notes of those that were are swept up by later ones.
+  # A job cannot know that it is cancelled for good, so later jobs delete the notes of cancelled ones.
   find "$RUNS_DIR/.slurm" -mindepth 1 -maxdepth 1 -mtime +90 -exec rm -rf {} + 2>/dev/null
   local restart=${SLURM_RESTART_COUNT:-0} count=0 last_seen=''
   failures_before=0
@@ -73,7 +73,7 @@ begin() {
     [[ $last_seen == "$progress_at_start" ]] || count=0 failures_before=0
   fi
   failures=$((failures_before + 1))
-  count_starts $((count + 1)) || fail "$notes: cannot be written to; make room there"
+  count_starts $((count + 1)) || fail "$notes: cannot be written to; free some space there"
   starts=$((count + 1))
   [[ -z $asked_by ]] || forgive
   say "$SLURM_JOB_NAME, start $((restart + 1)), on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), $SLURM_NTASKS tasks"
@@ -81,19 +81,30 @@ begin() {
     code=1
     finish
   fi
+  ((SLURM_JOB_NUM_NODES == 1)) || [[ -n ${MASTER_ADDR:-} ]] || find_master
+}
+
+# Set MASTER_ADDR, where all tasks meet: the name of the first node, or its NodeAddr if the name does not resolve.
+find_master() {
+  local node
+  node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=$node
+  getent hosts "$node" >/dev/null || MASTER_ADDR=$(patiently scontrol -o show node "$node" | grep -oP '\bNodeAddr=\K\S+')
+  [[ -n $MASTER_ADDR ]] || fail "node $node: its name does not resolve and scontrol knows no address; set MASTER_ADDR in $site"
+  export MASTER_ADDR
 }
 
 count_starts() { # STARTS
   echo "$1 $failures $progress_at_start" >"$notes/starts.tmp" && mv "$notes/starts.tmp" "$notes/starts"
 }
 
-# This start was asked to stop: that it did not get on is no failure.
+# Do not count this start as a failure: it was asked to stop.
 forgive() {
   ((starts == 0)) || { failures=$failures_before && count_starts "$starts"; }
 }
 
-# `code` becomes 0 when all tasks are done; 75 when they have saved because they were asked to stop; 2, 3 or 4 when a task
-# has ended with that; else that of the task which ended first.
+# Set `code`: 0 if all tasks are done; 75 if they saved because they were asked to stop; 2, 3 or 4 if any task ended with
+# that; else the code of the task that ended first.
 run_step() {
   local codes=$notes/codes noted status first
   code=75
@@ -103,13 +114,13 @@ run_step() {
   fi
   srun --kill-on-bad-exit=1 "${step_options[@]}" "$NPP_HOME/slurm/task.sh" "$codes" "$@" &
   step=$!
-  [[ -z $asked_by ]] || kill -s "$asked_by" "$step" # the signal came before there was a step to pass it on to
+  [[ -z $asked_by ]] || kill -s "$asked_by" "$step" # the signal came before there was a step to forward it to
   heard=yes status=''
   while [[ -n $heard ]]; do # wait returns early when a signal comes
     heard=''
     wait "$step"
     code=$?
-    ((code != 127)) || code=${status:-127} # it had returned already
+    ((code != 127)) || code=${status:-127} # an earlier wait returned the step's code
     status=$code
   done
   step=''
@@ -129,19 +140,19 @@ finish() {
   ((code != 75)) || forgive
   case $code in
     0) say "done" ;;
-    2 | 3) say "ended with $code, which another start would not mend: not requeued" ;;
+    2 | 3) say "ended with $code, which another start cannot fix: not requeued" ;;
     *)
       state=$(patiently scontrol -o show job "$job" | grep -oE '\b(JobState|Reason)=\w+' | paste -sd ' ')
       if [[ -n $state && ! $state =~ JobState=RUNNING|Reason=TimeLimit ]]; then
         say "ended with $code; SLURM itself cancels or requeues the job ($state)"
         exit "$code"
       elif ((failures >= MOST_FAILURES || starts >= MOST_STARTS)) && [[ $("${progress[@]}") == "$progress_at_start" ]]; then
-        say "ended with $code; started $starts times without getting on: not requeued"
+        say "ended with $code; started $starts times without progress: not requeued"
       elif trap '' TERM USR1 && patiently scontrol requeue "$job"; then # SLURM ends this shell while it answers
         say "ended with $code: requeued"
         exit "$code"
       else
-        say "ended with $code, and scontrol could not requeue the job: submit it again to go on"
+        say "ended with $code, and scontrol could not requeue the job: submit it again to resume"
       fi
       ;;
   esac
@@ -149,7 +160,7 @@ finish() {
   exit "$code"
 }
 
-# Repeats a question to SLURM's controller, which may be away for a while.
+# Repeat a request to SLURM's controller, which may be away for a while.
 patiently() { # COMMAND ...
   local answer end=$((SECONDS + NPP_SLURM_PATIENCE))
   until answer=$("$@" 2>&1); do

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Samples a run on all tasks of the job and compares the samples with real images; goes on after an interruption.
+# Samples a run on all tasks of the job and compares the samples with real images; resumes after an interruption.
 #
 #   sbatch slurm/evaluate.sh xxl_256 --cfg-scale 1.65
 #   sbatch --nodes=4 slurm/evaluate.sh /runs/xxl_256 --cfg-scale 1.65 --weights ema
@@ -27,9 +27,9 @@ run=$1
 shift
 [[ -d $run ]] || run=$RUNS_DIR/$run
 for option; do
-  [[ $option != --out* ]] || fail "$option: the same line is to find the same folder again, which has a name of its own"
+  [[ $option != --out* ]] || fail "$option: not supported: the folder is named after the options, so that the same line resumes"
 done
-# The same line goes on with what an earlier job has left: a checkpoint and its settings have one folder.
+# The same line resumes the sampling of an earlier job: each checkpoint with its options has a folder of its own.
 samples="$(newest_checkpoint "$run")${*:+ $*}"
 samples=$run/samples/${samples//[^[:alnum:]._=-]/_}
 

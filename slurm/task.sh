@@ -1,20 +1,21 @@
 #!/bin/bash
-# One task of a step: notes how its command has ended. srun tells one code for all tasks, that of those it kills if need be.
+# One task of a step: write down the exit code of its command. srun has one code for all tasks, perhaps that of a task
+# which it killed itself.
 #
 #   task.sh FOLDER COMMAND ...
 
 codes=$1
 shift
-trap : USR1 TERM # they are the command's; this shell waits for it
+trap : USR1 TERM # the command handles them; this shell waits for it
 "$@"
 code=$?
 noted=yes
 : >"$codes/$SLURM_PROCID.$code" || noted=''
 if ((code == 75)) && [[ -n $noted ]]; then
-  exit 0 # the others are about to end as well: srun is to leave them alone
+  exit 0 # the other tasks are about to end as well: srun must not kill them
 elif ((code)); then
-  # srun ends the others when this task ends: the one that speaks for all may not have spoken yet. A sleep that is
-  # itself ended would be told of; this waits for two seconds too.
+  # srun kills the other tasks when this one ends, perhaps before the first process has printed the error of all. Wait
+  # for two seconds, with no child process that srun would report as killed.
   read -rt 2 <> <(:)
 fi
 exit "$code"

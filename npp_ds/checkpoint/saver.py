@@ -108,7 +108,9 @@ class CheckpointSaver:
         self._seconds = time.perf_counter() - began
 
     def finish(self) -> Saved:
-        """Wait until all ranks have written, then commit. Raises SaveFailed or, for a lost lease, UserError on all ranks.
+        """Wait until all ranks have written, then commit.
+
+        Raises SaveFailed, or UserError for a lost lease, on all ranks.
 
         Without `begin` it raises RuntimeError.
         """

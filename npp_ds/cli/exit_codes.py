@@ -1,5 +1,13 @@
-"""How a command ends: what went wrong as text on standard error, with rank and host in front among several processes,
-and an exit code.
+"""Exit codes, and how a command reports an error on standard error.
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a crash, or the processes of a launch did not meet; another start may succeed |
+| 2 | the user must fix something: the message says what |
+| 3 | the loss or the gradients were not finite (`NON_FINITE`) |
+| 4 | a process stalled: its stacks are in stalled.txt (training/watchdog.py) |
+| 75 | a signal asked the run to stop and it saved: rerun the same command to resume (training/preemption.py) |
 """
 
 import sys
@@ -7,39 +15,42 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
-from npp_ds.distributed.environment import Place, host_of_environment, place_of_environment
+from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
 from npp_ds.errors import RendezvousError, UserError
+
+FAILED, USER_ERROR, NON_FINITE = 1, 2, 3
 
 
 def exit_code_of(action: Callable[[], object]) -> int:
-    """0 after `action()`, 2 after a UserError, 1 when the processes of a launch did not meet.
+    """Run `action()` and return 0, USER_ERROR after a UserError, or FAILED if the processes of a launch did not meet.
 
-    A UserError that all processes raise alike is told once, others by whom they are of. Any other error is raised when
-    this process is alone; among several its traceback is told line by line, and the code is 1.
+    If all processes raise the same UserError, one of them prints it; else each names its rank and host. Any other error
+    is raised in a lone process; among several, its traceback is printed with rank and host, and the code is FAILED.
     """
-    place, who = Place(), ""
+    process, who = ProcessInfo(), ""
     try:
-        place = place_of_environment()
-        if place.world_size > 1:
-            who = f"rank {place.rank}, host {host_of_environment()}"
+        process = read_environment()
+        if process.world_size > 1:
+            who = f"rank {process.rank}, host {host_name()}"
         action()
     except UserError as error:
-        if place.rank == 0 or not error.on_all_ranks:
-            tell(f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}")
-        return 2
+        if process.rank == 0 or not error.on_all_ranks:
+            print_error(f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}")
+        return USER_ERROR
     except RendezvousError as error:
-        tell(f"error: {error}")
-        return 1
+        print_error(f"error: {error}")
+        return FAILED
     except Exception:
         if not who:
             raise
-        tell("".join(f"[{who}] {line}" for line in traceback.format_exc().splitlines(keepends=True)).rstrip())
-        return 1
+        lines = traceback.format_exc().splitlines(keepends=True)
+        print_error("".join(f"[{who}] {line}" for line in lines).rstrip())
+        return FAILED
     return 0
 
 
-def tell(text: str) -> None:
-    """Standard error takes it in one piece, so that what several processes tell is not mixed."""
+def print_error(text: str) -> None:
+    """Write to standard error in one piece, so that the messages of several processes do not mix."""
     with suppress(OSError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

@@ -1,52 +1,55 @@
-"""Commands about what a model has learned: sample, evaluate, likelihood."""
+"""Commands for images and likelihoods of a model: sample, evaluate, likelihood."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npp_ds.cli.common import GridSize, Heads, progress_bar, warn
-from npp_ds.distributed.environment import Place, place_of_environment
+from npp_ds.cli.common import GridSize, Heads, WeightsKind, progress_bar, warn
+from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError
 
 if TYPE_CHECKING:
+    from npp_ds.evaluation.features import Extractor
+    from npp_ds.evaluation.reference import Reference
     from npp_ds.evaluation.sweep import Sweep
     from npp_ds.sampling.job import Sampling
 
 
 def sample(
     source: Annotated[Path, typer.Argument(help="a run folder, an exported file or a published checkpoint")],
-    classes: Annotated[str | None, typer.Option(help="numbers or names with commas between; all when left out")] = None,
-    labels: Annotated[str, typer.Option(help="balanced, or random: drawn as the published script does")] = "balanced",
-    per_class: Annotated[int | None, typer.Option(help="images per class; 10 when --count is left out too")] = None,
-    count: Annotated[int | None, typer.Option(help="images in all, instead of --per-class")] = None,
-    cfg_scale: Annotated[float, typer.Option(help="scale of classifier-free guidance; 1: none")] = 1.0,
+    classes: Annotated[str | None, typer.Option(help="comma-separated numbers or names; default: all")] = None,
+    labels: Annotated[str, typer.Option(help="balanced, or random, as in the published script")] = "balanced",
+    per_class: Annotated[int | None, typer.Option(help="images per class; default: 10, without --count")] = None,
+    count: Annotated[int | None, typer.Option(help="total number of images, instead of --per-class")] = None,
+    cfg_scale: Annotated[float, typer.Option(help="scale of classifier-free guidance; 1: no guidance")] = 1.0,
     cfg_schedule: Annotated[
-        str, typer.Option(help="constant, or linear or cosine: guidance grows from 1 to its scale over the positions")
+        str, typer.Option(help="constant, or linear or cosine: the scale grows from 1 over the positions")
     ] = "constant",
-    cfg_power: Annotated[float, typer.Option(help="bends a schedule: guidance grows with position ** power")] = 1.0,
+    cfg_power: Annotated[float, typer.Option(help="the scale of a schedule grows with position ** power")] = 1.0,
     cfg_interval: Annotated[
-        int, typer.Option(help="position after which guidance ends, counted as LlamaGen does; -1: none")
+        int, typer.Option(help="position after which guidance ends, counted as in LlamaGen; -1: never")
     ] = -1,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest code")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="draw from this many likeliest codes; 0: from all")] = 0,
-    top_p: Annotated[float, typer.Option(help="draw from the likeliest codes of this total probability")] = 1.0,
-    seed: Annotated[int, typer.Option(help="image i is the same for any batch size and number of images")] = 0,
-    step: Annotated[int | None, typer.Option(help="checkpoint; the newest complete one when left out")] = None,
-    weights: Annotated[str, typer.Option(help="raw, or ema: their moving average")] = "raw",
+    temperature: Annotated[float, typer.Option(help="0: always the most likely code")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="sample from this many most likely codes; 0: from all")] = 0,
+    top_p: Annotated[float, typer.Option(help="sample from the most likely codes of this total probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="image i does not depend on batch size and number of images")] = 0,
+    step: Annotated[int | None, typer.Option(help="checkpoint; default: the newest complete one")] = None,
+    weights: WeightsKind = "raw",
     heads: Heads = None,
     grid_size: GridSize = None,
-    patch_side: Annotated[int, typer.Option(help="sample a coarse model, one code shown per patch")] = 1,
+    patch_side: Annotated[int, typer.Option(help="sample a coarse model, which shows one code per patch")] = 1,
     image_size: Annotated[int | None, typer.Option(help="resize to this many pixels (bicubic)")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="its name or file; that of the run when left out")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="its name or file; default: that of the run")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     batch_size: Annotated[int, typer.Option(help="images decoded at a time")] = 64,
-    part_size: Annotated[int, typer.Option(help="images that a process draws before it writes them")] = 256,
+    part_size: Annotated[int, typer.Option(help="images that a process samples before it writes them")] = 256,
     png: Annotated[bool, typer.Option("--png", help="write images/000000.png .. and labels.csv as well")] = False,
-    out: Annotated[Path | None, typer.Option(help="folder; one under SOURCE/samples when left out")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; default: one in SOURCE/samples")] = None,
 ) -> None:
-    """Draw images: grid.png, samples.npz for metrics, samples.json. Killed, the same command goes on.
+    """Sample images: grid.png, samples.npz for metrics, samples.json. Rerun the same command to resume.
 
     Several processes share the work: accelerate launch -m npp_ds sample ..., torchrun or srun.
     """
@@ -64,8 +67,8 @@ def sample(
         stage_warning,
     )
 
-    place = place_of_environment()
-    device = choose_device(device, place.local_rank)
+    process = read_environment()
+    device = choose_device(device, process.local_rank)
     found = open_weights(source, step=step, variant=weights, n_heads=heads, grid_size=grid_size)
     decoder = find_tokenizer(found, tokenizer)
     wanted = split_classes(classes, found.class_names) if classes else None
@@ -91,28 +94,30 @@ def sample(
     )
     folder = out or default_folder(found, request)
     job = Sampling(found, decoder, request, folder, device=device, batch_size=batch_size, png=png)
-    if place.rank == 0:
+    if process.rank == 0:
         if not found.config:
             print(f"{source}: {found.describe()}", flush=True)
         warn(found.guess_warning())
         warn(stage_warning(found, request.options))
-    _draw(job, place)
+    _run_sampling(job, process)
 
 
-def _draw(job: "Sampling", place: "Place") -> None:
-    """Runs the sampling of this process and says what came of it."""
+def _run_sampling(job: "Sampling", process: ProcessInfo) -> None:
+    """Run the sampling of this process and print the result."""
     try:
-        with progress_bar("sampling", shown=place.rank == 0) as progress:
-            drawn = job.run(place.rank, place.world_size, progress)
+        with progress_bar("sampling", shown=process.rank == 0) as progress:
+            sampled = job.run(process.rank, process.world_size, progress)
         record = job.finish()
     except OSError as error:
         text = f"{error.filename or job.out}: {error.strerror or error}"
-        raise UserError(f"{text}; the parts that are finished are kept, run the same command again") from error
+        raise UserError(f"{text}; finished parts are kept; run the same command again") from error
     if record is None:
-        print(f"process {place.rank} is done ({drawn} images); others are still at work", flush=True)
+        print(f"process {process.rank} is done ({sampled} images); other processes are still running", flush=True)
         return
     step = "" if record["checkpoint_step"] is None else f" of step {record['checkpoint_step']}"
-    rate = f"this process drew {drawn} at {job.images_per_second:.3g} images/s" if drawn else "nothing was left to do"
+    rate = (
+        f"this process drew {sampled} at {job.images_per_second:.3g} images/s" if sampled else "nothing was left to do"
+    )
     repeated = record["repeated_images"]
     print(
         f"{record['count']} images{step} in {job.out}: {rate}; "
@@ -122,61 +127,61 @@ def _draw(job: "Sampling", place: "Place") -> None:
 
 def evaluate(
     reference: Annotated[
-        str, typer.Option(help="an .npz of statistics (ADM's, or made here) or of images, image shards, or a folder")
+        str, typer.Option(help="an .npz of statistics (ADM's, or our own) or of images, image shards, or a folder")
     ],
     source: Annotated[
-        Path | None, typer.Argument(help="a run folder: its newest samples are evaluated; with --sweep any weights")
+        Path | None, typer.Argument(help="a run folder, whose newest samples are evaluated; with --sweep any weights")
     ] = None,
     samples: Annotated[
-        Path | None, typer.Option(help="evaluate these: a folder that `npp sample` wrote, an .npz, a folder of images")
+        Path | None, typer.Option(help="evaluate a folder of `npp sample`, an .npz, or a folder of images")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="the result (of a sweep: its folder); beside the samples when left out")
+        Path | None, typer.Option(help="the result (of a sweep: its folder); default: beside the samples")
     ] = None,
     extractor: Annotated[
         str, typer.Option(help="inception, fashion_mnist (the shipped classifier), or auto: that of the reference")
     ] = "auto",
     inception_weights: Annotated[
-        Path | None, typer.Option(help="file of Inception's weights; torch-fidelity's own is fetched when left out")
+        Path | None, typer.Option(help="file of Inception's weights; default: download torch-fidelity's")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="centre-crop the reference's encoded images to this; of a sweep: samples' size")
+        int | None,
+        typer.Option(help="centre-crop the reference's encoded images to this; of a sweep: samples' size"),
     ] = None,
     make_reference: Annotated[
-        Path | None, typer.Option(help="write the reference's statistics to this .npz, and evaluate nothing")
+        Path | None, typer.Option(help="only write the reference's statistics to this .npz")
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="say whether reference and extractor fit the run, and evaluate nothing")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="only check that reference and extractor fit the run")] = False,
     sweep: Annotated[
         str | None,
-        typer.Option(help="cfg=1.5,1.75,2.0, checkpoint=1000,2000 or checkpoint=all: sample, evaluate"),
+        typer.Option(help="sample and evaluate for each of cfg=1.5,1.75,2.0, checkpoint=1000,2000 or checkpoint=all"),
     ] = None,
-    per_class: Annotated[int | None, typer.Option(help="of a sweep: images per class; 10 when left out")] = None,
+    per_class: Annotated[int | None, typer.Option(help="of a sweep: images per class; default: 10")] = None,
     labels: Annotated[str, typer.Option(help="of a sweep: balanced or random")] = "balanced",
     cfg_scale: Annotated[float, typer.Option(help="of a sweep over checkpoints")] = 1.0,
     seed: Annotated[int, typer.Option(help="of a sweep")] = 0,
-    step: Annotated[int | None, typer.Option(help="of a sweep over cfg: checkpoint; the newest when left out")] = None,
+    step: Annotated[int | None, typer.Option(help="of a sweep over cfg: checkpoint; default: the newest")] = None,
     weights: Annotated[str, typer.Option(help="of a sweep: raw or ema")] = "raw",
     patch_side: Annotated[
         int | None,
-        typer.Option(min=1, help="of a sweep: of the samples; that of each checkpoint's stage when left out"),
+        typer.Option(min=1, help="of a sweep: of the samples; default: that of each checkpoint's stage"),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="of a sweep: its name or file; that of the run")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="of a sweep: name or file; default: that of the run")] = None,
     dtype: Annotated[str, typer.Option(help="of a sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     batch_size: Annotated[int, typer.Option(help="of a sweep: images decoded at a time")] = 64,
 ) -> None:
     """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement.
 
-    One process measures; several (accelerate launch, torchrun or srun) share the sampling of a sweep.
+    One process evaluates; several (accelerate launch, torchrun or srun) share the sampling of a sweep.
     """
-    place = place_of_environment()
-    if place.rank and (sweep is None or make_reference is not None):
+    process = read_environment()
+    if process.rank and (sweep is None or make_reference is not None):
         return
+    against = _Against(reference, extractor, inception_weights, image_size)
     if make_reference is not None:
-        _make_reference(make_reference, reference, extractor, inception_weights, image_size)
+        _make_reference(make_reference, against)
     elif check:
-        _check_reference(source, reference, extractor, inception_weights, image_size)
+        _check_reference(source, against)
     elif sweep is not None:
         if source is None:
             raise UserError("sweep: found no weights to sample; give a run folder")
@@ -187,49 +192,55 @@ def evaluate(
         settings = Settings(
             per_class, labels, options, step, weights, dtype, batch_size, image_size, tokenizer, patch_side
         )
-        swept = open_sweep(source, sweep, settings, place.local_rank)
-        _sweep(swept, place, reference, extractor, inception_weights, image_size, out)
+        _sweep(open_sweep(source, sweep, settings, process.local_rank), process, against, out)
     else:
-        _evaluate(source, samples, reference, extractor, inception_weights, image_size, out)
+        _evaluate(source, samples, against, out)
 
 
-def _make_reference(
-    out: Path, images: str, extractor: str, inception_weights: Path | None, image_size: int | None
-) -> None:
-    from npp_ds.evaluation.evaluate import open_extractor
+@dataclass(frozen=True)
+class _Against:
+    """The options that say what samples are compared with."""
+
+    reference: str
+    extractor: str
+    inception_weights: Path | None
+    image_size: int | None
+
+    def open_extractor(self, tokenizer: str | None) -> "Extractor":
+        """Return the feature extractor; `tokenizer` is the name of the samples' own, if known."""
+        from npp_ds.evaluation.evaluate import open_extractor
+
+        return open_extractor(self.extractor, self.reference, tokenizer, self.inception_weights)
+
+    def load(self, extractor: "Extractor") -> "Reference":
+        from npp_ds.evaluation.reference import load_reference
+
+        with progress_bar("reference") as progress:
+            return load_reference(self.reference, extractor, self.image_size, progress)
+
+
+def _make_reference(out: Path, against: _Against) -> None:
     from npp_ds.evaluation.reference import make_reference
 
-    network = open_extractor(extractor, images, None, inception_weights)
+    extractor = against.open_extractor(None)
     with progress_bar("reference") as progress:
-        made = make_reference(out, images, network, image_size, progress)
-    print(f"{out}: statistics of {made.source.num_images} images by {network.name}")
+        made = make_reference(out, against.reference, extractor, against.image_size, progress)
+    print(f"{out}: statistics of {made.source.num_images} images by {extractor.name}")
 
 
-def _check_reference(
-    source: Path | None, reference: str, extractor: str, inception_weights: Path | None, image_size: int | None
-) -> None:
+def _check_reference(source: Path | None, against: _Against) -> None:
     from npp_ds.checkpoint.open import open_weights
-    from npp_ds.evaluation.evaluate import open_extractor
     from npp_ds.evaluation.reference import check_reference
 
-    trained_on = open_weights(source).tokenizer if source else None
-    network = open_extractor(extractor, reference, trained_on.name if trained_on else None, inception_weights)
-    check_reference(reference, network, image_size)
-    print(f"{reference}: fit to compare with, by {network.name}")
+    tokenizer = open_weights(source).tokenizer if source else None
+    extractor = against.open_extractor(tokenizer.name if tokenizer else None)
+    check_reference(against.reference, extractor, against.image_size)
+    print(f"{against.reference}: fit to compare with, by {extractor.name}")
 
 
-def _evaluate(
-    source: Path | None,
-    samples: Path | None,
-    reference: str,
-    extractor: str,
-    inception_weights: Path | None,
-    image_size: int | None,
-    out: Path | None,
-) -> None:
-    from npp_ds.evaluation.evaluate import describe, evaluate_images, open_extractor, result_file, write_result
+def _evaluate(source: Path | None, samples: Path | None, against: _Against, out: Path | None) -> None:
+    from npp_ds.evaluation.evaluate import describe, evaluate_images, result_file, write_result
     from npp_ds.evaluation.images import open_images
-    from npp_ds.evaluation.reference import load_reference
     from npp_ds.sampling.folder import newest_samples
 
     if samples is None:
@@ -238,56 +249,39 @@ def _evaluate(
         samples = newest_samples(source)
     images = open_images(samples)
     path = result_file(images.path, out)
-    network = open_extractor(extractor, reference, images.record.get("tokenizer", {}).get("name"), inception_weights)
-    with progress_bar("reference") as progress:
-        loaded = load_reference(reference, network, image_size, progress)
+    extractor = against.open_extractor(images.record.get("tokenizer", {}).get("name"))
+    reference = against.load(extractor)
     with progress_bar("samples") as progress:
-        result = evaluate_images(images, loaded, network, progress)
+        result = evaluate_images(images, reference, extractor, progress)
     print(describe(result))
     print(f"written to {write_result(result, path)}")
 
 
-def _sweep(
-    swept: "Sweep",
-    place: "Place",
-    reference: str,
-    extractor: str,
-    inception_weights: Path | None,
-    image_size: int | None,
-    out: Path | None,
-) -> None:
-    from npp_ds.evaluation.evaluate import open_extractor
-    from npp_ds.evaluation.reference import load_reference
+def _sweep(sweep: "Sweep", process: ProcessInfo, against: _Against, out: Path | None) -> None:
     from npp_ds.evaluation.sweep import run_sweep, sample_share, table
 
-    if place.rank:
-        sample_share(swept, place)
+    if process.rank:
+        sample_share(sweep, process)
         return
-    network = open_extractor(extractor, reference, swept.tokenizer.name, inception_weights)
-    with progress_bar("reference") as progress:
-        loaded = load_reference(reference, network, image_size, progress)
-    results, folder = run_sweep(swept, loaded, network, out, progress_bar, place)
-    print(f"{table(swept.name, results)}written to {folder}")
+    extractor = against.open_extractor(sweep.tokenizer.name)
+    results, folder = run_sweep(sweep, against.load(extractor), extractor, out, progress_bar, process)
+    print(f"{table(sweep.name, results)}written to {folder}")
 
 
 def likelihood(
     source: Annotated[Path, typer.Argument(help="a run folder, or a file of weights")],
-    data: Annotated[
-        str | None, typer.Option(help="held-out code shards; those of the run (data.val) when left out")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="images, evenly spread over the set; all when left out")
-    ] = None,
-    patch_side: Annotated[int, typer.Option(min=1, help="side of the patches that the codes are cut into")] = 1,
-    weights: Annotated[str, typer.Option(help="raw, or ema: their moving average")] = "raw",
-    step: Annotated[int | None, typer.Option(help="checkpoint; the newest complete one when left out")] = None,
+    data: Annotated[str | None, typer.Option(help="held-out code shards; default: those of the run (data.val)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="images, evenly spread over the set; default: all")] = None,
+    patch_side: Annotated[int, typer.Option(min=1, help="side of the patches that codes are grouped into")] = 1,
+    weights: WeightsKind = "raw",
+    step: Annotated[int | None, typer.Option(help="checkpoint; default: the newest complete one")] = None,
     precision: Annotated[str, typer.Option(help="of matrix products: fp32 or bf16")] = "fp32",
     out: Annotated[
-        Path | None, typer.Option(help="the JSON; RUN/likelihood.json or FILE.likelihood.json when left out")
+        Path | None, typer.Option(help="the JSON; default: RUN/likelihood.json or FILE.likelihood.json")
     ] = None,
 ) -> None:
-    """Measure held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure."""
-    if place_of_environment().rank:  # one process does it all
+    """Evaluate held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure."""
+    if read_environment().rank:  # one process does it all
         return
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.evaluation.likelihood import likelihood_of
@@ -298,14 +292,21 @@ def likelihood(
     shards = data or (opened.config.data.val if opened.config else None)
     if shards is None:
         raise UserError(f"--data: missing, and {source} names no held-out shards (data.val); give code shards")
-    usual = source / "likelihood.json" if source.is_dir() else source.with_suffix(".likelihood.json")
-    path = check_writable(out or usual)
+    default = source / "likelihood.json" if source.is_dir() else source.with_suffix(".likelihood.json")
+    path = check_writable(out or default)
     if path.suffix != ".json":
-        raise UserError(f"--out: found {path}, expected a name that ends in .json; the picture lies beside it")
+        raise UserError(f"--out: found {path}, expected a name that ends in .json; the picture is written beside it")
     cache_dir = opened.config.data.cache_dir if opened.config else None
-    options = {"limit": limit, "patch_side": patch_side, "precision": precision, "cache_dir": cache_dir}
     with progress_bar("measuring") as progress:
-        result = likelihood_of(opened, shards, **options, progress=progress)
+        result = likelihood_of(
+            opened,
+            shards,
+            limit=limit,
+            patch_side=patch_side,
+            precision=precision,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
     with explain_os_errors(path):
         picture = write_likelihood(path, result)
     print(

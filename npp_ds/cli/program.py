@@ -1,8 +1,4 @@
-"""The command line `npp`: thin calls into the rooms.
-
-Exit codes: 0 done; 2 something to mend (the text says what); 3 the loss or the gradients left the finite numbers;
-4 a process stalled (stacks in stalled.txt); 75 a signal came and a checkpoint was made: the same command goes on.
-"""
+"""All commands of `npp`, and the entry point. `exit_codes.py` lists the exit codes."""
 
 import sys
 from typing import Annotated
@@ -39,9 +35,9 @@ def _group(
         int | None, typer.Option("--local_rank", hidden=True)
     ] = None,  # the deepspeed launcher adds it
 ) -> None:
-    """Trains class-conditional autoregressive image models with Next Patch Prediction."""
+    """Train class-conditional autoregressive image models with Next Patch Prediction."""
 
 
 def main() -> None:
-    """Runs the command line and exits."""
+    """Run the command line and exit."""
     sys.exit(exit_code_of(app))

@@ -1,4 +1,4 @@
-"""Commands about a run: train, doctor, plan, report."""
+"""Commands for runs: train, doctor, plan, report."""
 
 import os
 import sys
@@ -8,22 +8,23 @@ from typing import Annotated
 
 import typer
 
-from npp_ds.cli.common import RunDirectory
-from npp_ds.cli.exit_codes import tell
-from npp_ds.distributed.environment import place_of_environment
+from npp_ds.cli.common import ConfigFile, Overrides, Recipe
+from npp_ds.cli.exit_codes import NON_FINITE, print_error
+from npp_ds.distributed.environment import read_environment
 from npp_ds.errors import UserError
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
+from npp_ds.utils.gpu_specs import GPUS
 
 
 def train(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as schedule.epochs=100")] = None,
-    recipe: Annotated[str | None, typer.Option(help="a shipped recipe")] = None,
-    config: Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")] = None,
+    overrides: Overrides = None,
+    recipe: Recipe = None,
+    config: ConfigFile = None,
     from_step: Annotated[
-        int | None, typer.Option(help="go on from the checkpoint of this step; later ones are set aside")
+        int | None, typer.Option(help="resume from the checkpoint of this step; later ones are set aside")
     ] = None,
 ) -> None:
-    """Train a run, or go on with it; start several processes with torchrun -m npp_ds train ..., or srun (slurm/)."""
+    """Train or resume a run; for several processes use torchrun -m npp_ds train ..., or srun (slurm/)."""
     try:
         with StopRequests() as stop:  # before the imports, which take seconds
             _train(recipe, config, overrides or (), from_step, stop)
@@ -37,7 +38,7 @@ def _train(
     from npp_ds.config.load import load_config
 
     try:
-        run = load_config(recipe, config, overrides, place_of_environment().world_size)
+        run = load_config(recipe, config, overrides, read_environment().world_size)
     except UserError as error:
         raise UserError(str(error), on_all_ranks=True) from error
 
@@ -47,52 +48,48 @@ def _train(
     try:
         train_run(run, from_step, stop)
     except NonFiniteError as error:
-        if place_of_environment().rank == 0:
-            tell(f"error: {error}; stopped before the weights changed")
-        sys.exit(3)
+        if read_environment().rank == 0:
+            print_error(f"error: {error}; stopped before the weights changed")
+        sys.exit(NON_FINITE)
 
 
 def doctor(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for `npp train`")] = None,
-    recipe: Annotated[str | None, typer.Option(help="a shipped recipe; with none, the machine alone")] = None,
-    config: Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")] = None,
+    overrides: Overrides = None,
+    recipe: Annotated[str | None, typer.Option(help="a shipped recipe; default: check only the machine")] = None,
+    config: ConfigFile = None,
     step: Annotated[bool, typer.Option("--step", help="also train a step at each patch side")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do."""
-    from npp_ds.doctor.runner import Request, examine
+    from npp_ds.doctor.runner import Request, run_doctor
 
-    code = examine(Request(recipe, config, tuple(overrides or ()), step, as_json))
+    code = run_doctor(Request(recipe, config, tuple(overrides or ()), step, as_json))
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is said. To leave a group whose collectives hang could hang, and an orderly end now and then aborts in native
-    # code (torch 2.15, gloo, seen under srun): with a code that would send a healthy job back to the queue.
+    # End without leaving the process group: that could hang if its collectives hang, and sometimes aborts in native
+    # code (torch 2.15, gloo, under srun), with an exit code that would requeue a healthy job.
     os._exit(code)
 
 
 def plan(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as schedule.epochs=100")] = None,
-    recipe: Annotated[str | None, typer.Option(help="a shipped recipe")] = None,
-    config: Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")] = None,
+    overrides: Overrides = None,
+    recipe: Recipe = None,
+    config: ConfigFile = None,
     gpus: Annotated[int, typer.Option(min=1, help="processes, one GPU each")] = 8,
-    gpu: Annotated[
-        str, typer.Option(help="a100-40, a100-80, h100, h200, b200, l40s, rtx4090, or another's name")
-    ] = "h100",
-    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="its memory in GB")] = None,
-    gpu_tflops: Annotated[float | None, typer.Option(min=0.1, help="its peak of dense bf16 products, TFLOP/s")] = None,
+    gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}, or any name with its figures")] = "h100",
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="memory of a GPU in GB")] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(min=0.1, help="peak rate of dense bf16 products, TFLOP/s")] = None,
     bandwidth: Annotated[float | None, typer.Option(min=0.01, help="GB/s that each GPU sends to the others")] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="training images; of the shards, or ImageNet's, when left out")
+        int | None, typer.Option(min=1, help="training images; default: those of the shards, else ImageNet's")
     ] = None,
     mfu: Annotated[
         float | None,
-        typer.Option(
-            min=0.001, max=1, help="share of the peak that the model's FLOPs reach; measured, or 0.4, when left out"
-        ),
+        typer.Option(min=0.001, max=1, help="model FLOPs over the peak; default: as measured, else 0.4"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Tell what a run will take before it starts: FLOPs, memory per GPU, micro-batches, days."""
+    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, days."""
     from npp_ds.config.load import load_config
     from npp_ds.planning.plan import make_plan
     from npp_ds.planning.table import print_plan
@@ -103,10 +100,10 @@ def plan(
 
 
 def report(
-    run_dir: RunDirectory,
+    run_dir: Annotated[Path, typer.Argument(help="a run folder")],
     next_step: Annotated[list[str] | None, typer.Option(help="a line for 'what to run next'; may be repeated")] = None,
 ) -> None:
-    """Plot a run and show its closing table: time per stage, cost, likelihood, samples, where every file lies."""
+    """Plot a run and print its closing table: time per stage, cost, likelihood, samples, the paths of all files."""
     from npp_ds.reporting.report import report_run
 
     report_run(run_dir, next_steps=next_step or ())

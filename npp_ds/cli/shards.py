@@ -1,4 +1,4 @@
-"""Commands about folders of code shards: verify, show."""
+"""Commands for folders of code shards: verify, show."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,12 +8,12 @@ import typer
 from npp_ds.cli.common import progress_bar
 from npp_ds.errors import UserError
 
-shards = typer.Typer(help="Look after folders of code shards.", no_args_is_help=True)
+shards = typer.Typer(help="Verify and show folders of code shards.", no_args_is_help=True)
 
 
 @shards.command()
 def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.json")]) -> None:
-    """Read every shard again: hashes, counts, keys, ranges of codes and labels; say which file is bad."""
+    """Read every shard and check hashes, counts, keys, ranges of codes and labels; name each bad file."""
     from npp_ds.data.shards import Manifest
     from npp_ds.data.shards import verify as problems_of_set
 
@@ -30,14 +30,14 @@ def show(
     directory: Annotated[Path, typer.Argument(help="folder with manifest.json")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="its name or file; found by itself when it is shipped or lies in this folder"),
+        typer.Option(help="its name or file; default: the shipped one, or the one in this folder"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="the PNG; DIRECTORY/contact_sheet.png when left out")] = None,
+    out: Annotated[Path | None, typer.Option(help="the PNG; default: DIRECTORY/contact_sheet.png")] = None,
     classes: Annotated[int, typer.Option(min=1, max=50, help="rows of the picture")] = 12,
     per_class: Annotated[int, typer.Option(min=1, max=50, help="images in a row")] = 8,
     seed: Annotated[int, typer.Option(help="another seed shows other images")] = 0,
 ) -> None:
-    """Show what a set holds: manifest, code usage, images per class, and a picture of random images by class."""
+    """Show a set: its manifest, code usage, images per class, and a picture of random images by class."""
     from npp_ds.sampling.grid import sample_grid
     from npp_ds.tokenizer import contents
     from npp_ds.tokenizer.loading import tokenizer_of

@@ -35,9 +35,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    size: Literal["B", "L", "XL", "1B", "XXL", "2B"] | None = Field(
-        None, description="a published size, instead of dim, n_layers and n_heads"
-    )
+    size: str | None = Field(None, description="a published size, instead of dim, n_layers and n_heads")
     dim: int | None = Field(None, ge=8, description="width of the residual stream")
     n_layers: int | None = Field(None, ge=1, description="transformer blocks")
     n_heads: int | None = Field(None, ge=1, description="attention heads; dim / n_heads is the head width")
@@ -61,6 +59,14 @@ class ModelSection(_Section):
         "what the backward pass computes again to save memory, with equal results: nothing, all but products and "
         "attention (selective), or whole blocks",
     )
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _is_a_size(cls, value: Any) -> str | None:
+        if value is None or (isinstance(value, str) and value in SIZES):
+            return value
+        *others, last = map(repr, SIZES)
+        raise PydanticCustomError("size", f"{', '.join(others)} or {last}")
 
     def shape(self) -> dict[str, int]:
         """Return dim, n_layers and n_heads, from `size` or as given."""

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from npp_ds.distributed.environment import (
-    Place,
-    host_of_environment,
+    ProcessInfo,
+    host_name,
     lacks_srun,
-    place_of_environment,
-    variables_of_srun,
+    read_environment,
+    srun_rendezvous,
 )
 from npp_ds.distributed.host_memory import keep_freed_memory
 from npp_ds.errors import RendezvousError, UserError
@@ -68,7 +68,7 @@ class Processes:
     def on_all(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """This process's result of `action(*arguments)`; what a person can mend on any process is raised on all."""
         result, problem = _attempt(action, *arguments)
-        found = self.gather(problem and (problem, f"rank {self.rank}, host {host_of_environment()}"))
+        found = self.gather(problem and (problem, f"rank {self.rank}, host {host_name()}"))
         if problems := [p for p in found if p is not None]:
             text, who = problems[0]
             raise UserError(text if len(problems) == self.world_size else f"{who}: {text}", on_all_ranks=True)
@@ -97,8 +97,8 @@ def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
             f"SLURM job {os.environ['SLURM_JOB_ID']} has room for {os.environ['SLURM_NTASKS']} tasks, but this process "
             "is none of them: it would train alone; start it with srun, or one task per node with torchrun in it"
         )
-    os.environ.update(variables_of_srun())
-    place = place_of_environment()
+    os.environ.update(srun_rendezvous())
+    place = read_environment()
     for name, value in {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size}.items():
         os.environ[name] = str(value)  # DeepSpeed reads them, whoever launched us
     cuda = torch.cuda.is_available()
@@ -132,7 +132,7 @@ def _gpu_of(local_rank: int, visible: int) -> int:
     )
 
 
-def _meet(place: Place, patience: timedelta, timeout: timedelta) -> dist.Store:
+def _meet(place: ProcessInfo, patience: timedelta, timeout: timedelta) -> dist.Store:
     """The store through which the processes of this launch find each other, once all have come within `patience`."""
     if place.world_size == 1:
         return dist.HashStore()
@@ -142,7 +142,7 @@ def _meet(place: Place, patience: timedelta, timeout: timedelta) -> dist.Store:
     except (RuntimeError, ValueError) as error:  # ValueError: a variable is missing
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RendezvousError(
-            f"rank {place.rank} on {host_of_environment()} did not meet all {place.world_size} processes at {where} "
+            f"rank {place.rank} on {host_name()} did not meet all {place.world_size} processes at {where} "
             f"(MASTER_ADDR:MASTER_PORT) within {patience}: {str(error).splitlines()[0]}"
         ) from error
     store.set_timeout(timeout)

@@ -1,4 +1,4 @@
-"""`npp doctor`: says in seconds, and before a run begins, what would stop it later, on which node, and what to do.
+"""`npp doctor`: check machine, processes and run in seconds, and report what would stop the run, on which node.
 
-Looks at what the other rooms will use and leaves nothing behind; nothing imports it but the command line.
+Uses most other packages and leaves nothing behind; only the command line imports it.
 """

@@ -1,9 +1,10 @@
-"""The examination from top to bottom: meet, look at this process, compare, then what only all can try together.
+"""The doctor from top to bottom: join the process group, run the checks on every process, print one table.
 
-Every process goes through the same rounds and tells the first one what it found, through the rendezvous store: what is
-wrong on one of them is told once, and nobody waits for a process that has given up.
+Every process runs the same checks in the same order and sends each result to the first one through the rendezvous
+store, which works even if collectives fail or hang. So no process waits for one that has failed.
 """
 
+import json
 import os
 import sys
 import time
@@ -11,28 +12,34 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from threading import Timer
+from typing import Any
+
+import torch.distributed as dist
 
 from npp_ds.config.load import load_config
-from npp_ds.distributed.environment import host_of_environment, place_of_environment
+from npp_ds.distributed.environment import host_name, read_environment
 from npp_ds.distributed.process_group import RENDEZVOUS_TIMEOUT, Processes, join_processes
 from npp_ds.doctor import collectives, machine, run
-from npp_ds.doctor.context import Context
-from npp_ds.doctor.exchange import PATIENCE_SECONDS, Exchange
-from npp_ds.doctor.outcome import FAILURE, NOT_RUN, OK, WARNING, Answer, Check, Outcome, Row, merged
-from npp_ds.doctor.table import print_json, print_rows
+from npp_ds.doctor.checks import FAILURE, NOT_RUN, OK, WARNING, Check, Context, Result, Row, row_of
 from npp_ds.doctor.trial_steps import TrialSteps
 from npp_ds.errors import RendezvousError, UserError
+from npp_ds.utils.tables import make_table
 
-CONNECT_SECONDS = RENDEZVOUS_TIMEOUT.total_seconds() + PATIENCE_SECONDS  # to meet, then to connect through NCCL
-STEP_PATIENCE_SECONDS = 900.0
-ANOTHER_START, A_PERSON = 1, 2  # exit codes: which of them can mend what was found
+CHECK_TIMEOUT_SECONDS = 180.0  # Python starts slowly from a busy shared file system
+STEP_TIMEOUT_SECONDS = 900.0
+CONNECT_TIMEOUT_SECONDS = RENDEZVOUS_TIMEOUT.total_seconds() + CHECK_TIMEOUT_SECONDS  # to meet, and to connect NCCL
+CLOSE_TIMEOUT_SECONDS = 5.0
+RETRYABLE, USER_ERROR = 1, 2
+"""Exit codes: another start may succeed; the user must fix something first."""
+STYLES = {OK: "green", WARNING: "yellow", FAILURE: "bold red", NOT_RUN: "dim"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at: without recipe and file the machine alone, with `step` also a step of the model."""
+    """What to check: only the machine if there is no recipe and no file; with `step`, also training steps."""
 
     recipe: str | None = None
     file: Path | None = None
@@ -45,121 +52,166 @@ class Request:
         return self.recipe is not None or self.file is not None
 
 
-def examine(request: Request) -> int:
-    """Prints the findings on the first process and returns the exit code, the same on all; the group stays joined.
+def run_doctor(request: Request) -> int:
+    """Print the table on the first process and return the exit code, the same on all; the process group stays joined.
 
-    0 when nothing stops the run; 2 when something in settings or data does, which only a person can mend; 1 when it is
-    a machine, or what processes do together: another start, perhaps on other nodes, may do better.
+    The code is 0 if nothing would stop the run, USER_ERROR for a problem in settings or data, and RETRYABLE for one of
+    a machine or between processes, which another start, perhaps on other nodes, may not have.
 
-    Raises UserError for a request that names no run and asks for one.
+    Raises UserError for a request that names no run but needs one.
     """
     if not request.names_run and (request.step or request.overrides):
-        raise UserError("--step and key=value are about a run: add --recipe NAME or --config FILE", on_all_ranks=True)
-    began = time.perf_counter()
-    # A collective that nobody answers is then an exception here, and not the end of the process.
+        raise UserError("--step and key=value need a run: add --recipe NAME or --config FILE", on_all_ranks=True)
+    start = time.perf_counter()
+    # A collective that no other process joins then raises an exception and does not end this process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
-        # One without its GPU would join through gloo, and the others would wait for it in NCCL.
-        if reason := machine.missing_gpu(place_of_environment().local_rank):
+        # A process without its GPU would join with gloo, while the others would wait for it in NCCL.
+        if reason := machine.missing_gpu(read_environment().local_rank):
             _report_alone(reason, request.as_json)
-            return ANOTHER_START
-        with _ending_after(CONNECT_SECONDS, request.as_json):
-            processes = join_processes(timedelta(seconds=PATIENCE_SECONDS))
+            return RETRYABLE
+        with _exit_after(CONNECT_TIMEOUT_SECONDS, request.as_json):
+            processes = join_processes(timedelta(seconds=CHECK_TIMEOUT_SECONDS))
     except UserError as error:
         _report_alone(str(error), request.as_json, lasting=True)
-        return A_PERSON
+        return USER_ERROR
     except RuntimeError as error:
         _report_alone(_why_not_joined(error), request.as_json)
-        return ANOTHER_START
-    seconds = time.perf_counter() - began
+        return RETRYABLE
+    seconds = time.perf_counter() - start
     try:
-        return Examination(request, processes).run(seconds)
-    except RuntimeError as error:  # of the store: the first process has gone, and says why itself
+        return Runner(request, processes).run(seconds)
+    except RuntimeError as error:  # raised by the store: the first process has ended and reports the reason itself
         _report_alone(f"the first process does not answer ({error})", request.as_json)
-        return ANOTHER_START
+        return RETRYABLE
 
 
-class Examination:
-    """One process's part."""
+class StoreExchange:
+    """Gather and broadcast JSON values through the rendezvous store. All processes call the same methods in order."""
+
+    _created = count()  # a process group may use a second one
+
+    def __init__(self, processes: Processes):
+        self.rank, self.world_size = processes.rank, processes.world_size
+        # torch has no public name for the store of the process group, and another store would need another port.
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"doctor-{next(self._created)}", store)
+        self._round = 0
+
+    def gather(self, value: Any, timeout: float = CHECK_TIMEOUT_SECONDS) -> list[Any]:
+        """Return all values by rank on the first process, None for those missing after `timeout` seconds; else []."""
+        self._round += 1
+        self._store.set(f"{self._round}/{self.rank}", json.dumps(value))
+        if self.rank:
+            return []
+        deadline = time.monotonic() + timeout
+        return [self._read(f"{self._round}/{rank}", deadline) for rank in range(self.world_size)]
+
+    def broadcast(self, value: Any, timeout: float = CHECK_TIMEOUT_SECONDS) -> Any:
+        """Return the value of the first process on all. Raises RuntimeError if none arrives in `timeout` seconds."""
+        self._round += 1
+        key = f"{self._round}/first"
+        if self.rank == 0:
+            self._store.set(key, json.dumps(value))
+            return value
+        self._store.wait([key], timedelta(seconds=timeout))
+        return json.loads(self._store.get(key))
+
+    def close(self) -> None:
+        """Let the first process, which holds the store, wait a moment until the others no longer need it."""
+        done = self._store.add("done", 1)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_SECONDS
+        while self.rank == 0 and done < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+            done = self._store.add("done", 0)
+
+    def _read(self, key: str, deadline: float) -> Any:
+        try:
+            self._store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+        except RuntimeError:
+            return None
+        return json.loads(self._store.get(key))
+
+
+class Runner:
+    """Run the checks of one process; on the first process, collect the rows and print them."""
 
     def __init__(self, request: Request, processes: Processes):
         self.request, self.processes = request, processes
-        self.exchange = Exchange(processes)
-        self.nodes: list[str] = self.exchange.tell(self.exchange.collect(host_of_environment()))
+        self.exchange = StoreExchange(processes)
+        self.nodes: list[str] = self.exchange.broadcast(self.exchange.gather(host_name()))
         self.context = Context(processes, self.nodes)
         self.rows: list[Row] = []
 
-    def run(self, seconds_to_meet: float) -> int:
-        met = Check("processes", lambda _: self._met(seconds_to_meet))
-        has_failed = self._round([met, *self._local_checks()], RENDEZVOUS_TIMEOUT.total_seconds())  # they import too
+    def run(self, connect_seconds: float) -> int:
+        """Run all checks, print the table on the first process, and return the exit code, the same on all."""
+        joined = Check("processes", lambda _: self._joined(connect_seconds))
+        # Imports on a slow file system are part of the first round.
+        has_failed = self._round([joined, *self._local_checks()], RENDEZVOUS_TIMEOUT.total_seconds())
         checks = [*collectives.CHECKS, *(collectives.CHECKS_OF_RUN if self.request.names_run else ())]
-        has_failed = self._one_by_one(checks, PATIENCE_SECONDS, has_failed)
+        has_failed = self._one_by_one(checks, CHECK_TIMEOUT_SECONDS, has_failed)
         if self.request.step and not has_failed:
             stages = self.processes.on_first(lambda: self.context.schedule).stages
-            self._one_by_one(TrialSteps(self.context, stages).checks(), STEP_PATIENCE_SECONDS, has_failed)
+            self._one_by_one(TrialSteps(self.context, stages).checks(), STEP_TIMEOUT_SECONDS, has_failed)
         code = 0
         if self.processes.is_first:
             code = _print(self.rows, self.processes.world_size, len(set(self.nodes)), self.request.as_json)
-        code = self.exchange.tell(code)  # launchers kill all once one has ended badly: not before it has printed
-        self.exchange.part()
+        # A launcher kills all processes once one has failed, so none ends before the table is printed.
+        code = self.exchange.broadcast(code)
+        self.exchange.close()
         return code
 
-    def _met(self, seconds: float) -> Outcome:
+    def _joined(self, seconds: float) -> Result:
         if self.processes.world_size == 1:
-            return Outcome("one, alone")
-        return Outcome(f"{self.processes.world_size} met at {_address()} in {seconds:.1f} s", margin=-seconds)
+            return Result("a single one")
+        return Result(f"{self.processes.world_size} met at {_address()} in {seconds:.1f} s")
 
     def _local_checks(self) -> list[Check]:
         if not self.request.names_run:
             return list(machine.CHECKS)
         config = Check("config", self._read_config, lasting=True)
-        return [*machine.CHECKS, config, *(_if_read(check) for check in run.CHECKS)]
+        return [*machine.CHECKS, config, *(_with_config(check) for check in run.CHECKS)]
 
-    def _one_by_one(self, checks: Sequence[Check[Context]], patience: float, has_failed: bool) -> bool:
-        """Makes checks that need all others to be well, as long as they are; whether one has failed so far."""
+    def _read_config(self, context: Context) -> None:
+        context.config = load_config(self.request.recipe, self.request.file, self.request.overrides)
+
+    def _one_by_one(self, checks: Sequence[Check], timeout: float, has_failed: bool) -> bool:
+        """Run checks that all processes make together, until one fails; return whether any check has failed so far."""
         for check in checks:
             if has_failed:
-                self.rows.append(Row(check.name, NOT_RUN, "mend what has failed first"))
+                self.rows.append(Row(check.name, NOT_RUN, "skipped; fix the failures above first"))
             else:
-                has_failed = self._round([check], patience)
+                has_failed = self._round([check], timeout)
         return has_failed
 
-    def _read_config(self, context: Context) -> Outcome | None:
-        request = self.request
-        context.config = load_config(request.recipe, request.file, request.overrides)
-        return None
-
-    def _round(self, checks: Sequence[Check[Context]], patience: float = PATIENCE_SECONDS) -> bool:
-        """Makes the checks and adds their rows on the first process; whether one has failed anywhere, on all."""
-        outcomes = [check.outcome(self.context) for check in checks]
-        told = self.exchange.collect([asdict(outcome) if outcome else None for outcome in outcomes], patience)
-        silent = [rank for rank, answer in enumerate(told) if answer is None]
+    def _round(self, checks: Sequence[Check], timeout: float) -> bool:
+        """Run checks, add their rows on the first process, and return on all whether any check has failed so far."""
+        results = [check.run(self.context) for check in checks]
+        answers = self.exchange.gather([asdict(result) if result else None for result in results], timeout)
         for index, check in enumerate(checks):
-            answers = [
-                Answer(rank, self.nodes[rank], Outcome(**answer[index]))
-                for rank, answer in enumerate(told)
-                if answer is not None and answer[index] is not None
-            ]
-            if row := merged(check, answers):
+            of_ranks = [Result(**answer[index]) if answer and answer[index] else None for answer in answers]
+            if row := row_of(check, of_ranks, self.nodes):
                 self.rows.append(row)
-        for rank in silent:
-            reason = f"no answer within {patience:g} s: it has died or hangs"
-            self.rows.append(Row(checks[-1].name, FAILURE, f"rank {rank}: {reason}", reason, self.nodes[rank], rank))
-        return self.exchange.tell(any(row.state == FAILURE for row in self.rows), patience + PATIENCE_SECONDS)
+        for rank, answer in enumerate(answers):
+            if answer is None:
+                reason = f"no answer within {timeout:g} s: it has died or hangs"
+                text = f"rank {rank}: {reason}"
+                self.rows.append(Row(checks[-1].name, FAILURE, text, reason, self.nodes[rank], rank))
+        return self.exchange.broadcast(any(row.state == FAILURE for row in self.rows), timeout + CHECK_TIMEOUT_SECONDS)
 
 
-def _if_read(check: Check[Context]) -> Check[Context]:
-    """The check, once the config could be read."""
-    return replace(check, examine=lambda context: check.examine(context) if context.config else None)
+def _with_config(check: Check) -> Check:
+    """Return the check, which does nothing if the config could not be read."""
+    return replace(check, find=lambda context: check.find(context) if context.config else None)
 
 
 @contextmanager
-def _ending_after(seconds: float, as_json: bool) -> Iterator[None]:
-    """Ends this process when what is done meanwhile takes so long: to wait for NCCL's connections has no time limit."""
+def _exit_after(seconds: float, as_json: bool) -> Iterator[None]:
+    """End this process if the block takes longer than `seconds`: connecting NCCL has no timeout of its own."""
 
     def end() -> None:
         _report_alone(f"not connected to all at {_address()} within {seconds:g} s; see NCCL_DEBUG=INFO", as_json)
-        os._exit(ANOTHER_START)
+        os._exit(RETRYABLE)
 
     timer = Timer(seconds, end)
     timer.daemon = True
@@ -171,24 +223,41 @@ def _ending_after(seconds: float, as_json: bool) -> Iterator[None]:
 
 
 def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> int:
-    """The findings and the last line; returns the exit code."""
+    """Print the table, or JSON, and the last line; return the exit code."""
     failures, warnings = ([row for row in rows if row.state == state] for state in (FAILURE, WARNING))
-    result = FAILURE if failures else WARNING if warnings else OK
     if as_json:
-        print_json(rows, result, processes, nodes)
+        result = FAILURE if failures else WARNING if warnings else OK
+        checks = [asdict(row) for row in rows]
+        print(json.dumps({"result": result, "processes": processes, "nodes": nodes, "checks": checks}))
     else:
-        print_rows(rows)
+        _print_table(rows)
     if failures:
         _print_error(failures)
     elif not as_json:
         count = f"{len(warnings)} warning{'s' * (len(warnings) > 1)}"
         verdict = f"{count}, nothing that stops a run" if warnings else "all well"
         print(f"{verdict}: {machine.counted(processes, nodes)}", flush=True)
-    return 0 if not failures else A_PERSON if any(row.lasting for row in failures) else ANOTHER_START
+    return 0 if not failures else USER_ERROR if any(row.lasting for row in failures) else RETRYABLE
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    """Print a table on a terminal; elsewhere a line per row, which no width cuts."""
+    columns = ("check", "result", "detail")
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        cells = [(Text(row.name), Text(row.state, STYLES[row.state]), Text(row.detail)) for row in rows]
+        Console().print(make_table(columns, cells, justify="left"))
+        return
+    lines = [columns, *((row.name, row.state, row.detail) for row in rows)]
+    name_width, state_width, _ = (max(map(len, cells)) for cells in zip(*lines, strict=True))
+    for name, state, detail in lines:
+        print(f"{name:<{name_width}}  {state:<{state_width}}  {detail}")
 
 
 def _print_error(failures: Sequence[Row]) -> None:
-    """One line: of the first failure that decides the exit code."""
+    """Print one line: the first of the failures that decide the exit code."""
     first, more = min(failures, key=lambda row: not row.lasting), len(failures) - 1
     others = f" (and {more} more failure{'s' * (more > 1)} above)" if more else ""
     sys.stdout.flush()
@@ -197,11 +266,11 @@ def _print_error(failures: Sequence[Row]) -> None:
 
 
 def _report_alone(reason: str, as_json: bool, lasting: bool = False) -> None:
-    """What a process says that cannot ask the others."""
-    place = place_of_environment()
-    row = Row("processes", FAILURE, reason, reason, host_of_environment(), place.rank, lasting)
-    if place.rank == 0:
-        _print([row], place.world_size, 1, as_json)
+    """Print a failure on a process that cannot reach the others."""
+    process = read_environment()
+    row = Row("processes", FAILURE, reason, reason, host_name(), process.rank, lasting)
+    if process.rank == 0:
+        _print([row], process.world_size, 1, as_json)
     else:
         _print_error([row])
 
@@ -211,7 +280,7 @@ def _why_not_joined(error: RuntimeError) -> str:
     if "EADDRINUSE" in text:
         return f"{_address()}: the port is taken by another program; set MASTER_PORT to a free one"
     if isinstance(error, RendezvousError):
-        return f"{text}; see that all were started, and that this address and port can be reached from every node"
+        return f"{text}; check that all were started, and that every node can reach this address and port"
     return f"met at {_address()}, but not connected: {type(error).__name__}: {text[:300]}"
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 
 from npp_ds.checkpoint.folders import find_problem, folder_of, saved_steps
 from npp_ds.checkpoint.open import Weights, open_weights
-from npp_ds.distributed.environment import Place, choose_device, choose_dtype
+from npp_ds.distributed.environment import ProcessInfo, choose_device, choose_dtype
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
 from npp_ds.evaluation.features import Extractor, Progress
@@ -29,7 +29,7 @@ TABLE_FILE, TEXT_FILE, PLOT_FILE = "sweep.json", "sweep.md", "sweep.png"
 COLORS = ("#4878a8", "#d1773a", "#5a9a5a", "#8d6aa8")
 POLL_SECONDS = 1.0
 RESUME = "finished parts are kept, rerun the same command to resume"
-ALONE = Place()
+ALONE = ProcessInfo()
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ def _request(weights: Weights, value: float, name: str, settings: Settings, devi
     )
 
 
-def sample_share(sweep: Sweep, place: Place) -> None:
+def sample_share(sweep: Sweep, process: ProcessInfo) -> None:
     """Sample the unclaimed parts of all values; what every process of a sweep does except the first."""
     for point in sweep.points:
         job = sweep.sampling(point)
         with explain_os_errors(job.out, RESUME):
-            job.run(place.rank, place.world_size)
+            job.run(process.rank, process.world_size)
 
 
 def run_sweep(
@@ -145,7 +145,7 @@ def run_sweep(
     extractor: Extractor,
     out: str | Path | None = None,
     progress: Callable[[str], AbstractContextManager[Progress]] = lambda what: nullcontext(lambda done, total: None),
-    place: Place = ALONE,
+    process: ProcessInfo = ALONE,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Sample what is missing, evaluate every value, and write sweep.json, sweep.md and sweep.png to `out`.
 
@@ -159,7 +159,7 @@ def run_sweep(
     for point in sweep.points:
         what = f"{sweep.name} {point.value:g}"
         with progress(f"sampling, {what}") as shown:
-            samples = _completed(sweep.sampling(point), place, shown)
+            samples = _completed(sweep.sampling(point), process, shown)
         with progress(f"evaluating, {what}") as shown:
             result = evaluate_images(open_images(samples), reference, extractor, shown)
         write_result(result)
@@ -171,13 +171,13 @@ def run_sweep(
     return results, folder
 
 
-def _completed(job: Sampling, place: Place, progress: Progress) -> Path:
+def _completed(job: Sampling, process: ProcessInfo, progress: Progress) -> Path:
     """Wait until the samples are finished, sampling the parts that other processes abandon. Return their folder."""
     with explain_os_errors(job.out, RESUME):
-        job.run(place.rank, place.world_size, progress)
+        job.run(process.rank, process.world_size, progress)
         while job.finish() is None:
             time.sleep(POLL_SECONDS)
-            job.run(place.rank, place.world_size, progress)
+            job.run(process.rank, process.world_size, progress)
     return job.out
 
 

@@ -1,4 +1,4 @@
-"""Memory, time and cost of a run before it starts, from its config alone: `npp plan`.
+"""`npp plan`: memory, time and cost of a run before it starts, from its config alone.
 
 Imports no torch.
 """

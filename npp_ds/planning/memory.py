@@ -1,7 +1,7 @@
-"""Bytes that one process of a training run holds on its device, from the config alone. Pure: no torch.
+"""Estimate the device memory of one training process from the config alone. Needs no torch.
 
-What a block keeps for its backward pass is counted tensor by tensor, and what DeepSpeed (0.19) holds buffer by buffer;
-`python -m benchmarks.memory` measures both. `docs/planning.md` derives the formulas.
+Activations are counted tensor by tensor and the memory of DeepSpeed (0.19) buffer by buffer; `python -m
+benchmarks.memory` measures both. `docs/planning.md` derives the formulas.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from npp_ds.sizes import LOGITS_CHUNK_BYTES, block_parameters, ffn_hidden, num_p
 
 FP32 = 4
 MAX_LIVE = 1_000_000_000
-"""DeepSpeed's default of stage3_max_live_parameters: how many gathered parameters ZeRO-3 keeps at once."""
+"""DeepSpeed's default of stage3_max_live_parameters: the most gathered parameters that ZeRO-3 keeps at once."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device: every part where it is largest, and `peak`, the most that is held at one time.
+    """Bytes on one device: the maximum of each part over a step, and `peak`, the maximum of their sum.
 
-    Gradients arrive while activations go, so the peak is below the sum of the parts.
+    Activations are freed while gradients are produced, so the peak is below the sum of the parts.
     """
 
     weights: int
@@ -45,10 +45,10 @@ def training_memory(
     accumulates: bool = False,
     device: str = "cuda",
 ) -> Memory:
-    """What a step takes on one of `world_size` processes, with DeepSpeed's settings `zero` (its zero_optimization).
+    """Return the memory of a step on one of `world_size` processes, with DeepSpeed's section `zero_optimization`.
 
-    `accumulates` says whether a step has more than one micro-batch. What is not counted: the CUDA context, NCCL's
-    buffers, what the allocator loses to fragments; and offloading, as if it were off.
+    `accumulates` is True if a step has more than one micro-batch. The CUDA context, NCCL's buffers and fragmentation
+    are not counted; offloading is ignored.
     """
     rows = micro_batch_size * num_positions(config.model.grid_size, patch_side)
     share = -(-config.model.parameters() // world_size)
@@ -71,11 +71,11 @@ def training_memory(
 
 @dataclass(frozen=True)
 class _Partitioned:
-    """Bytes of weights and gradients under a ZeRO stage, and when they are there.
+    """Bytes of weights and gradients under a ZeRO stage, and when they are allocated.
 
-    `always`: between steps too; `before`: from before the forward pass on; `staging`: buffers from the first gradient
-    on; `late`: gradients that are there while the first block, the last to be computed again, is; `later`: everything
-    besides `always` at moments in which few activations are left.
+    `always`: also between steps; `before`: from before the forward pass on; `staging`: buffers from the first gradient
+    on; `late`: gradients while the first block is recomputed, which is the last one to be; `later`: everything but
+    `always` at moments with few activations left.
     """
 
     weights: int
@@ -89,7 +89,7 @@ class _Partitioned:
 
 
 def _sizes(config: RunConfig, zero: Mapping[str, Any], world_size: int) -> tuple[int, int, int, int]:
-    """Bytes of all weights, of this process's float32 gradients, of a bucket, and of a bucket on its way in float32."""
+    """Return the bytes of all weights, of this process's float32 gradients, of a bucket, and of its float32 copy."""
     count, stored = config.model.parameters(), weight_bytes(config.precision)
     bucket = zero.get("reduce_bucket_size", 500_000_000)
     return stored * count, FP32 * -(-count // world_size), stored * bucket, FP32 * min(bucket, count)
@@ -98,7 +98,7 @@ def _sizes(config: RunConfig, zero: Mapping[str, Any], world_size: int) -> tuple
 def _zero1(
     config: RunConfig, zero: Mapping[str, Any], world_size: int, accumulates: bool, activations: int
 ) -> _Partitioned:
-    """All gradients exist until the last micro-batch is done; then this process's are copied, and copied flat."""
+    """ZeRO-1: all gradients exist until the last micro-batch is done; then this process's are copied twice."""
     weights, own, bucket, sent = _sizes(config, zero, world_size)
     before, staging = (weights + bucket, 0) if accumulates else (0, bucket)
     model, dim = config.model, config.model.shape()["dim"]
@@ -111,10 +111,10 @@ def _zero1(
 def _zero2(
     config: RunConfig, zero: Mapping[str, Any], world_size: int, accumulates: bool, activations: int
 ) -> _Partitioned:
-    """Gradients pass through buckets into this process's part.
+    """ZeRO-2: gradients pass through buckets into this process's partition.
 
-    Float32 weights: the part fills as buckets are reduced, and is summed over micro-batches. bf16: it is there in
-    float32 from the first bucket on, and the norm of the largest tensor is taken in float64.
+    With float32 weights the partition fills as buckets are reduced, and is summed over micro-batches. With bf16 it is
+    allocated in float32 from the first bucket on, and the norm of the largest tensor is taken in float64.
     """
     weights, own, bucket, sent = _sizes(config, zero, world_size)
     staging = bucket * (2 if zero.get("overlap_comm", False) else 1)
@@ -131,7 +131,7 @@ def _zero2(
 def _zero3(
     config: RunConfig, zero: Mapping[str, Any], world_size: int, accumulates: bool, activations: int
 ) -> _Partitioned:
-    """Weights are gathered in the forward pass and stay, up to a limit, for the backward pass; the rest is in parts."""
+    """ZeRO-3: weights are gathered in the forward pass and kept, up to a limit, for the backward pass."""
     weights, own, bucket, sent = _sizes(config, zero, world_size)
     part, live = -(-weights // world_size), zero.get("stage3_max_live_parameters", MAX_LIVE)
     gathered = min(weights, weight_bytes(config.precision) * live) if world_size > 1 else 0
@@ -140,8 +140,8 @@ def _zero3(
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass, the head apart: as the forward pass ends, as the backward pass begins, and what
-    a block that the backward pass computes again adds."""
+    """Bytes kept for the backward pass, without the head: when the forward pass ends, when the backward pass begins,
+    and in addition while the backward pass recomputes a block."""
 
     forward: int
     backward: int
@@ -149,10 +149,10 @@ class Activations:
 
 
 def activations(config: RunConfig, rows: int, device: str, keeps_casts: bool = True) -> Activations:
-    """What the blocks and the norm behind them keep of `rows` positions.
+    """Return what the blocks and the final norm keep for `rows` positions.
 
-    Under autocast a bf16 copy of a matrix lives to the end of the forward pass, and longer where the graph needs it.
-    Measured under ZeRO-3 it does not, presumably because DeepSpeed's own linear layer casts again.
+    Under autocast a bf16 copy of each matrix lives to the end of the forward pass, and longer if the graph needs it.
+    Under ZeRO-3 measurements show no copies, presumably because DeepSpeed's own linear layer casts again.
     """
     model = config.model
     stored, computed = _widths(config.precision)
@@ -171,11 +171,12 @@ def activations(config: RunConfig, rows: int, device: str, keeps_casts: bool = T
 
 
 def block_bytes(model: ModelSection, precision: str, device: str) -> int:
-    """Bytes per position that the backward pass of one block needs of its forward pass.
+    """Return the bytes per position that one block keeps for its backward pass.
 
-    The norms keep their input in float32 (on a CPU the normalised one too) and its root mean square; attention keeps
-    its input, q, k and v as projected, q and k rotated, its output and a logarithm per head; the feed-forward layer
-    keeps its input (under autocast cast twice), both projections, the activation and their product; dropout its mask.
+    The norms keep their input in float32 (on a CPU also the normalised input) and its root mean square; attention keeps
+    its input, the projected q, k and v, the rotated q and k, its output and a logsumexp per head; the feed-forward
+    layer keeps its input (under autocast two casts of it), both projections, the activation and the product; dropout
+    keeps its mask.
     """
     stored, computed = _widths(precision)
     dim, heads, kv_dim, hidden = _shape(model)
@@ -187,47 +188,47 @@ def block_bytes(model: ModelSection, precision: str, device: str) -> int:
 
 
 def products_bytes(model: ModelSection, precision: str) -> int:
-    """Bytes per position of what `selective` checkpointing keeps of one block: every product and the attention."""
+    """Return the bytes per position that `selective` checkpointing keeps of one block: all products and attention."""
     _, computed = _widths(precision)
     dim, heads, kv_dim, hidden = _shape(model)
     return computed * ((dim + 2 * kv_dim) + dim + dim + 2 * hidden + dim) + FP32 * heads
 
 
 def _shape(model: ModelSection) -> tuple[int, int, int, int]:
-    """(width, heads, width of all keys, width of the feed-forward layer)."""
+    """Return (width, heads, width of all keys, width of the feed-forward layer)."""
     dim, heads = model.shape()["dim"], model.shape()["n_heads"]
     return dim, heads, (model.n_kv_heads or heads) * (dim // heads), ffn_hidden(dim, model.ffn_multiple_of)
 
 
 def weight_bytes(precision: str) -> int:
-    """Bytes of a weight as it is stored and sent."""
+    """Return the bytes of a weight as it is stored and sent."""
     return _widths(precision)[0]
 
 
 def _widths(precision: str) -> tuple[int, int]:
-    """Bytes of a weight as it is stored, and as products use it."""
+    """Return the bytes of a weight as it is stored, and as matrix products use it."""
     return {"fp32": (4, 4), "autocast_bf16": (4, 2), "bf16": (2, 2)}[precision]
 
 
 def _norm(dim: int, device: str) -> int:
-    """Bytes per position that a norm keeps."""
+    """Return the bytes per position that a norm keeps."""
     return FP32 * (dim * (2 if device == "cpu" else 1) + 1)
 
 
 def _mask(width: int, device: str) -> int:
-    """Bytes of one element of a dropout mask: one on a GPU; on a CPU it is of the type of what it masks."""
+    """Return the bytes per element of a dropout mask: one on a GPU; on a CPU the mask has the dtype of its input."""
     return width if device == "cpu" else 1
 
 
 def _head(config: RunConfig, rows: int, device: str) -> tuple[int, int, int]:
-    """(bytes of the head's gradients, which its forward pass forms; bytes that it needs besides while it does; bytes of
-    the copy of the weight's gradient that its backward pass makes where weights are not float32)."""
+    """Return the bytes of the head's gradients, which its forward pass computes; of its working memory in that pass;
+    and of the copy of the weight's gradient that its backward pass makes if weights are not float32."""
     stored, computed = _widths(config.precision)
     dim, vocab = config.model.shape()["dim"], config.model.vocab_size
     hidden, weight, logits = rows * stored * dim, vocab * dim, rows * FP32 * vocab
     chunk = min(logits, LOGITS_CHUNK_BYTES[device])
     working = 2 * chunk  # a chunk's logits and their softmax
-    if computed != FP32:  # logits in bf16, cast for the softmax; later a product, which a CPU casts before it adds it
+    if computed != FP32:  # logits in bf16, cast for the softmax; then a product, which a CPU casts before adding
         product = computed * weight + (FP32 * weight if device == "cpu" else 0)
         working = chunk + chunk // 2 + max(chunk, product)
     copy = computed * weight if stored != computed else 0

@@ -1,11 +1,12 @@
-"""Which share of a GPU's peak a plan counts on: as given, as measured and committed, or assumed. Pure: no torch."""
+"""The share of a GPU's peak (MFU) that a plan assumes: as given, as measured and committed, or 0.4. Needs no torch."""
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 import npp_ds
 from npp_ds.config.schema import RunConfig
@@ -14,49 +15,66 @@ from npp_ds.sizes import SIZES, parameter_count
 from npp_ds.utils.gpu_specs import GPU, GPUS
 
 ASSUMED_MFU = 0.4
-"""Where nothing was measured."""
+"""The MFU where nothing was measured."""
 RESULTS = Path(npp_ds.__file__).parent.parent / "benchmarks/results/mfu_gpu.json"
-"""What `python -m benchmarks.mfu --gpu --out benchmarks/results` writes: there in a checkout, absent elsewhere."""
+"""The file that `python -m benchmarks.mfu --gpu --out benchmarks/results` writes; only a checkout has it."""
 SAME_SIZE = 1.5
-"""A model is taken for a published one whose number of parameters differs by less than this factor."""
-
-
+"""A model counts as the nearest published size if their numbers of parameters differ by less than this factor."""
 ENGINE = "engine"
-"""How the name of a way that trains through DeepSpeed begins; a bare loop is not what a run does."""
-CASE: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "size": (f"one of {', '.join(SIZES)}", lambda value: value in SIZES),
-    "patch_side": ("a whole number above 0", lambda value: type(value) is int and value > 0),
-    "way": ("a name", lambda value: isinstance(value, str)),
-    "gpu": ("a name", lambda value: isinstance(value, str)),
-    "mfu": ("a share between 0 and 1", lambda value: value is None or (type(value) is float and 0 < value < 1)),
-}
-"""What every case of the file has: key -> (what is expected, whether a value is that)."""
+"""Prefix of the ways that train through DeepSpeed; the benchmark also measures bare loops, which no run uses."""
 
 
 @dataclass(frozen=True)
 class Mfu:
-    """Model FLOPs over the GPU's peak; `source` tells file, device and case of a measured one."""
+    """Model FLOPs over the GPU's peak; `source` names file, device and case of a measured one."""
 
     share: float
     origin: Literal["given", "measured", "assumed"]
     source: str | None = None
 
 
-def mfu_by_side(config: RunConfig, gpu: GPU, given: float | None) -> Callable[[int], Mfu]:
-    """patch side -> MFU: `given`, else measured on this GPU for the nearest published size, else `ASSUMED_MFU`.
+class _Case(BaseModel):
+    """A case of the benchmark's file; `mfu` is None if it failed."""
 
-    Raises UserError when the file of measurements is not as the benchmark writes it.
+    size: str
+    patch_side: int = Field(ge=1)
+    way: str
+    gpu: str
+    mfu: float | None = Field(None, gt=0, lt=1)
+
+    @field_validator("size")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        if value not in SIZES:
+            raise ValueError(f"expected one of {', '.join(SIZES)}")
+        return value
+
+
+class _Machine(BaseModel):
+    gpu: str
+
+
+class _Results(BaseModel):
+    batch: int
+    machine: _Machine
+    cases: list[_Case]
+
+
+def mfu_by_side(config: RunConfig, gpu: GPU, given: float | None) -> Callable[[int], Mfu]:
+    """Return a function patch side -> MFU: `given`, else measured on this GPU for the nearest size, else assumed.
+
+    Raises UserError if the file of measurements is not as the benchmark writes it.
     """
     if given is not None:
         return lambda patch_side: Mfu(given, "given")
     known = GPUS.get(gpu.name)
-    comparable = known is not None and known.tflops == gpu.tflops  # else it is a share of another peak
+    comparable = known is not None and known.tflops == gpu.tflops  # else the measured share is of another peak
     measured = read_measured(RESULTS, gpu.name, nearest_size(config), way_of(config)) if comparable else {}
     return lambda patch_side: measured.get(patch_side, Mfu(ASSUMED_MFU, "assumed"))
 
 
 def nearest_size(config: RunConfig) -> str | None:
-    """The published size of about as many parameters, None where there is none."""
+    """Return the published size with about as many parameters, or None."""
     count = config.model.parameters()
     factors = {size: abs(math.log(count / parameter_count(**shape))) for size, shape in SIZES.items()}
     nearest = min(factors, key=factors.__getitem__)
@@ -64,42 +82,39 @@ def nearest_size(config: RunConfig) -> str | None:
 
 
 def way_of(config: RunConfig) -> str:
-    """What the benchmark calls the way that this config trains in."""
+    """Return the benchmark's name for the way in which this config trains."""
     compiled = "compiled" if config.performance.compile else "eager"
     return f"{ENGINE} {compiled}{', CUDA graphs' if config.performance.cuda_graphs else ''}"
 
 
 def read_measured(path: Path, gpu: str, size: str | None, way: str) -> dict[int, Mfu]:
-    """patch side -> MFU of the engine's cases on this GPU and of this size, {} where there is no file.
+    """Return patch side -> MFU of the engine's cases on this GPU and of this size; {} if there is no file.
 
-    Where `way` was not measured the slowest of the engine's ways counts: a plan promises no more. Raises UserError.
+    If `way` was not measured, take the slowest of the engine's ways, so that a plan promises no more. Raises UserError.
     """
     if not path.is_file():
         return {}
+    results = _read_results(path)
+    conditions = f"{results.batch} images a step on one {results.machine.gpu}"
     cases = [
-        (case, conditions)
-        for case, conditions in _cases(path)
-        if (case["gpu"], case["size"]) == (gpu, size) and case["way"].startswith(ENGINE) and case["mfu"] is not None
+        (case.way != way, case.mfu, case)
+        for case in results.cases
+        if (case.gpu, case.size) == (gpu, size) and case.way.startswith(ENGINE) and case.mfu is not None
     ]
     found: dict[int, Mfu] = {}
-    for case, conditions in sorted(cases, key=lambda c: (c[0]["way"] != way, c[0]["mfu"])):
-        source = f"{'/'.join(path.parts[-3:])}: {size} at side {case['patch_side']}, {case['way']}, {conditions}"
-        found.setdefault(case["patch_side"], Mfu(case["mfu"], "measured", source))
+    for _, mfu, case in sorted(cases, key=lambda item: item[:2]):
+        source = f"{'/'.join(path.parts[-3:])}: {size} at side {case.patch_side}, {case.way}, {conditions}"
+        found.setdefault(case.patch_side, Mfu(mfu, "measured", source))
     return found
 
 
-def _cases(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """(case, the conditions it was measured under) of a file of measurements; a case that failed has the MFU None."""
+def _read_results(path: Path) -> _Results:
     try:
-        result = json.loads(path.read_text())
-        conditions = f"{result['batch']} images a step on one {result['machine']['gpu']}"
-        for number, case in enumerate(result["cases"]):
-            for key, (expected, is_right) in CASE.items():
-                if not is_right(case.get(key)):
-                    raise ValueError(f"cases[{number}].{key} is {case.get(key)!r}, expected {expected}")
-            yield {"mfu": None, **case}, conditions
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        return _Results.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key}: found {first['input']!r}: {first['msg']}" if key else first["msg"]
         raise UserError(
             f"{path}: not what the benchmark writes: {what}; measure again with "
             "`python -m benchmarks.mfu --gpu --out benchmarks/results`, restore the file, or give --mfu"

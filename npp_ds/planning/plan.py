@@ -1,6 +1,6 @@
-"""What a run will take, before it is started: FLOPs, memory and time, from the config alone. Pure: no torch.
+"""Estimate the FLOPs, memory and time of a run from its config alone. Needs no torch.
 
-The formulas, their sources and what is left out are in `docs/planning.md`.
+`docs/planning.md` has the formulas, their sources, and what they leave out.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +21,11 @@ from npp_ds.utils.gpu_specs import GPU
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
 USABLE_MEMORY = 0.9
-"""Share of a GPU's memory that a plan fills; the rest is for the CUDA context, NCCL and what the allocator loses."""
+"""Share of a GPU's memory that a plan fills; the rest is for the CUDA context, NCCL and fragmentation."""
 COARSE_BATCH_SCALE_SHOWN = 4
-"""The schedule.coarse_batch_scale that a plan compares with when the config leaves it at 1."""
+"""The schedule.coarse_batch_scale that a plan compares with if the config leaves it at 1."""
 REPEATED_FLOPS = {"none": 1.0, "selective": 1.0, "block": 4 / 3}
-"""What activation checkpointing multiplies the FLOPs by: `block` runs a third pass as long as the forward pass."""
+"""Factor on the FLOPs by activation checkpointing: `block` runs the forward pass a second time."""
 
 Mfus = Callable[[int], Mfu]
 """patch side -> MFU."""
@@ -33,7 +33,7 @@ Mfus = Callable[[int], Mfu]
 
 @dataclass(frozen=True)
 class ZeroPlan:
-    """Memory of a GPU with one of DeepSpeed's ZeRO stages, in the training stage that takes the most."""
+    """Memory of a GPU with one of DeepSpeed's ZeRO stages, in the training stage that needs the most."""
 
     zero_stage: int
     is_chosen: bool
@@ -46,9 +46,9 @@ class ZeroPlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of the run; `flops` and `hours` are of the whole stage, seconds of one optimizer step.
+    """One stage of the run; `flops` and `hours` are those of the whole stage, seconds those of one optimizer step.
 
-    `configured_micro_batch_size` is what `npp train` takes, `micro_batch_size` the largest up to it that fits the GPU.
+    `npp train` uses `configured_micro_batch_size`; `micro_batch_size` is the largest up to it that fits the GPU.
     """
 
     patch_side: int
@@ -72,13 +72,13 @@ class StagePlan:
 
     @property
     def limit(self) -> str:
-        """What a step waits for."""
+        """What limits a step: "compute" or "communication"."""
         return "compute" if self.compute_seconds >= self.communication_seconds else "communication"
 
 
 @dataclass(frozen=True)
 class Lever:
-    """The run's time with another schedule.coarse_batch_scale, beside next-token training too."""
+    """The run's time with this schedule.coarse_batch_scale; `time_cost` is relative to next-token training."""
 
     coarse_batch_scale: int
     time_cost: float
@@ -88,8 +88,10 @@ class Lever:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `npp plan` shows. The costs are relative to next-token training on the same images: positions,
-    FLOPs, and time on these GPUs."""
+    """Everything that `npp plan` shows.
+
+    Costs are relative to next-token training on the same images, in positions, FLOPs, and time on these GPUs.
+    """
 
     name: str
     parameters: int
@@ -110,14 +112,16 @@ class Plan:
     levers: list[Lever]
 
     def as_json(self) -> dict[str, Any]:
-        """The plan as plain values, stages with their share of the FLOPs and what limits them."""
+        """Return the plan as JSON values; stages also have their share of the FLOPs and their limit."""
         stages = [{**asdict(s), "share": s.flops / self.flops, "limit": s.limit} for s in self.stages]
         return {**asdict(self), "stages": stages}
 
 
 def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, images: int | None = None) -> Plan:
-    """`mfu` None: what was measured, else an assumption (`mfu.py`). Raises UserError when the config does not fit the
-    number of images or GPUs.
+    """Return the plan of a run on `gpus` GPUs; without `mfu` it is as measured, else assumed (`mfu.py`).
+
+    Without `images` their number is that of the shards, else ImageNet's. Raises UserError if the config does not fit
+    the number of images or GPUs.
     """
     count, source = _images(config, images)
     if problems := problems_of(config, gpus, count):
@@ -150,15 +154,16 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, 
 
 
 def _images(config: RunConfig, given: int | None) -> tuple[int, str]:
-    """(training images, where the number is from)."""
+    """Return (number of training images, where the number is from)."""
     if given is not None:
         return given, "--images"
     manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
-    return (manifest.num_samples, config.data.train) if manifest else (IMAGENET, "ImageNet-1K; no shards at hand")
+    return (manifest.num_samples, config.data.train) if manifest else (IMAGENET, "ImageNet-1K; no shards available")
 
 
 def _zero_settings(own: Mapping[str, Any], precision: str) -> list[Mapping[str, Any]]:
-    """The shipped settings of ZeRO-1 (not with bf16, which refuses it), 2 and 3, the run's own in place of one."""
+    """Return the shipped settings of ZeRO-1 (not with bf16, which refuses it), 2 and 3, with the run's own in place of
+    the shipped ones of its stage."""
     numbers = (2, 3) if precision == "bf16" else (1, 2, 3)
     shipped = (read_settings(f"zero{number}")["zero_optimization"] for number in numbers)
     return [own if zero["stage"] == own["stage"] else zero for zero in shipped]
@@ -166,7 +171,7 @@ def _zero_settings(own: Mapping[str, Any], precision: str) -> list[Mapping[str, 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Which micro-batches fit a GPU."""
+    """Decides which micro-batches fit a GPU."""
 
     config: RunConfig
     gpu: GPU
@@ -180,7 +185,7 @@ class _Fit:
         return memory.peak <= USABLE_MEMORY * self.gpu.memory_gb * 1e9
 
     def micro_batch_size(self, zero: Mapping[str, Any], stage: Stage) -> int:
-        """The largest that fits of those that the config allows; 1 when none does."""
+        """Return the largest one that the config allows and that fits; 1 if none fits."""
         rows = stage.batch_size // self.gpus
         sizes = (size for size in range(stage.micro_batch_size, 0, -1) if rows % size == 0)
         return next((size for size in sizes if self.fits(self.memory(zero, stage, size))), 1)
@@ -214,11 +219,11 @@ def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfus: Mfus) ->
 
 
 def sent_bytes(config: RunConfig, zero_stage: int, gpus: int, micro_batches: int) -> float:
-    """Bytes that each GPU sends in an optimizer step, ring collectives: (n-1)/n of the whole per pass around the ring.
+    """Return the bytes that each GPU sends in an optimizer step, by ring collectives: a pass sends (n-1)/n of a buffer.
 
-    ZeRO-1 reduces the float32 gradients once a step, ZeRO-2 with every micro-batch, both by all-reduce (two passes), as
-    DeepSpeed 0.19 does for buckets of several ranks; both gather the weights once. ZeRO-3 scatters the gradients (one
-    pass) and gathers the weights with every micro-batch.
+    ZeRO-1 reduces the float32 gradients once a step and ZeRO-2 with every micro-batch, both by all-reduce (two passes),
+    as DeepSpeed 0.19 does for buckets of several ranks; both gather the weights once. With every micro-batch, ZeRO-3
+    scatters the gradients (one pass) and gathers the weights twice.
     """
     count, around = config.model.parameters(), (gpus - 1) / gpus
     gradients, weights = FP32 * count, weight_bytes(config.precision) * count
@@ -237,7 +242,7 @@ def _plan_zero(fit: _Fit, zero: Mapping[str, Any], stages: tuple[Stage, ...], is
 
 
 def _time(fit: _Fit, zero: Mapping[str, Any], stages: tuple[Stage, ...], mfus: Mfus) -> tuple[float, float, float]:
-    """(days, GPU-hours, time relative to next-token training on the same images, in batches as the last stage's)."""
+    """Return (days, GPU-hours, time relative to next-token training on the same images in the last stage's batches)."""
     hours = sum(_plan_stage(fit, zero, stage, mfus).hours for stage in stages)
     last = stages[-1]
     next_token = _plan_stage(fit, zero, replace(last, patch_side=1), mfus)
@@ -246,7 +251,7 @@ def _time(fit: _Fit, zero: Mapping[str, Any], stages: tuple[Stage, ...], mfus: M
 
 
 def _levers(config: RunConfig, fit: _Fit, zero: Mapping[str, Any], images: int, mfus: Mfus) -> Iterator[Lever]:
-    """The time without larger coarse batches and with them, where the schedule has coarse stages to enlarge."""
+    """Yield the time without and with larger coarse batches, if the schedule has coarse stages."""
     if config.schedule.stages is not None or max(config.schedule.patch_sides) == 1:
         return
     own = config.schedule.coarse_batch_scale

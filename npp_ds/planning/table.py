@@ -1,13 +1,10 @@
-"""A plan on the terminal, as tables or as JSON."""
+"""Print a plan on the terminal, as tables or as JSON."""
 
 import json
-from typing import TYPE_CHECKING
 
 from npp_ds.planning.memory import PARTS
 from npp_ds.planning.plan import USABLE_MEMORY, Plan
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from npp_ds.utils.tables import make_table
 
 STAGE_COLUMNS = ("patch side", "epochs", "steps", "positions", "batch", "peak rate", "FLOPs", "share")
 TIME_COLUMNS = ("patch side", "micro-batch", "accumulation", "MFU", "compute", "communication", "limit", "hours")
@@ -15,7 +12,7 @@ MEMORY_COLUMNS = ("ZeRO", "micro-batch", "accumulation", *PARTS, "peak", "fits")
 
 
 def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """The cells under `STAGE_COLUMNS`, a row per stage and one of totals."""
+    """Return the cells under `STAGE_COLUMNS`: a row per stage, and a last row of totals."""
     rows = [
         (
             str(s.patch_side),
@@ -38,7 +35,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def time_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """The cells under `TIME_COLUMNS`: milliseconds of one step, hours of the stage."""
+    """Return the cells under `TIME_COLUMNS`: milliseconds of one step, hours of the stage."""
     return [
         (
             str(s.patch_side),
@@ -55,7 +52,7 @@ def time_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """The cells under `MEMORY_COLUMNS`, in GB; the run's own ZeRO stage is marked."""
+    """Return the cells under `MEMORY_COLUMNS`, in GB; the run's own ZeRO stage is marked."""
     return [
         (
             f"{z.zero_stage}{' *' if z.is_chosen else ''}",
@@ -69,17 +66,17 @@ def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def mfu_notes(plan: Plan) -> list[str]:
-    """Where each MFU is from."""
+    """Return lines that say where each MFU is from."""
     lines = [f"MFU: {s.mfu.source}" for s in plan.stages if s.mfu.source]
     if lines:
-        lines.append("MFU: GPUs that get fewer images of a step each than was measured reach less")
+        lines.append("MFU: lower on GPUs that get fewer images per step than was measured")
     if any(s.mfu.origin == "assumed" for s in plan.stages):
-        lines.append("MFU: assumed where no measurement of this model on this GPU is at hand; --mfu gives another")
+        lines.append("MFU: assumed where no measurement of this model on this GPU is available; --mfu gives another")
     return list(dict.fromkeys(lines))
 
 
 def notes(plan: Plan) -> list[str]:
-    """What the tables do not say."""
+    """Return the lines below the tables."""
     gpu = plan.gpu
     lines = [
         f"cost, next-token training = 1: {plan.token_cost:.3f} in positions (token_cost), "
@@ -87,7 +84,7 @@ def notes(plan: Plan) -> list[str]:
         f"time: {plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU-hours on {plan.gpus} x {gpu.name}; a step takes the "
         f"longer of compute, at the MFU's share of {gpu.tflops:g} TFLOP/s, and communication, each GPU sending "
         f"{gpu.bandwidth(plan.gpus):g} GB/s",
-        f"memory: each part where it is largest; fits: a peak of at most {USABLE_MEMORY:.0%} of "
+        f"memory: the maximum of each part; fits: a peak of at most {USABLE_MEMORY:.0%} of "
         f"{gpu.memory_gb:g} GB; *: the ZeRO stage of the run, activation checkpointing {plan.activation_checkpointing}",
     ]
     lines[2:2] = mfu_notes(plan)
@@ -113,18 +110,8 @@ def notes(plan: Plan) -> list[str]:
     return lines
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> "Table":
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def print_plan(plan: Plan, as_json: bool = False) -> None:
+    """Print the tables and the notes, or one JSON object."""
     if as_json:
         print(json.dumps(plan.as_json()))
         return
@@ -136,8 +123,8 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
         console.width = 160
     head = f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {plan.images:,} images ({plan.images_source})"
     console.print(Text(f"{head}, {plan.precision}", style="bold"))
-    console.print(_table("stages", STAGE_COLUMNS, stage_rows(plan)))
-    console.print(_table("one step", TIME_COLUMNS, time_rows(plan)))
-    console.print(_table("memory of a GPU in GB", MEMORY_COLUMNS, memory_rows(plan)))
+    console.print(make_table(STAGE_COLUMNS, stage_rows(plan), title="stages"))
+    console.print(make_table(TIME_COLUMNS, time_rows(plan), title="one step"))
+    console.print(make_table(MEMORY_COLUMNS, memory_rows(plan), title="memory of a GPU in GB"))
     for line in notes(plan):
         console.print(Text(line), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Where in the image a model is unsure: a picture of its likelihood and accuracy by position, beside the figures."""
+"""Write the result of `npp likelihood`: figures as JSON, and a picture of likelihood and accuracy by position."""
 
 import io
 from pathlib import Path
@@ -13,11 +13,11 @@ MAPS = (
     ("top1_accuracy", "top-1 accuracy", "viridis"),
     ("top5_accuracy", "top-5 accuracy", "viridis"),
 )
-ANNOTATED = 8  # most cells in a row that have room for their number
+ANNOTATED = 8  # the most cells in a row that have space for their number
 
 
 def likelihood_picture(result: dict[str, Any]) -> bytes:
-    """PNG of what `npp_ds.evaluation.likelihood.likelihood_of` returned: three maps of the image's patches."""
+    """Return a PNG with three maps of the image's patches, from the result of `evaluation.likelihood.likelihood_of`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,7 +52,7 @@ def likelihood_picture(result: dict[str, Any]) -> bytes:
 
 
 def write_likelihood(path: Path, result: dict[str, Any]) -> Path:
-    """Writes the figures to `path` (JSON) and their picture beside it, which it returns."""
+    """Write the figures to `path` (JSON) and the picture beside it; return the picture's path."""
     picture = likelihood_picture(result)
     png = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)

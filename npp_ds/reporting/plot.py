@@ -1,10 +1,14 @@
-"""One picture of a run: losses, likelihood over time, rates, distances of samples, with the stages shaded."""
+"""Plot a run: losses, likelihood over time, rates, distances of samples, with the stages shaded."""
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from npp_ds.config.schedule import Stage
 from npp_ds.training.metrics import Event, events_named
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SHADES = ("#e3edf7", "#fdf0dd", "#e6f3e6", "#f3e6f0", "#eeeeee")
 TIME_UNITS = ((180, 1, "seconds"), (7200, 60, "minutes"), (float("inf"), 3600, "hours"))
@@ -12,23 +16,23 @@ TRAIN, VALIDATION, OWN_SIDE, RATE = "#4878a8", "#c44e52", "#dd8452", "#55834f"
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of each value and its neighbours up to `reach` places away, of fewer at the ends."""
+    """Return the mean of each value and its neighbours at most `reach` positions away, fewer at the ends."""
     parts = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [sum(part) / len(part) for part in parts]
 
 
-def _shade(axis, edges: Sequence[tuple[float, float, int]]) -> None:
-    """Colours the span of each (start, end, patch side) and, where there is room, writes its side above."""
+def _shade(axis: "Axes", edges: Sequence[tuple[float, float, int]]) -> None:
+    """Shade the span of each (start, end, patch side) and write the side above, if there is space."""
     first, last = edges[0][0], edges[-1][1]
-    place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 4), "textcoords": "offset points"}
+    above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 4), "textcoords": "offset points"}
     for i, (start, end, side) in enumerate(edges):
         axis.axvspan(start, end, color=SHADES[i % len(SHADES)], zorder=0, linewidth=0)
         if end - start > 0.06 * (last - first):
-            axis.annotate(f"{side}x{side}", ((start + end) / 2, 1), ha="center", fontsize=9, color="#555555", **place)
+            axis.annotate(f"{side}x{side}", ((start + end) / 2, 1), ha="center", fontsize=9, color="#555555", **above)
     axis.set_xlim(first, last)
 
 
-def _draw_losses(axis, events: list[Event], stages: Sequence[Stage]) -> None:
+def _draw_losses(axis: "Axes", events: list[Event], stages: Sequence[Stage]) -> None:
     axis.plot([], [], color=TRAIN, label="training, at the stage's side")
     for stage in stages:
         lines = events_named(events, "train", stage.index)
@@ -38,10 +42,11 @@ def _draw_losses(axis, events: list[Event], stages: Sequence[Stage]) -> None:
     validations = events_named(events, "validation")
     own = [e for e in validations if e["patch_side"] != 1]
     plain = [e for e in validations if e["patch_side"] == 1]
-    for points, style in (
+    styles: tuple[tuple[list[Event], dict[str, Any]], ...] = (
         (own, {"color": OWN_SIDE, "marker": "s", "linewidth": 0, "label": "validation, at the stage's side"}),
         (plain, {"color": VALIDATION, "marker": "o", "linewidth": 1.2, "label": "validation, at side 1"}),
-    ):
+    )
+    for points, style in styles:
         if points:
             axis.plot(
                 [e["step"] for e in points], [e["nll"] for e in points], markersize=4, clip_on=False, zorder=3, **style
@@ -53,7 +58,7 @@ def _seconds_at(events: list[Event], step: int) -> float:
     return max((e["elapsed_seconds"] for e in events_named(events, "train") if e["step"] <= step), default=0.0)
 
 
-def _draw_likelihood(axis, events: list[Event], stages: Sequence[Stage]) -> None:
+def _draw_likelihood(axis: "Axes", events: list[Event], stages: Sequence[Stage]) -> None:
     total = _seconds_at(events, stages[-1].end_step) or 1.0
     unit, name = next((u, n) for most, u, n in TIME_UNITS if total < most)
     points = [e for e in events_named(events, "validation") if e["patch_side"] == 1]
@@ -68,27 +73,30 @@ def _draw_likelihood(axis, events: list[Event], stages: Sequence[Stage]) -> None
     _shade(axis, [(start, end, s.patch_side) for start, end, s in spans if end > start] or [(0, 1, 1)])
 
 
-def _draw_distances(axis, events: list[Event]) -> None:
-    """The distance of samples drawn at each patch side, for those at different sides do not compare."""
+def _draw_distances(axis: "Axes", events: list[Event]) -> None:
+    """Plot the distances of samples per patch side: those of different sides are not comparable."""
     points = events_named(events, "evaluation")
     for number, side in enumerate(sorted({e["patch_side"] for e in points})):
         own = [e for e in points if e["patch_side"] == side]
-        style = {"color": VALIDATION, "marker": "o"} if side == 1 else {"color": OWN_SIDE, "marker": "sDv^"[number % 4]}
+        color, marker = (VALIDATION, "o") if side == 1 else (OWN_SIDE, "sDv^"[number % 4])
         steps, distances = [e["step"] for e in own], [e["frechet_distance"] for e in own]
-        axis.plot(steps, distances, markersize=4, linewidth=1.2, clip_on=False, zorder=3, label=f"side {side}", **style)
+        axis.plot(
+            steps, distances, color=color, marker=marker, markersize=4, linewidth=1.2, clip_on=False, zorder=3,
+            label=f"side {side}",
+        )  # fmt: skip
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=9)
 
 
 def plot_run(events: list[Event], stages: Sequence[Stage], title: str) -> bytes:
-    """PNG of a run from its events and its stage table."""
+    """Return a PNG of a run from its events and its stage table."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     evaluations = events_named(events, "evaluation")
     figure = Figure(figsize=(11, 10 if evaluations else 7), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = [["losses", "likelihood"], ["learning rate", "throughput"], ["distance", "distance"]]
+    rows: list[Any] = [["losses", "likelihood"], ["learning rate", "throughput"], ["distance", "distance"]]
     rows = rows if evaluations else rows[:2]
     panels = list(figure.subplot_mosaic(rows, height_ratios=[1.6, 1, 1][: len(rows)]).values())
     losses, likelihood, learning_rate, throughput, *distance = panels

@@ -1,7 +1,6 @@
-"""The report of a run: its picture, its page and its table, from the files in its folder."""
+"""Make the report of a run from the files in its folder: a plot, an HTML page and a table."""
 
 import base64
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,63 +19,34 @@ if TYPE_CHECKING:
 
 PLOT_FILE, PAGE_FILE, LIKELIHOOD_PLOT = "training.png", "report.html", "likelihood.png"
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; font-size: 1.2rem; }
-table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); }
-table.stages td, table.stages th { text-align: right; } table.stages tr:last-child { font-weight: bold; }
-td { vertical-align: top; } img { max-width: 100%; background: white; border-radius: 6px; }
-pre { font: .9em ui-monospace, monospace; background: var(--soft); padding: 1rem; overflow-x: auto; }
-"""
 
+def page(summary: RunSummary, pictures: Sequence[tuple[str, str, bytes | None]], config_text: str = "") -> str:
+    """Return the report as one HTML page that needs no other file.
 
-def _rows(rows: Sequence[Sequence[str]], tag: str = "td") -> str:
-    cells = ("".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) for row in rows)
-    return "".join(f"<tr>{row}</tr>\n" for row in cells)
+    `pictures` are (title, description, PNG); those that are None are left out.
+    """
+    from jinja2 import Environment, PackageLoader
 
-
-def _image(png: bytes, description: str) -> str:
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def page(
-    summary: RunSummary,
-    plot: bytes,
-    grid: bytes | None = None,
-    likelihood: bytes | None = None,
-    config_text: str = "",
-) -> str:
-    """The report as one HTML page that needs no other file: `plot`, `grid` and `likelihood` are PNGs, embedded."""
-    name = html.escape(summary.name)
-    parts = [
-        f"<h1>{name}</h1><p>{'finished' if summary.finished else 'not finished'}</p>",
-        f"<h2>Stages</h2><table class=stages>{_rows([STAGE_COLUMNS], 'th')}{_rows(stage_rows(summary))}</table>",
-    ]
-    if results := result_rows(summary):
-        parts.append(f"<h2>Results</h2><table>{_rows(results)}</table>")
-    parts.append(f"<h2>Training</h2>{_image(plot, 'losses, learning rate and images per second over steps')}")
-    if grid is not None:
-        parts.append(f"<h2>Samples</h2>{_image(grid, 'samples, one row per class')}")
-    if likelihood is not None:
-        parts.append(f"<h2>Where the model is unsure</h2>{_image(likelihood, 'likelihood and accuracy by position')}")
-    if summary.files:
-        parts.append(f"<h2>Files</h2><table>{_rows(summary.files)}</table>")
-    if summary.next_steps:
-        parts.append(f"<h2>Next</h2><pre>{html.escape(chr(10).join(summary.next_steps))}</pre>")
-    if config_text:
-        parts.append(f"<details><summary>config.yaml</summary><pre>{html.escape(config_text)}</pre></details>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n'
+    templates = Environment(loader=PackageLoader("npp_ds.reporting", "."), autoescape=True, keep_trailing_newline=True)
+    templates.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    return templates.get_template("report.html.j2").render(
+        summary=summary,
+        stage_columns=STAGE_COLUMNS,
+        stage_rows=stage_rows(summary),
+        result_rows=result_rows(summary),
+        pictures=pictures,
+        config_text=config_text,
     )
 
 
 def newest_evaluation(run_dir: Path) -> tuple[dict[str, Any], Path] | None:
-    """The newest <run_dir>/samples/*/evaluation.json and its folder, None when there is none."""
+    """Return the content of the newest <run_dir>/samples/*/evaluation.json and its folder, or None."""
     found = sorted(run_dir.glob("samples/*/evaluation.json"), key=lambda path: path.stat().st_mtime)
     return (json.loads(found[-1].read_text()), found[-1].parent) if found else None
+
+
+def _read(path: Path | None) -> bytes | None:
+    return path.read_bytes() if path and path.is_file() else None
 
 
 def _newest_grid(run_dir: Path) -> Path | None:
@@ -84,8 +54,10 @@ def _newest_grid(run_dir: Path) -> Path | None:
 
 
 def _schedule(config: "RunConfig", events: list[Event]) -> tuple[Schedule, dict[str, float]]:
-    """The stage table and its costs; where the training shards are not at hand, the stages that have begun, and the
-    costs only if those are all.
+    """Return the stage table and its costs.
+
+    If the training shards are not available, the table has the stages that have begun, and there are costs only if
+    these are all stages.
     """
     from npp_ds.data.store import manifest_at_hand
 
@@ -120,17 +92,17 @@ def report_run(
     next_steps: Sequence[str] = (),
     show: bool = True,
 ) -> RunSummary:
-    """Writes <run_dir>/training.png and report.html, prints the closing table when `show`, and returns the figures.
+    """Write <run_dir>/training.png and report.html, print the closing table if `show`, and return the figures.
 
-    `evaluation` defaults to the newest evaluation.json under <run_dir>/samples. Works on an unfinished run too. Raises
-    UserError when the folder is no run or holds no training line yet.
+    `evaluation` defaults to the newest evaluation.json under <run_dir>/samples. The run may be unfinished. Raises
+    UserError if the folder is not a run or has no training line yet.
     """
     from npp_ds.config.load import load_config
 
     run_dir = Path(run_dir)
     events = read_events(run_dir / "metrics.jsonl")
     if not events_named(events, "train"):
-        raise UserError(f"{run_dir}/metrics.jsonl: no training line yet; let the run log its first step")
+        raise UserError(f"{run_dir}/metrics.jsonl: no training line yet; wait until the run has logged its first step")
     config = load_config(file=run_dir / "config.yaml")
     schedule, costs = _schedule(config, events)
     found = newest_evaluation(run_dir)
@@ -146,9 +118,12 @@ def report_run(
     )
     plot = plot_run(events, schedule.stages, config.name)
     write_atomic(run_dir / PLOT_FILE, lambda file: file.write(plot))
-    pictures = (path.read_bytes() if path and path.is_file() else None for path in (grid, run_dir / LIKELIHOOD_PLOT))
-    text = page(summary, plot, *pictures, config.to_yaml())
-    write_text_atomic(run_dir / PAGE_FILE, text)
+    pictures = (
+        ("Training", "losses, learning rate and images per second over steps", plot),
+        ("Samples", "samples, one row per class", _read(grid)),
+        ("Where the model is unsure", "likelihood and accuracy by position", _read(run_dir / LIKELIHOOD_PLOT)),
+    )
+    write_text_atomic(run_dir / PAGE_FILE, page(summary, pictures, config.to_yaml()))
     if show:
         print_summary(summary)
     return summary

@@ -1,4 +1,4 @@
-"""The figures of a run, computed once and shown alike on the terminal and on the page."""
+"""Compute the figures of a run, which the terminal and the page both show."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from npp_ds.config.schedule import Stage
 from npp_ds.training.metrics import Event, events_named
 
 TYPICAL = ("images_per_second", "mfu", "data_wait_share")
-"""Figures of training lines that a stage is summed up by."""
+"""Figures of training lines whose median a stage reports."""
 
 
 @dataclass(frozen=True)
 class StageSummary:
-    """What one stage did so far, in seconds of training (validation and saving apart).
+    """One stage so far; `seconds` are of training, without validation and saving.
 
-    `images_per_second`, `mfu` and the shares of the time that was waited are medians over its training lines, `loss` is
-    the last one's; None when no line tells.
+    `images_per_second`, `mfu` and the shares of waiting time are medians over its training lines, `loss` is that of the
+    last line; None if no line has the figure.
     """
 
     patch_side: int
@@ -38,9 +38,9 @@ class RunSummary:
 
     `token_cost` counts trained positions, `flop_cost` FLOPs; `time_cost` is measured: the time the images took at each
     stage's rate over the time they would have taken at the rate of the stage with patch side 1 (None without one).
-    `validation_nll` is the last one at patch side 1, in nats per code; `saving_seconds` is the time that training stood
-    still for its `checkpoints`, `evaluation_seconds` that for its `evaluations`, of which `last_distance` is the last
-    one's; `peak_memory_gb` is the most that a process held at any time.
+    `validation_nll` is the last one at patch side 1, in nats per code. Training was paused for `saving_seconds` by its
+    `checkpoints` and for `evaluation_seconds` by its `evaluations`; `last_distance` is that of the last evaluation.
+    `peak_memory_gb` is the most that any process held.
     """
 
     name: str
@@ -62,17 +62,17 @@ class RunSummary:
     next_steps: list[str] = field(default_factory=list)
 
     def total(self, name: str) -> float:
-        """Sum of a figure over the stages."""
+        """Return the sum of a figure over the stages."""
         return sum(getattr(stage, name) for stage in self.stages)
 
 
 def _known(lines: list[Event], name: str) -> list[float]:
-    """A figure of the lines that have it; those of older runs may not."""
+    """Return a figure of the lines that have it; lines of older runs may not."""
     return [e[name] for e in lines if e.get(name) is not None]
 
 
 def _typical(lines: list[Event], name: str) -> float | None:
-    """Median of a figure, the stage's first line apart where there are more: it holds the warming up."""
+    """Return the median of a figure, without the stage's first line if there are more: it includes the warm-up."""
     values = _known(lines, name)
     return median(values[1:] or values) if values else None
 
@@ -101,11 +101,11 @@ def _stage_summaries(events: list[Event], stages: Sequence[Stage]) -> list[Stage
 
 
 def _time_cost(stages: list[StageSummary]) -> float | None:
-    done = [s for s in stages if s.images]
-    plain_rate = next((s.images_per_second for s in done if s.patch_side == 1), None)
+    done = [(s.patch_side, s.images, s.images_per_second) for s in stages if s.images and s.images_per_second]
+    plain_rate = next((rate for side, _, rate in done if side == 1), None)
     if plain_rate is None:
         return None
-    return sum(s.images / s.images_per_second for s in done) * plain_rate / sum(s.images for s in done)
+    return sum(images / rate for _, images, rate in done) * plain_rate / sum(images for _, images, _ in done)
 
 
 def summarize(
@@ -119,9 +119,9 @@ def summarize(
     files: Sequence[tuple[str, str]] = (),
     next_steps: Sequence[str] = (),
 ) -> RunSummary:
-    """The figures of a run from its events (`read_events`), its stage table and what is known beside them.
+    """Return the figures of a run from its events (`read_events`), its stage table and what else is known.
 
-    `evaluation` is what `npp_ds.evaluation.evaluate.evaluate_images` returned; `files` are (what it is, where it lies).
+    `evaluation` is what `npp_ds.evaluation.evaluate.evaluate_images` returned; `files` are (description, path).
     """
     summaries = _stage_summaries(events, stages)
     saves, evaluations = events_named(events, "checkpoint"), events_named(events, "evaluation")

@@ -1,9 +1,10 @@
-"""The closing table of a run on the terminal."""
+"""Print the closing table of a run on the terminal."""
 
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from npp_ds.reporting.summary import RunSummary
+from npp_ds.utils.format import format_duration
+from npp_ds.utils.tables import make_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,34 +12,26 @@ if TYPE_CHECKING:
 STAGE_COLUMNS = ("stage", "patch side", "epochs", "steps", "time", "images/s", "last loss")
 
 SHARES = {"MFU": "mfu", "waiting for data": "data_wait_share"}
-"""Figures of a stage that are shown where they are known: shares of the GPU's peak, or of the time."""
-
-
-def duration(seconds: float) -> str:
-    """12.3 s, 4:05 min or 3 days, 2:05:00."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    text = str(timedelta(seconds=round(seconds)))
-    return f"{text.removeprefix('0:').lstrip('0')} min" if seconds < 3600 else text
+"""Shares of a stage (of the GPU's peak, or of its time) that are shown if they are known."""
 
 
 def stage_rows(summary: RunSummary) -> list[tuple[str, ...]]:
-    """The cells under `STAGE_COLUMNS`, one row per stage and a last row of totals."""
-    rows = []
+    """Return the cells under `STAGE_COLUMNS`: a row per stage, and a last row of totals."""
+    rows: list[tuple[str, ...]] = []
     for number, s in enumerate(summary.stages, start=1):
         steps = f"{s.steps:,}" if s.steps == s.planned_steps else f"{s.steps:,} of {s.planned_steps:,}"
         rate = f"{s.images_per_second:,.0f}" if s.images_per_second else "-"
         loss = f"{s.loss:.4f}" if s.loss is not None else "-"
-        rows.append((str(number), str(s.patch_side), f"{s.epochs:.3g}", steps, duration(s.seconds), rate, loss))
+        rows.append((str(number), str(s.patch_side), f"{s.epochs:.3g}", steps, format_duration(s.seconds), rate, loss))
     seconds = summary.total("seconds")
     rate = f"{summary.total('images') / seconds:,.0f}" if seconds else "-"
     steps = f"{summary.total('steps'):,}"
-    rows.append(("all", "", f"{summary.total('epochs'):.3g}", steps, duration(seconds), rate, ""))
+    rows.append(("all", "", f"{summary.total('epochs'):.3g}", steps, format_duration(seconds), rate, ""))
     return rows
 
 
 def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
-    """(what, value with unit) of everything known about the run's outcome."""
+    """Return (name, value with unit) of all results that are known."""
     rows = []
     costs = (("positions", summary.token_cost), ("FLOPs", summary.flop_cost), ("measured time", summary.time_cost))
     known = [f"{cost:.3f} in {what}" for what, cost in costs if cost is not None]
@@ -49,16 +42,16 @@ def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
         rows.append(("validation at patch side 1", value))
     if summary.checkpoints and (seconds := summary.total("seconds")):
         share = summary.saving_seconds / seconds
-        value = f"{summary.checkpoints}, training stood still for {duration(summary.saving_seconds)} ({share:.2%})"
+        value = f"{summary.checkpoints}, training paused for {format_duration(summary.saving_seconds)} ({share:.2%})"
         rows.append(("checkpoints", value))
     if summary.evaluations and (seconds := summary.total("seconds")):
         share = summary.evaluation_seconds / seconds
-        value = f"{summary.evaluations}, {duration(summary.evaluation_seconds)} beside training ({share:.2%})"
+        value = f"{summary.evaluations}, {format_duration(summary.evaluation_seconds)} beside training ({share:.2%})"
         rows.append(("evaluations while training", f"{value}, last Frechet distance {summary.last_distance:.4g}"))
     for what, name in SHARES.items():
-        known = [(s.patch_side, getattr(s, name)) for s in summary.stages if getattr(s, name) is not None]
-        if known:
-            rows.append((what, ", ".join(f"{share:.1%} at side {side}" for side, share in known)))
+        shares = [(s.patch_side, getattr(s, name)) for s in summary.stages if getattr(s, name) is not None]
+        if shares:
+            rows.append((what, ", ".join(f"{share:.1%} at side {side}" for side, share in shares)))
     if summary.peak_memory_gb is not None:
         rows.append(("peak memory", f"{summary.peak_memory_gb:.3g} GB in the process with the most"))
     return rows + _evaluation_rows(summary.evaluation)
@@ -84,22 +77,15 @@ def _evaluation_rows(evaluation: dict) -> list[tuple[str, str]]:
 
 
 def print_summary(summary: RunSummary, console: "Console | None" = None) -> None:
-    """Prints the stages, the results, where every file lies and what to run next."""
+    """Print the stages, the results, the paths of all files and what to run next."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
     state = "" if summary.finished else " (not finished)"
-    table = Table(title=f"{summary.name}{state}", title_justify="left", title_style="bold")
-    for column in STAGE_COLUMNS:
-        table.add_column(column, justify="right")
     *stages, totals = stage_rows(summary)
-    for row in stages:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*totals, style="bold")
-    console.print(table)
+    console.print(make_table(STAGE_COLUMNS, stages, title=f"{summary.name}{state}", totals=totals))
     if results := result_rows(summary):
         grid = Table.grid(padding=(0, 2))
         for what, value in results:

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 import npp_ds
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
@@ -20,6 +18,8 @@ MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_
 
 def import_deepspeed() -> ModuleType:
     """Return the package `deepspeed`, silent below warnings, ready on machines without a compiler."""
+    import torch
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

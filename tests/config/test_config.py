@@ -9,6 +9,7 @@ import yaml
 from npp_ds.config.load import load_config, problems_of, recipe_names
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
+from npp_ds.sizes import SIZES
 from npp_ds.training.deepspeed_config import engine_settings, read_settings, shipped_configs
 
 MINIMAL = {"model": {"size": "B"}, "data": {"train": "shards"}}
@@ -236,6 +237,15 @@ def test_every_recipe_is_sound(name):
     assert not problems_of(config, 2, num_samples)
     stage = config.build_schedule(num_samples, 2).stages[0]
     assert engine_settings(config, stage, 2)["train_batch_size"] == config.schedule.batch_size
+
+
+@pytest.mark.parametrize("base, prefix", [("paper_256", ""), ("ntp_256", "ntp_")])
+def test_the_recipe_of_a_size_differs_from_the_shared_one_in_name_and_size_only(base, prefix):
+    sizes = [size for size in SIZES if f"{prefix}{size.lower()}_256" in recipe_names()]
+    assert len(sizes) == 6
+    for size in sizes:
+        name = f"{prefix}{size.lower()}_256"
+        assert load_config(name) == load_config(base, overrides=[f"name={name}", f"model.size={size}"])
 
 
 def test_the_paper_recipe_is_the_default_of_every_key():

@@ -1,4 +1,4 @@
-"""A process learns from its launcher who it is, where the others are, and what to say when they do not come."""
+"""A process reads its rank and the rendezvous address from its launcher, and reports peers that do not arrive."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from npp_ds.distributed import environment, process_group
-from npp_ds.distributed.environment import Place, place_of_environment, rendezvous_port, variables_of_srun
+from npp_ds.distributed import process_group
+from npp_ds.distributed.environment import ProcessInfo, read_environment, rendezvous_port, srun_rendezvous
 from npp_ds.errors import RendezvousError, UserError
 from workers import free_port
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16", "SLURM_NODEID": "0"}
 TASK = {
     **BATCH, "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_NODEID": "1", "SLURM_STEP_ID": "2",
-    "SLURM_STEP_NUM_TASKS": "12", "SLURM_STEP_NODELIST": "gpu[08-09]", "SLURM_STEP_TASKS_PER_NODE": "8,4",
+    "SLURM_STEP_NUM_TASKS": "12", "SLURM_STEP_NUM_NODES": "2",
 }  # fmt: skip
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
 
@@ -25,53 +25,33 @@ TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
 @pytest.mark.parametrize(
     "environment, expected",
     [
-        ({}, Place()),
-        (TORCHRUN, Place(1, 1, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 0, 2)),
-        (TASK, Place(11, 3, 12)),
-        (TASK | TORCHRUN, Place(1, 1, 2)),  # torchrun in a task of srun
-        (BATCH, Place()),  # a batch script is one process, whatever SLURM_NTASKS says
-        ({"WORLD_SIZE": "2"}, Place()),
+        ({}, ProcessInfo()),
+        (TORCHRUN, ProcessInfo(1, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, ProcessInfo(1, 0, 2)),
+        (TASK, ProcessInfo(11, 3, 12)),
+        (TASK | TORCHRUN, ProcessInfo(1, 1, 2)),  # torchrun in a task of srun
+        (BATCH, ProcessInfo()),  # a batch script is one process, whatever SLURM_NTASKS says
+        ({"WORLD_SIZE": "2"}, ProcessInfo()),
     ],
 )
-def test_a_place_is_the_launchers_before_sruns_and_a_batch_script_is_alone(environment, expected):
-    assert place_of_environment(environment) == expected
+def test_ranks_are_the_launchers_before_sruns_and_a_batch_script_is_alone(environment, expected):
+    assert read_environment(environment) == expected
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_a_variable_that_is_no_number_is_named(name):
     with pytest.raises(UserError, match=f"{name}: found 'two', expected a whole number"):
-        place_of_environment(TORCHRUN | {name: "two"})
+        read_environment(TORCHRUN | {name: "two"})
 
 
-@pytest.mark.parametrize(
-    "text, nodes",
-    [
-        ("n1", ["n1"]),
-        ("node[01-03,7]", ["node01", "node02", "node03", "node7"]),
-        ("a,b[9-11]", ["a", "b9", "b10", "b11"]),
-        ("r[1-2]n[098-100]-ib,login", [f"r{r}n{n}-ib" for r in "12" for n in ("098", "099", "100")] + ["login"]),
-        ("", []),
-    ],
-)
-def test_node_lists_are_read_as_scontrol_reads_them(text, nodes):
-    assert environment.expand_nodes(text) == nodes
-
-
-def test_tasks_per_node_are_read():
-    assert environment.expand_counts("8(x2),4") == [8, 8, 4]
-    assert environment.expand_counts("1") == [1]
-
-
-def test_srun_sets_what_torchrun_would():
-    found = variables_of_srun(TASK, lambda node: f"address of {node}")
-    assert found == {
-        "RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "4",
-        "MASTER_ADDR": "address of gpu08", "MASTER_PORT": str(rendezvous_port(7, 2, 0)),
-    }  # fmt: skip
-    assert variables_of_srun(TASK | {"MASTER_PORT": "1", "MASTER_ADDR": "b"}).keys().isdisjoint({"MASTER_PORT"})
-    assert variables_of_srun(TASK | {"SLURM_STEP_NODELIST": "gpu08"})["MASTER_ADDR"] == "127.0.0.1"
-    assert variables_of_srun(TASK | TORCHRUN) == variables_of_srun(BATCH) == variables_of_srun({}) == {}
+def test_tasks_of_one_node_meet_there_and_tasks_of_several_need_an_address():
+    port = {"MASTER_PORT": str(rendezvous_port(7, 2, 0))}
+    assert srun_rendezvous(TASK | {"MASTER_ADDR": "gpu08"}) == port
+    assert srun_rendezvous(TASK | {"SLURM_STEP_NUM_NODES": "1"}) == {"MASTER_ADDR": "127.0.0.1", **port}
+    assert srun_rendezvous(TASK | {"MASTER_ADDR": "gpu08", "MASTER_PORT": "1"}) == {}
+    assert srun_rendezvous(TASK | TORCHRUN) == srun_rendezvous(BATCH) == srun_rendezvous({}) == {}
+    with pytest.raises(UserError, match=r"MASTER_ADDR: not set for a step on 2 nodes.*scontrol show hostnames"):
+        srun_rendezvous(TASK)
 
 
 def test_jobs_steps_and_restarts_that_may_share_a_node_have_ports_of_their_own():
@@ -79,19 +59,6 @@ def test_jobs_steps_and_restarts_that_may_share_a_node_have_ports_of_their_own()
     assert len(ports) == 200 * 12
     assert min(ports) >= 10_000 and max(ports) < 30_000
     assert 10_000 <= rendezvous_port(2**26, 4000, 99) < 30_000
-
-
-def test_a_node_whose_name_does_not_resolve_is_reached_where_slurm_reaches_it(tmp_path, monkeypatch):
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\necho "NodeName=$3 Arch=x\n   NodeAddr=10.0.0.8 NodeHostName=$3 Version=1"\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert environment.address_of_node("localhost") == "localhost"
-    assert environment.address_of_node("no-such-node.invalid") == "10.0.0.8"
-    scontrol.unlink()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"no-such-node\.invalid.*set MASTER_ADDR"):
-        environment.address_of_node("no-such-node.invalid")
 
 
 @pytest.fixture
@@ -128,7 +95,7 @@ def test_who_waits_in_vain_says_who_and_where(no_launcher):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         no_launcher.setenv(name, value)
     with pytest.raises(RendezvousError, match=rf"rank 0 on \S+ did not meet all 2 processes at 127\.0\.0\.1:{port} "):
-        process_group._meet(Place(0, 0, 2), timedelta(seconds=1), timedelta(minutes=1))
+        process_group._meet(ProcessInfo(0, 0, 2), timedelta(seconds=1), timedelta(minutes=1))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`npp doctor` finds what would stop a run, names the node, tells it once, ends in time and leaves nothing behind."""
+"""`npp doctor` finds what would stop a run, names the node, reports it once, ends in time and leaves nothing behind."""
 
 import io
 import json
@@ -20,12 +20,11 @@ from npp_ds.config.load import load_config
 from npp_ds.data.shards import Manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.doctor import collectives, runner
-from npp_ds.doctor.context import Context, made_for_now
-from npp_ds.doctor.exchange import Exchange
+from npp_ds.doctor.checks import FAILURE, OK, WARNING, Check, Context, Result, row_of
+from npp_ds.doctor.collectives import temporary_folder
 from npp_ds.doctor.machine import cores, gpu, gpu_memory, missing_gpu, software, world_size
-from npp_ds.doctor.outcome import FAILURE, OK, WARNING, Answer, Check, Outcome, merged
-from npp_ds.doctor.run import checkpoint_bytes, checkpoint_room, most_checkpoints, staging
-from npp_ds.doctor.runner import Examination, Request
+from npp_ds.doctor.run import checkpoint_bytes, checkpoint_space, most_checkpoints, staging
+from npp_ds.doctor.runner import Request, Runner, StoreExchange
 from npp_ds.errors import RendezvousError
 from npp_ds.training.engine import TrainingEngine
 from runs import shards_in, tiny_config
@@ -35,8 +34,8 @@ from workers import free_port
 Usage = namedtuple("Usage", "total used free")
 
 
-def examined(processes: Processes, *overrides: str, file: Path | None = None, step=False, patches=()) -> tuple:
-    """(exit code, standard output, standard error) of an examination in which each rank is a node, n0, n1, ..
+def checked(processes: Processes, *overrides: str, file: Path | None = None, step=False, patches=()) -> tuple:
+    """(exit code, standard output, standard error) of a doctor to whom each rank is a node, n0, n1, ..
 
     {node} in an override is the node's name; `patches` are (rank or None for all, target, attributes).
     """
@@ -50,7 +49,7 @@ def examined(processes: Processes, *overrides: str, file: Path | None = None, st
                 stack.enter_context(patch.multiple(target, **attributes))
         stack.enter_context(redirect_stdout(out))
         stack.enter_context(redirect_stderr(err))
-        code = Examination(request, processes).run(0.0)
+        code = Runner(request, processes).run(0.0)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -77,8 +76,8 @@ def alone(config=None, nodes=("n0",), device="cpu") -> Context:
     return Context(Processes(0, 0, len(nodes), torch.device(device)), list(nodes), config)
 
 
-def test_the_first_process_tells_that_all_is_well_and_nothing_stays_behind(pair, config_file, tmp_path):
-    (code, out, err), other = pair.run(examined, file=config_file)
+def test_the_first_process_reports_that_all_is_well_and_nothing_stays_behind(pair, config_file, tmp_path):
+    (code, out, err), other = pair.run(checked, file=config_file)
     assert (code, err) == (0, "")
     assert out.endswith("all well: 2 processes on 2 nodes\n")
     assert other == (0, "", "")
@@ -94,13 +93,13 @@ def test_a_run_folder_is_left_as_it_was(pair, config_file, tmp_path):
     folder = tmp_path / "runs" / "run"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("kept\n")
-    (code, out, _), _ = pair.run(examined, file=config_file)
+    (code, out, _), _ = pair.run(checked, file=config_file)
     assert code == 0, out
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
 
 
-def test_without_a_run_the_machine_alone_is_examined(pair):
-    (code, out, _), _ = pair.run(examined)
+def test_without_a_run_only_the_machine_is_checked(pair):
+    (code, out, _), _ = pair.run(checked)
     assert code == 0
     assert list(rows_of(out)) == [
         "processes", "world size", "software", "GPUs", "cores", "all-reduce", "speed",
@@ -114,23 +113,23 @@ def _sets_of_two_nodes(shards: Path, tmp_path: Path) -> list[str]:
 
 
 def test_each_node_may_have_its_own_copy_of_the_shards(pair, config_file, shards, tmp_path):
-    (code, out, err), _ = pair.run(examined, *_sets_of_two_nodes(shards, tmp_path), file=config_file)
+    (code, out, err), _ = pair.run(checked, *_sets_of_two_nodes(shards, tmp_path), file=config_file)
     assert (code, err) == (0, "")
-    for node in ("n0", "n1"):
-        assert f"{node}: {tmp_path}/{node}/train: 160 images" in rows_of(out)["shards"][1]
+    assert rows_of(out)["shards"][1].startswith(f"{tmp_path}/n0/train: 160 images")
 
 
 def test_a_node_without_a_shard_is_named_and_nobody_waits(pair, config_file, shards, tmp_path):
     overrides = _sets_of_two_nodes(shards, tmp_path)
     gone = tmp_path / "n1" / "train" / "train-000001.tar"
     gone.unlink()
-    (code, out, err), other = pair.run(examined, *overrides, file=config_file)
+    (code, out, err), other = pair.run(checked, *overrides, file=config_file)
     assert (code, other) == (2, (2, "", ""))
     assert err.startswith(f"error: host n1 (rank 1): shards: {gone}: No such file or directory")
     assert err.count("\n") == 1
     rows = rows_of(out)
     assert rows["shards"][0] == FAILURE
-    assert rows["all-reduce"][0] == "not run"
+    assert rows["shards"][1].startswith(f"n1: {gone}: ")
+    assert rows["all-reduce"] == ("not run", "skipped; fix the failures above first")
 
 
 def test_a_shard_of_another_size_or_content_is_found(pair, config_file, shards, tmp_path):
@@ -138,11 +137,11 @@ def test_a_shard_of_another_size_or_content_is_found(pair, config_file, shards, 
     path = tmp_path / "n1" / "train" / "train-000000.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[:-512])
-    (code, _, err), _ = pair.run(examined, *overrides, file=config_file)
+    (code, _, err), _ = pair.run(checked, *overrides, file=config_file)
     assert code == 2
     assert f"host n1 (rank 1): shards: {path}: {len(whole) - 512:,} bytes, expected {len(whole):,}" in err
     path.write_bytes(b"x" * len(whole))
-    (code, _, err), _ = pair.run(examined, *overrides, file=config_file)
+    (code, _, err), _ = pair.run(checked, *overrides, file=config_file)
     assert code == 2
     assert f"host n1 (rank 1): shards: {path}: damaged" in err
 
@@ -152,15 +151,15 @@ def test_nodes_that_see_different_sets_are_found(pair, config_file, shards, tmp_
     shutil.rmtree(tmp_path / "n1")
     write_set(tmp_path / "n1" / "train", 160, 2, seed=9)
     ours, theirs = (Manifest.load(tmp_path / n / "train").fingerprint()[:12] for n in ("n0", "n1"))
-    (code, out, err), _ = pair.run(examined, *overrides, file=config_file)
+    (code, out, err), _ = pair.run(checked, *overrides, file=config_file)
     assert code == 2
     assert err.startswith(f"error: host n1 (rank 1): shards: manifests {theirs}, ")
     assert ours in err
-    assert rows_of(out)["shards"][1].startswith(f"not alike: n0: manifests {ours}, ")
+    assert " on n0; make it the same on all nodes" in rows_of(out)["shards"][1]
 
 
-def test_a_world_size_that_does_not_divide_the_batch_is_told_once(pair, config_file):
-    (code, _, err), other = pair.run(examined, "schedule.batch_size=15", file=config_file)
+def test_a_world_size_that_does_not_divide_the_batch_is_reported_once(pair, config_file):
+    (code, _, err), other = pair.run(checked, "schedule.batch_size=15", file=config_file)
     assert (code, other) == (2, (2, "", ""))
     assert err == (
         "error: host n0 (rank 0): settings: schedule.batch_size: 15 (every stage) is no multiple of 2 processes; "
@@ -168,16 +167,16 @@ def test_a_world_size_that_does_not_divide_the_batch_is_told_once(pair, config_f
     )
 
 
-def test_a_wrong_key_is_told_once(pair, config_file):
-    (code, _, err), other = pair.run(examined, "schedule.epocs=3", file=config_file)
+def test_a_wrong_key_is_reported_once(pair, config_file):
+    (code, _, err), other = pair.run(checked, "schedule.epocs=3", file=config_file)
     assert (code, other) == (2, (2, "", ""))
     assert err.startswith("error: host n0 (rank 0): config: 1 problem")
     assert "schedule.epocs: unknown key, did you mean epochs?" in err
 
 
 def test_a_run_folder_that_is_not_shared_is_found(pair, config_file, tmp_path):
-    impatient = [(None, "npp_ds.doctor.collectives", {"SHARED_PATIENCE_SECONDS": 0.0})]
-    (code, _, err), _ = pair.run(examined, f"run_dir={tmp_path}/{{node}}/run", file=config_file, patches=impatient)
+    impatient = [(None, "npp_ds.doctor.collectives", {"SHARED_FOLDER_TIMEOUT_SECONDS": 0.0})]
+    (code, _, err), _ = pair.run(checked, f"run_dir={tmp_path}/{{node}}/run", file=config_file, patches=impatient)
     assert code == 1
     assert err.startswith(f"error: host n1 (rank 1): run folder: {tmp_path}/n1/run/.doctor-")
     assert "one run folder: set run_dir" in err
@@ -201,7 +200,7 @@ def _locks_of_one_node(path, patience):
 )
 def test_a_run_folder_without_locks_between_nodes_is_a_warning(pair, config_file, tmp_path, locks, said):
     patches = [(None, "npp_ds.doctor.collectives", {"locked": locks})]
-    (code, out, _), _ = pair.run(examined, file=config_file, patches=patches)
+    (code, out, _), _ = pair.run(checked, file=config_file, patches=patches)
     assert code == 0
     state, detail = rows_of(out)["run folder"]
     assert state == WARNING
@@ -222,42 +221,42 @@ def test_a_slow_network_between_nodes_with_gpus_is_a_warning(monkeypatch, nodes,
 
 def test_a_run_folder_that_cannot_be_made_is_found(pair, config_file, tmp_path):
     (tmp_path / "file").write_text("")
-    (code, _, err), _ = pair.run(examined, f"run_dir={tmp_path}/file/run", file=config_file)
+    (code, _, err), _ = pair.run(checked, f"run_dir={tmp_path}/file/run", file=config_file)
     assert code == 2
     assert f"{tmp_path}/file" in err
     assert "Not a directory" in err
 
 
-def _examined_with_broken_cores(processes: Processes, file: Path, *overrides: str) -> tuple:
+def _checked_with_broken_cores(processes: Processes, file: Path, *overrides: str) -> tuple:
     def broken(pid):
         raise ZeroDivisionError("affinity")
 
-    return examined(processes, *overrides, file=file, patches=[(1, os, {"sched_getaffinity": broken})])
+    return checked(processes, *overrides, file=file, patches=[(1, os, {"sched_getaffinity": broken})])
 
 
 def test_a_check_that_breaks_on_one_process_is_a_finding_that_another_start_may_not_have(pair, config_file):
-    (code, _, err), other = pair.run(_examined_with_broken_cores, config_file)
+    (code, _, err), other = pair.run(_checked_with_broken_cores, config_file)
     assert (code, other) == (1, (1, "", ""))
     assert err == "error: host n1 (rank 1): cores: ZeroDivisionError: affinity\n"
 
 
-def test_what_a_person_must_mend_decides_the_exit_code_and_is_the_one_told(pair, config_file):
-    (code, _, err), other = pair.run(_examined_with_broken_cores, config_file, "schedule.batch_size=15")
+def test_what_the_user_must_fix_decides_the_exit_code_and_is_in_the_last_line(pair, config_file):
+    (code, _, err), other = pair.run(_checked_with_broken_cores, config_file, "schedule.batch_size=15")
     assert (code, other[0]) == (2, 2)
     assert err.startswith("error: host n0 (rank 0): settings: schedule.batch_size: 15")
     assert err.endswith(" (and 1 more failure above)\n")
 
 
-def _examined_with_lost_connection(processes: Processes, file: Path) -> tuple:
+def _checked_with_lost_connection(processes: Processes, file: Path) -> tuple:
     def lost(tensor):
         raise torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error")
 
     patches = [(None, "npp_ds.doctor.collectives.dist", {"all_reduce": lost})]
-    return examined(processes, file=file, step=True, patches=patches)
+    return checked(processes, file=file, step=True, patches=patches)
 
 
 def test_an_all_reduce_that_breaks_may_do_better_at_another_start(pair, config_file):
-    (code, out, err), other = pair.run(_examined_with_lost_connection, config_file)
+    (code, out, err), other = pair.run(_checked_with_lost_connection, config_file)
     assert (code, other) == (1, (1, "", ""))
     assert err.startswith("error: host n0 (rank 0): all-reduce: DistBackendError: NCCL error")
     assert {name: state for name, (state, _) in rows_of(out).items() if state != OK} == {
@@ -265,23 +264,23 @@ def test_an_all_reduce_that_breaks_may_do_better_at_another_start(pair, config_f
     }  # fmt: skip
 
 
-def _examined_with_a_silent_one(processes: Processes) -> tuple:
+def _checked_with_a_silent_one(processes: Processes) -> tuple:
     if processes.rank == 1:  # answers the first question and no more
-        Exchange(processes).collect("n1")
+        StoreExchange(processes).gather("n1")
         return ()
-    return examined(processes, patches=[(0, runner, {"RENDEZVOUS_TIMEOUT": timedelta(seconds=0.3)})])
+    return checked(processes, patches=[(0, runner, {"RENDEZVOUS_TIMEOUT": timedelta(seconds=0.3)})])
 
 
 def test_a_silent_process_is_named_and_another_start_may_do_better(pair):
-    code, out, err = pair.run(_examined_with_a_silent_one)[0]
+    code, out, err = pair.run(_checked_with_a_silent_one)[0]
     assert code == 1
     assert rows_of(out)["all-reduce"][0] == "not run"
     assert err == "error: host n1 (rank 1): cores: no answer within 0.3 s: it has died or hangs\n"
 
 
 def _collected(processes: Processes) -> list:
-    exchange = Exchange(processes)
-    return exchange.collect("here", patience=0.3) if processes.is_first else []
+    exchange = StoreExchange(processes)
+    return exchange.gather("here", timeout=0.3) if processes.is_first else []
 
 
 def test_a_process_that_is_silent_is_not_waited_for(pair):
@@ -289,7 +288,7 @@ def test_a_process_that_is_silent_is_not_waited_for(pair):
 
 
 def test_a_step_is_made_at_each_patch_side(pair, config_file, tmp_path):
-    (code, out, err), _ = pair.run(examined, "logging.monitors=[csv]", file=config_file, step=True)
+    (code, out, err), _ = pair.run(checked, "logging.monitors=[csv]", file=config_file, step=True)
     assert code == 0, out + err
     rows = rows_of(out)
     assert [name for name in rows if name.startswith("step")] == ["step, side 4", "step, side 2", "step, side 1"]
@@ -297,18 +296,18 @@ def test_a_step_is_made_at_each_patch_side(pair, config_file, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def _examined_out_of_memory(processes: Processes, file: Path) -> tuple:
+def _checked_out_of_memory(processes: Processes, file: Path) -> tuple:
     def step(engine, number, micro_batches, rate):
         if micro_batches[0][0].shape[2] == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(engine, number, micro_batches, rate)
 
     original = TrainingEngine.step
-    return examined(processes, file=file, step=True, patches=[(None, TrainingEngine, {"step": step})])
+    return checked(processes, file=file, step=True, patches=[(None, TrainingEngine, {"step": step})])
 
 
 def test_a_step_that_does_not_fit_names_side_and_what_to_change(pair, config_file):
-    (code, out, err), _ = pair.run(_examined_out_of_memory, config_file)
+    (code, out, err), _ = pair.run(_checked_out_of_memory, config_file)
     assert code == 2
     assert rows_of(out)["step, side 2"][0] == OK
     assert err.startswith("error: host n0 (rank 0): step, side 1: out of memory")
@@ -360,14 +359,14 @@ def test_fewer_processes_than_gpus_and_a_gpu_in_use_are_warnings(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
     found = gpu_memory(alone(device="cuda"))
     assert found.state == WARNING
-    assert found.detail.startswith("GPU 0: 20.0 GB of 80.0 GB are taken already")
+    assert found.detail.startswith("GPU 0: 20.0 GB of 80.0 GB are in use")
 
 
 def test_a_deepspeed_that_cannot_be_imported_is_a_failure(monkeypatch):
     found = software(alone())
     assert found.state == OK
-    assert f"torch {torch.__version__}" in found.alike
-    assert "deepspeed 0." in found.alike
+    assert f"torch {torch.__version__}" in found.common
+    assert "deepspeed 0." in found.common
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     found = software(alone())
     assert found.state == FAILURE
@@ -406,18 +405,18 @@ def test_disks_without_room_for_checkpoints_stop_fresh_runs_alone(shards, tmp_pa
     config = tiny_config(shards, tmp_path / "run")  # saves at the ends of its three stages
     size = config.model.parameters() * 12
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, int(free * size)))
-    found = checkpoint_room(alone(config))
+    found = checkpoint_space(alone(config))
     assert found.state == fresh
-    assert "3 at most, 0 there" in found.detail
+    assert "3 at most, 0 saved" in found.detail
 
     def save(step: int) -> None:
         (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 
     save(10)
     save(20)
-    assert checkpoint_room(alone(config)).state == resumed
+    assert checkpoint_space(alone(config)).state == resumed
     save(alone(config).schedule.total_steps)
-    assert checkpoint_room(alone(config)) is None
+    assert checkpoint_space(alone(config)) is None
 
 
 def test_nodes_without_room_to_stage_are_found(shards, tmp_path, monkeypatch):
@@ -438,31 +437,26 @@ def test_nodes_without_room_to_stage_are_found(shards, tmp_path, monkeypatch):
         assert staging(alone(config)).state == state
 
 
-def _answers(*outcomes: Outcome) -> list[Answer]:
-    return [Answer(rank, f"n{rank // 2}", outcome) for rank, outcome in enumerate(outcomes)]
+def _row(*results: Result | None):
+    return row_of(Check("disk", lambda context: None), results, [f"n{rank // 2}" for rank in range(len(results))])
 
 
-def test_a_row_names_the_nodes_where_they_differ():
-    check = Check("room", lambda context: None)
-    assert merged(check, []) is None
-    assert merged(check, _answers(Outcome("fine"), Outcome("fine"), Outcome("fine"))).detail == "fine"
-    least = merged(
-        check, _answers(Outcome("9 free", margin=9), Outcome("8 free", margin=8), Outcome("7 free", margin=7))
-    )
-    assert least.detail == "7 free (the worst, on n1)"
-    bad = merged(check, _answers(Outcome("fine"), Outcome("slow", WARNING), Outcome("gone", FAILURE)))
+def test_a_row_is_ok_or_shows_the_first_process_with_the_worst_result():
+    assert _row(None, None) is None
+    assert _row(None, Result("fine"), Result("good")).detail == "fine"
+    bad = _row(Result("fine"), Result("slow", WARNING), Result("gone", FAILURE), Result("lost", FAILURE))
     assert (bad.state, bad.detail, bad.reason, bad.node, bad.rank) == (FAILURE, "n1: gone", "gone", "n1", 2)
-    odd = merged(check, _answers(*(Outcome("", alike=v) for v in ("2.1", "2.6", "2.6"))))
-    assert (odd.state, odd.rank) == (FAILURE, 0)
-    assert odd.detail == "not alike: n0: 2.1; n0, n1: 2.6"
-    assert odd.reason == "2.1, elsewhere 2.6; make it alike on all nodes"
+    lasting = _row(Result("gone", FAILURE), Result("wrong", FAILURE, lasting=True))
+    assert (lasting.reason, lasting.rank, lasting.lasting) == ("wrong", 1, True)
+    odd = _row(*(Result("", common=v) for v in ("2.1", "2.1", "2.6")))
+    assert (odd.state, odd.rank, odd.reason) == (FAILURE, 2, "2.6, but 2.1 on n0; make it the same on all nodes")
 
 
-def test_a_folder_made_for_now_goes_again_unless_it_is_used(tmp_path):
-    with made_for_now(tmp_path / "a" / "b"):
+def test_a_temporary_folder_is_removed_again_unless_it_is_used(tmp_path):
+    with temporary_folder(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
     assert not (tmp_path / "a").exists()
-    with made_for_now(tmp_path / "a" / "b"):
+    with temporary_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "file").write_text("")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
 
@@ -475,7 +469,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 @pytest.mark.processes
-def test_the_command_line_examines_with_two_processes(tmp_path):
+def test_the_command_line_checks_two_processes(tmp_path):
     file = file_of(tiny_config(shards_in(tmp_path), tmp_path / "run"), tmp_path)
     port, command = free_port(), [sys.executable, "-m", "npp_ds", "doctor", "--config", str(file), "--json"]
     started = []
@@ -498,11 +492,11 @@ def test_the_command_line_examines_with_two_processes(tmp_path):
 @pytest.mark.processes
 def test_processes_that_do_not_meet_end_in_time_with_address_and_host():
     code = (
-        "from datetime import timedelta; from npp_ds.training import launch\n"
-        "launch.RENDEZVOUS_TIMEOUT = timedelta(seconds=2)\n"
+        "from datetime import timedelta; from npp_ds.distributed import process_group\n"
+        "process_group.RENDEZVOUS_TIMEOUT = timedelta(seconds=2)\n"
     )
     port = free_port()
-    last = _last_error_of_examination(code, _environment(0, 2, port))
+    last = _last_error_of_doctor(code, _environment(0, 2, port))
     assert last.startswith("error: host n0 (rank 0): processes: rank 0 on n0 did not meet all 2 processes at 127.0.0.1")
     assert f":{port} (MASTER_ADDR:MASTER_PORT) within 0:00:02" in last
 
@@ -511,22 +505,22 @@ def test_processes_that_do_not_meet_end_in_time_with_address_and_host():
 def test_connections_that_are_never_made_end_in_time():
     code = (
         "import time; from npp_ds.doctor import runner\n"
-        "examination.CONNECT_SECONDS = 0.5; runner.join_processes = lambda timeout: time.sleep(50)\n"
+        "runner.CONNECT_TIMEOUT_SECONDS = 0.5; runner.join_processes = lambda timeout: time.sleep(50)\n"
     )
-    last = _last_error_of_examination(code, _environment(0, 2, 29500))
+    last = _last_error_of_doctor(code, _environment(0, 2, 29500))
     reason = "not connected to all at 127.0.0.1:29500 within 0.5 s; see NCCL_DEBUG=INFO"
     assert last == f"error: host n0 (rank 0): processes: {reason}"
 
 
 @pytest.mark.processes
 def test_a_process_without_the_gpu_that_slurm_gave_says_so_before_it_joins():
-    last = _last_error_of_examination("", {**_environment(0, 2, 29500), "SLURM_GPUS_ON_NODE": "2"})
+    last = _last_error_of_doctor("", {**_environment(0, 2, 29500), "SLURM_GPUS_ON_NODE": "2"})
     assert last.startswith("error: host n0 (rank 0): processes: SLURM gave 2 GPUs and torch sees 0")
 
 
-def _last_error_of_examination(prepared: str, environment: dict[str, str]) -> str:
-    """The last line on standard error of a process that examines the machine after `prepared` and ends with 1."""
-    end = "import sys; from npp_ds.doctor import runner\nsys.exit(runner.examine(runner.Request()))"
+def _last_error_of_doctor(prepared: str, environment: dict[str, str]) -> str:
+    """The last line on standard error of a process that checks the machine after `prepared` and ends with 1."""
+    end = "import sys; from npp_ds.doctor import runner\nsys.exit(runner.run_doctor(runner.Request()))"
     command = [sys.executable, "-c", prepared + end]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 1, done.stderr
@@ -538,7 +532,7 @@ def test_a_step_of_no_run_is_refused():
     command = [sys.executable, "-m", "npp_ds", "doctor", "--step"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --step and key=value are about a run: add --recipe NAME or --config FILE")
+    assert done.stderr.startswith("error: --step and key=value need a run: add --recipe NAME or --config FILE")
 
 
 def test_a_taken_port_is_named(monkeypatch):

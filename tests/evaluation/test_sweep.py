@@ -18,7 +18,7 @@ from extractors import Projection, random_images
 from image_sets import save_tiny_tokenizer
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.cli import app
-from npp_ds.distributed.environment import Place
+from npp_ds.distributed.environment import ProcessInfo
 from npp_ds.distributed.work_queue import Claims
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images
@@ -150,7 +150,7 @@ def test_a_sweep_waits_for_samples_of_other_processes_and_samples_the_parts_they
     monkeypatch.setattr("npp_ds.evaluation.sweep.POLL_SECONDS", 0.05)
     shutil.copytree(run_dir, tmp_path / "run of one process")
     expected, _ = run_sweep(open_sweep(tmp_path / "run of one process", "cfg=1,2", SETTINGS), reference, Projection(16))
-    sweep, places = open_sweep(run_dir, "cfg=1,2", SETTINGS), [Place(rank, rank, 2) for rank in range(2)]
+    sweep, places = open_sweep(run_dir, "cfg=1,2", SETTINGS), [ProcessInfo(rank, rank, 2) for rank in range(2)]
     other = sweep.sampling(sweep.points[0])
     with Claims(other.work, 1, 2) as claims:
         assert list(islice(claims.take(1, lambda part: False), 1)) == [0]

@@ -1,4 +1,4 @@
-"""A plan's numbers: FLOPs and costs as published, memory as measured, time from stated rates."""
+"""A plan's numbers: FLOPs and costs as published, memory as measured, time from documented rates."""
 
 import json
 import subprocess
@@ -111,13 +111,13 @@ def test_the_micro_batch_is_the_largest_that_fits_and_the_rest_is_accumulated():
     assert plan_of("xxl_256", "schedule.micro_batch_size=2", gpus=8).stages[-1].micro_batch_size == 2
 
 
-def test_a_run_that_fits_no_gpu_is_told_so():
+def test_a_run_that_fits_no_gpu_is_a_warning():
     result = CliRunner().invoke(app, ["plan", "--recipe", "2b_256", "--gpus", "1", "--gpu", "rtx4090"])
     assert result.exit_code == 0, result.output
     assert "WARNING: the run does not fit this GPU" in result.output
 
 
-def test_a_configured_micro_batch_that_does_not_fit_is_told_and_the_one_that_does():
+def test_a_configured_micro_batch_that_does_not_fit_is_a_warning_with_one_that_does():
     arguments = ["plan", "--recipe", "xxl_384", "--gpus", "8", "--gpu", "h100"]
     assert "WARNING" not in CliRunner().invoke(app, arguments).output
     output = CliRunner().invoke(app, [*arguments, "schedule.micro_batch_size=32"]).output
@@ -246,9 +246,9 @@ def test_the_plan_says_which_mfu_is_measured(nothing_measured):
         "MFU: benchmarks/results/mfu_gpu.json: XXL at side 1, engine eager, 256 images",
     ):
         assert expected in printed.replace("  ", " ")
-    told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["stages"]
-    assert told[0]["mfu"] == {"share": 0.4, "origin": "assumed", "source": None}
-    assert (told[1]["mfu"]["share"], told[1]["mfu"]["origin"]) == (0.5, "measured")
+    printed_json = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["stages"]
+    assert printed_json[0]["mfu"] == {"share": 0.4, "origin": "assumed", "source": None}
+    assert (printed_json[1]["mfu"]["share"], printed_json[1]["mfu"]["origin"]) == (0.5, "measured")
     given = json.loads(CliRunner().invoke(app, [*arguments, "--mfu", "0.3", "--json"]).output)["stages"]
     assert [stage["mfu"] for stage in given] == [{"share": 0.3, "origin": "given", "source": None}] * 2
 
@@ -256,16 +256,16 @@ def test_the_plan_says_which_mfu_is_measured(nothing_measured):
 @pytest.mark.parametrize(
     "text, what",
     [
-        ('{"cases": [{"si', "Unterminated string"),
-        ("[]", "list indices"),
-        ('{"batch": 256, "cases": []}', "machine is missing"),
+        ('{"cases": [{"si', "Invalid JSON"),
+        ("[]", "should be an object"),
+        ('{"batch": 256, "cases": []}', "machine: .*Field required"),
         (
             json.dumps({"batch": 256, "machine": {"gpu": "H"}, "cases": [{**CASES[0], "mfu": 48.0}]}),
-            r"cases\[0\].mfu is 48.0, expected a share",
+            r"cases.0.mfu: found 48.0: Input should be less than 1",
         ),
         (
             json.dumps({"batch": 256, "machine": {"gpu": "H"}, "cases": [{**CASES[0], "size": "S"}]}),
-            r"cases\[0\].size is 'S', expected one of B",
+            r"cases.0.size: found 'S': .*expected one of B",
         ),
     ],
 )
@@ -297,12 +297,12 @@ def test_plan_prints_tables_and_one_json_object():
         "│ 40% assumed │",
     ):
         assert expected in printed.output
-    told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
-    assert [stage["patch_side"] for stage in told["stages"]] == [2, 1]
-    assert sum(stage["share"] for stage in told["stages"]) == pytest.approx(1)
-    assert [zero["zero_stage"] for zero in told["zero"]] == [1, 2, 3]
+    printed_json = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
+    assert [stage["patch_side"] for stage in printed_json["stages"]] == [2, 1]
+    assert sum(stage["share"] for stage in printed_json["stages"]) == pytest.approx(1)
+    assert [zero["zero_stage"] for zero in printed_json["zero"]] == [1, 2, 3]
     parts = {"weights", "gradients", "optimizer", "ema", "activations", "logits", "buffers", "peak"}
-    assert all(set(zero["memory"]) == parts for zero in told["zero"])
+    assert all(set(zero["memory"]) == parts for zero in printed_json["zero"])
 
 
 def test_times_of_a_step_are_written_out():

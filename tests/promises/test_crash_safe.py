@@ -20,7 +20,7 @@ from npp_ds.checkpoint.folders import CheckpointRecord
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.checkpoint.rank_files import Fragment
 from npp_ds.checkpoint.saver import CheckpointSaver
-from npp_ds.distributed.environment import host_of_environment
+from npp_ds.distributed.environment import host_name
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.training.metrics import read_events
@@ -311,7 +311,7 @@ def test_crash_safe_one_rank_that_cannot_read_ends_all_with_one_error(pair, shar
     pair.run(run_and_stop_after, config, 3)
     texts = pair.run(_unreadable_on_one_rank, config, timeout=30)
     problem = "rank-00001-of-00002.safetensors: Input/output error; mend that or name another place"
-    assert texts == [f"rank 1, host {host_of_environment()}: {problem}"] * 2
+    assert texts == [f"rank 1, host {host_name()}: {problem}"] * 2
 
 
 def test_crash_safe_an_unreadable_checkpoint_is_not_taken_for_incomplete(pair, shards, tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ import pytest
 from image_sets import SHIPPED, few_images
 from launches import last_step
 from npp_ds.config.schema import RunConfig
-from npp_ds.distributed.environment import expand_nodes
 from runs import WATCHED, Outcome, assert_same, outcome_of, tiny_config
 from slurm_cluster import ROOT, Job, SlurmCluster, wait_for, why_not
 
@@ -68,7 +67,7 @@ def overrides(config: RunConfig, *left_out: str) -> list[str]:
 
 
 class Training(NamedTuple):
-    """A job of the shipped script; `run_dir` follows from what it was told."""
+    """A job of the shipped script; `run_dir` follows from its variables."""
 
     job: Job
     run_dir: Path
@@ -125,7 +124,8 @@ def test_a_dead_node_ends_the_job_soon_and_the_job_comes_back_on_others(slurm, s
     finally:
         slurm.start_node(node)
         slurm.wait_for_nodes()
-    nodes = [expand_nodes(text) for text in re.findall(r" nodes \((\S+)\), 2 tasks", job.log())]
+    lists = re.findall(r" nodes \((\S+)\), 2 tasks", job.log())
+    nodes = [slurm.ask("scontrol", "show", "hostnames", text).split() for text in lists]
     assert nodes == [["n1", "n2"], sorted({"n1", "n2", "n3"} - {node})]
     assert_same(outcome_of(run_dir), undisturbed)
 
@@ -156,7 +156,7 @@ def test_a_cancelled_job_stays_away(slurm, shards, tmp_path):
 
 
 @pytest.mark.parametrize("code, starts", [(2, 1), (3, 1), (1, 3), (4, 3), (137, 3)])
-def test_a_job_that_fails_or_does_not_get_on_stops_asking(slurm, shards, tmp_path, code, starts):
+def test_a_job_that_fails_or_makes_no_progress_is_not_requeued_for_ever(slurm, shards, tmp_path, code, starts):
     program = python_of(tmp_path, f"[[ $SLURM_PROCID != 1 ]] || exit {code}; exec sleep 60")
     job, _ = train(slurm, long_run(shards, tmp_path / "run"), shards, NPP_PYTHON=program)
     assert job.wait_for_end(90) == "FAILED"

@@ -1,5 +1,5 @@
-"""The SLURM scripts and their page agree with the recipes, with each other and with the arithmetic; what a job's shell
-does when SLURM is slow or odd, with stand-ins for `srun` and `scontrol`. No SLURM needed.
+"""The SLURM scripts and their page agree with the recipes, with each other and with the arithmetic. A job's shell copes
+with a slow SLURM and with lost notes; `srun` and `scontrol` are stand-ins, so no SLURM is needed.
 """
 
 import os
@@ -74,17 +74,19 @@ def test_the_estimates_on_the_page_follow_from_its_formulas(size):
 
 
 STAND_INS = {
-    # Runs one task and leaves the options out.
+    # Runs one task and ignores the options.
     "srun": """while [[ $1 == -* ]]; do shift; done
 SLURM_PROCID=0 exec "$@\"""",
-    # Fails as often as the file says; notes what it is asked for.
-    "scontrol": """read -r away <"$HERE/away"
+    # Knows two nodes. Fails as often as the file says and writes down the requests that it answers.
+    "scontrol": """[[ $2 != hostnames ]] || exec echo "$HOSTNAMES"
+read -r away <"$HERE/away"
 if ((away > 0)); then
   echo $((away - 1)) >"$HERE/away"
   echo "Unable to contact slurm controller" >&2
   exit 1
 fi
 echo "$*" >>"$HERE/asked"
+[[ $* != *"show node"* ]] || exec echo "NodeName=$4 Arch=x $NODE NodeHostName=$4"
 [[ $* != *show* ]] || echo "JobId=7 JobState=RUNNING Reason=None\"""",
     "sleep": "exit 0",
 }
@@ -129,16 +131,16 @@ def test_a_controller_that_is_away_for_a_while_loses_no_job(job_shell, tmp_path,
 def test_a_job_whose_controller_stays_away_says_so_in_the_end(job_shell, tmp_path):
     done = job_shell("exit 1", away=1000, NPP_SLURM_PATIENCE="0")
     assert done.returncode == 1 and asked(tmp_path) == []
-    assert "could not requeue the job: submit it again to go on" in done.stdout
+    assert "could not requeue the job: submit it again to resume" in done.stdout
     assert "Unable to contact slurm controller" in done.stderr
 
 
 @pytest.mark.parametrize(
     "end, requeued, then",
     [
-        ("exit 1", 2, "started 3 times without getting on: not requeued"),
+        ("exit 1", 2, "started 3 times without progress: not requeued"),
         ("kill -USR1 $(ps -o ppid= -p $PPID); exit 138", 4, "ended with 138: requeued"),
-        ("exit 75", 19, "started 20 times without getting on: not requeued"),
+        ("exit 75", 19, "started 20 times without progress: not requeued"),
     ],
 )
 def test_starts_that_were_asked_to_stop_are_no_failures_yet_end_some_time(job_shell, end, requeued, then):
@@ -182,7 +184,27 @@ def test_a_task_of_an_array_comes_back_alone(job_shell, tmp_path):
     assert asked(tmp_path) == ["-o show job 7_2", "requeue 7_2"]
 
 
-def test_what_another_launch_has_left_in_the_shell_is_not_taken_for_this_one(job_shell):
+def test_variables_of_another_launch_in_the_shell_are_dropped(job_shell):
     left = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "9")
     done = job_shell("env | grep -E '^(RANK|WORLD|LOCAL|MASTER|SLURM_EXPORT)'", **left, SLURM_EXPORT_ENV="NONE")
     assert [line for line in done.stdout.splitlines() if not line.startswith("==")] == ["SLURM_EXPORT_ENV=ALL"]
+
+
+@pytest.mark.parametrize(
+    "hostnames, node, address",
+    [
+        ("localhost\nn09", "", "localhost"),
+        ("no-such-node.invalid\nn09", "NodeAddr=10.0.0.8", "10.0.0.8"),
+        ("no-such-node.invalid\nn09", "", None),
+    ],
+)
+def test_the_tasks_of_several_nodes_meet_at_the_first_one(job_shell, hostnames, node, address):
+    several = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[08-09]", "HOSTNAMES": hostnames, "NODE": node}
+    done = job_shell("echo meet at $MASTER_ADDR; exit 2", away=1, **several)
+    assert done.returncode == 2
+    if address:
+        assert f"meet at {address}" in done.stdout.splitlines()
+    else:
+        assert (
+            "node no-such-node.invalid: its name does not resolve" in done.stderr and "set MASTER_ADDR" in done.stderr
+        )

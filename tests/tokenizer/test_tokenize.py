@@ -20,7 +20,7 @@ import image_sets
 from image_sets import encoded, save_tiny_tokenizer
 from npp_ds.data.shards import Manifest, read_shard, verify
 from npp_ds.data.store import stage
-from npp_ds.distributed.environment import Place, place_of_environment
+from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import VQConfig, VQModel, load_tokenizer, to_input
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
@@ -281,7 +281,7 @@ def test_a_process_learns_its_place_from_launchers_and_slurm(environment, place,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
-    assert place_of_environment() == Place(*place)
+    assert read_environment() == ProcessInfo(*place)
     assert runpy.run_path(str(SCRIPT))["default_workers"]() == workers
 
 
