@@ -30,6 +30,7 @@ need RUNS_DIR "the folder for run folders, on a file system that all nodes share
 PYTHON=${NPP_PYTHON:-$NPP_HOME/.venv/bin/python}
 [[ -x $PYTHON ]] || fail "$PYTHON on $(hostname): no such program; run make install in $NPP_HOME, or set NPP_PYTHON in $site"
 
+export MASTER_ADDR MASTER_PORT
 export PYTHONPATH=$NPP_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export SLURM_EXPORT_ENV=ALL # pass the variables of this script to the tasks even after sbatch --export=NONE
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not inherit it from sbatch
@@ -91,7 +92,6 @@ find_master() {
   MASTER_ADDR=$node
   getent hosts "$node" >/dev/null || MASTER_ADDR=$(patiently scontrol -o show node "$node" | grep -oP '\bNodeAddr=\K\S+')
   [[ -n $MASTER_ADDR ]] || fail "node $node: its name does not resolve and scontrol knows no address; set MASTER_ADDR in $site"
-  export MASTER_ADDR
 }
 
 count_starts() { # STARTS

@@ -1,4 +1,4 @@
-"""The command line starts fast, says what to mend in one place, and exits with codes that scripts can trust."""
+"""The command line starts fast, reports all problems of a config together, and exits with documented codes."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_a_run_with_cuda_graphs_has_the_losses_of_one_without_while_its_loader_p
 @pytest.mark.gpu
 @pytest.mark.processes
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_one_gpu_tells_its_speed_and_traces_its_kernels(tmp_path, zero_stage):
+def test_one_gpu_logs_its_speed_and_traces_its_kernels(tmp_path, zero_stage):
     keys = {"profile": {"steps": "3-4"}, "deepspeed": {"config": f"zero{zero_stage}"}}
     config = tiny_config(shards_in(tmp_path), tmp_path / "run", precision="autocast_bf16", **keys)
     file = tmp_path / "run.yaml"

@@ -90,7 +90,7 @@ def test_a_process_takes_the_gpu_of_its_number_or_the_only_one_that_slurm_shows_
         process_group._gpu_of(local_rank, visible)
 
 
-def test_who_waits_in_vain_says_who_and_where(no_launcher):
+def test_a_rendezvous_that_fails_names_rank_and_address(no_launcher):
     port = free_port()
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         no_launcher.setenv(name, value)
@@ -126,7 +126,7 @@ program.main()"""
     assert all(line.startswith("[rank 1, host n2] ") for line in done.stderr.splitlines()) or "broken" not in error
 
 
-def test_a_script_of_several_processes_tells_its_errors_as_npp_does(tmp_path):
+def test_a_script_of_several_processes_prints_its_errors_as_npp_does(tmp_path):
     command = [sys.executable, ROOT / "data_prep/tokenize_imagenet.py", "--images", tmp_path / "nowhere"]
     command += ["--out", tmp_path / "codes", "--tokenizer", "fashion_mnist", "--device", "cpu"]
     environment = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURMD_NODENAME": "n2"}

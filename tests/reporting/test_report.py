@@ -57,7 +57,7 @@ STAGES = (make_stage(0, 4, 0, 20), make_stage(1, 2, 20, 40), make_stage(2, 1, 40
 
 
 def run_lines(last_step: int = 100) -> list[dict]:
-    """A line every 5 steps at exactly `RATES` (the first of a stage says half of it), validations at stage ends."""
+    """Return a line every 5 steps at exactly `RATES` (half in the first of a stage), and validations at stage ends."""
     lines, elapsed = [], 0.0
     for stage in STAGES:
         shape = {k: v for k, v in asdict(stage).items() if k not in ("index", "start_step")}
@@ -88,8 +88,8 @@ def run_lines(last_step: int = 100) -> list[dict]:
     return lines if last_step < 100 else [*lines, {"event": "end", "step": 100, "elapsed_seconds": elapsed}]
 
 
-def write_lines(path, lines: list[dict], torn: str = "") -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+def write_lines(path, lines: list[dict], incomplete: str = "") -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + incomplete)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_stages_add_up_and_measured_cost_is_relative_to_the_rate_at_side_one():
 
 
 def test_an_unfinished_run_is_summed_up_to_its_last_line(tmp_path):
-    write_lines(tmp_path / "metrics.jsonl", run_lines(last_step=30), torn='{"event": "train", "step": 31, "lo')
+    write_lines(tmp_path / "metrics.jsonl", run_lines(last_step=30), incomplete='{"event": "train", "step": 31, "lo')
     summary = summarize("run", read_events(tmp_path / "metrics.jsonl"), STAGES)
     assert [(s.steps, s.planned_steps) for s in summary.stages] == [(20, 20), (10, 20), (0, 60)]
     assert [s.seconds for s in summary.stages] == pytest.approx([0.5, 1, 0])
@@ -155,7 +155,7 @@ def printed(summary, width: int = 160) -> str:
     return console.file.getvalue()
 
 
-def test_the_closing_table_says_everything_that_is_known():
+def test_the_closing_table_has_all_figures_that_are_known():
     summary = summarize(
         "run [1]",
         run_lines(),
@@ -186,10 +186,10 @@ def test_the_closing_table_says_everything_that_is_known():
     assert "not finished" in printed(summarize("run", run_lines(30), STAGES))
 
 
-def test_the_closing_table_says_what_held_a_stage_up_where_it_is_known():
+def test_the_closing_table_has_mfu_and_waiting_times_if_they_are_known():
     lines = run_lines()
     plain = printed(summarize("run", lines, STAGES))
-    assert not any(word in plain for word in ("MFU", "waiting", "memory")), "lines of older runs do not tell"
+    assert not any(word in plain for word in ("MFU", "waiting", "memory")), "lines of older runs lack them"
     for line in lines:
         if line["event"] == "train":
             side, is_first = line["patch_side"], line["step"] in (5, 25, 45)
@@ -266,7 +266,7 @@ def test_the_page_is_one_file_with_pictures_and_all_figures(run_dir):
     assert summary.token_cost * 0.9 < summary.flop_cost < summary.token_cost
 
 
-def test_an_unfinished_run_claims_no_cost_when_its_later_stages_are_unknown(run_dir):
+def test_an_unfinished_run_has_no_cost_if_its_later_stages_are_unknown(run_dir):
     write_lines(run_dir / "metrics.jsonl", run_lines(last_step=30))
     summary = report_run(run_dir, show=False)
     assert (summary.token_cost, summary.flop_cost) == (None, None)
