@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from npp_ds.config import RunConfig
 from npp_ds.mixing import mix64
-from npp_ds.model import ModelConfig, Transformer
 from npp_ds.schedule import Stage
 from npp_ds.training.compiling import compile_blocks
-from npp_ds.training.engine import TrainingEngine, parameter_groups
+from npp_ds.training.engine import TrainingEngine, initial_model, parameter_groups
 from npp_ds.training.host_memory import keep_freed_memory
 from npp_ds.training.launch import join_processes
 
@@ -28,8 +27,7 @@ class BareLoop:
     def __init__(self, config: RunConfig, compiled: bool, graphs: bool, device: torch.device):
         if device.type == "cpu":
             keep_freed_memory()
-        torch.manual_seed(int(mix64(config.seed) >> 1))  # the engine's weights
-        self.model = Transformer(ModelConfig(**config.model.arguments())).to(device)
+        self.model = initial_model(config).to(device)
         if compiled:
             compile_blocks(self.model)
         o, self.graphs, self.device = config.optimizer, graphs, device

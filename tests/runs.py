@@ -12,9 +12,7 @@ from npp_ds.config import RunConfig
 from npp_ds.data.loader import StageLoader
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.errors import UserError
-from npp_ds.mixing import mix64
-from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training.engine import parameter_groups
+from npp_ds.training.engine import initial_model, parameter_groups
 from npp_ds.training.launch import Processes
 from npp_ds.training.run_log import RunLog
 from npp_ds.training.trainer import Trainer
@@ -107,8 +105,7 @@ def plain_losses(config: RunConfig, steps: int) -> tuple[list[float], list[float
     """Losses, gradient norms and final weights of `steps` steps in one process, whole batches, without DeepSpeed."""
     store = stage_shards(config.data.train, config.data.cache_dir)
     schedule = config.build_schedule(len(store))
-    torch.manual_seed(int(mix64(config.seed) >> 1))
-    model = Transformer(ModelConfig(**config.model.arguments()))
+    model = initial_model(config)
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=1.0, betas=o.betas, eps=o.eps)
     losses, norms = [], []
