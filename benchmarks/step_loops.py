@@ -10,10 +10,9 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.host_memory import keep_freed_memory
 from npp_ds.distributed.process_group import join_processes
-from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sizes import num_positions
 from npp_ds.training.compile import compile_blocks
-from npp_ds.training.engine import TrainingEngine, parameter_groups
+from npp_ds.training.engine import TrainingEngine, initial_model, parameter_groups
 from npp_ds.utils.hash_rng import mix64
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -29,8 +28,7 @@ class BareLoop:
     def __init__(self, config: RunConfig, compiled: bool, graphs: bool, device: torch.device):
         if device.type == "cpu":
             keep_freed_memory()
-        torch.manual_seed(int(mix64(config.seed) >> 1))  # the engine's weights
-        self.model = Transformer(ModelConfig(**config.model.arguments())).to(device)
+        self.model = initial_model(config).to(device)
         if compiled:
             compile_blocks(self.model)
         o, self.graphs, self.device = config.optimizer, graphs, device

@@ -8,6 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def init_normal(weight: Tensor) -> None:
+    """Fill `weight` from N(0, 0.02), generated in float32 on the CPU, then rounded to the dtype of `weight`.
+
+    For one seed PyTorch generates other numbers on a GPU, and in bf16 other ones in each version, while DeepSpeed's
+    `zero.Init` (0.19.8) allocates `weight` on the GPU and in the engine's precision. Beside `weight` itself this takes
+    memory for one copy of it in float32 on the host.
+    """
+    device = "meta" if weight.is_meta else "cpu"
+    with torch.no_grad():
+        weight.copy_(torch.empty_like(weight, dtype=torch.float32, device=device).normal_(std=0.02))
+
+
 class Linear(nn.Linear):
     """A projection without bias, drawn from N(0, 0.02)."""
 
@@ -15,14 +27,14 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        init_normal(self.weight)
 
 
 class Embedding(nn.Embedding):
     """A table drawn from N(0, 0.02)."""
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        init_normal(self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -49,6 +49,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def initial_model(config: RunConfig) -> Transformer:
+    """Return a run's model with its initial weights, which depend on the model's sizes and the seed alone.
+
+    Under `zero.Init` they are partitioned and in the engine's precision, otherwise in float32 on the CPU.
+    """
+    torch.manual_seed(int(mix64(config.seed) >> 1))
+    return Transformer(ModelConfig(**config.model.arguments()))
+
+
 class TrainingEngine:
     """The model, its optimizer and DeepSpeed's engine around them."""
 
@@ -58,10 +67,9 @@ class TrainingEngine:
             deepspeed.init_distributed()
         settings = engine_settings(config, first_stage, processes.world_size)
         self.seed, self.processes = config.seed, processes
-        self.model_config = ModelConfig(**config.model.arguments())
-        torch.manual_seed(int(mix64(config.seed) >> 1))
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=settings["zero_optimization"]["stage"] == 3):
-            model = Transformer(self.model_config)
+            model = initial_model(config)
+        self.model_config = model.config
         apply_performance(model, config, processes.device)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer.weight_decay),

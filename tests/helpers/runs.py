@@ -16,11 +16,9 @@ from npp_ds.data.loader import StageLoader
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training.engine import parameter_groups
+from npp_ds.training.engine import initial_model, parameter_groups
 from npp_ds.training.hooks import Hook
 from npp_ds.training.trainer import Trainer
-from npp_ds.utils.hash_rng import mix64
 from shard_sets import write_set
 
 NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
@@ -108,8 +106,7 @@ def plain_losses(config: RunConfig, steps: int) -> tuple[list[float], list[float
     """Losses, gradient norms and final weights of `steps` steps in one process, whole batches, without DeepSpeed."""
     store = stage_shards(config.data.train, config.data.cache_dir)
     schedule = config.build_schedule(len(store))
-    torch.manual_seed(int(mix64(config.seed) >> 1))
-    model = Transformer(ModelConfig(**config.model.arguments()))
+    model = initial_model(config)
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=1.0, betas=o.betas, eps=o.eps)
     losses, norms = [], []
