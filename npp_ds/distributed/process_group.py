@@ -1,7 +1,8 @@
-"""Joins this process to its peers, as torchrun, the deepspeed launcher or SLURM's srun have started them, or alone."""
+"""Join this process to its peers, as started by torchrun, the deepspeed launcher, SLURM's srun, or alone."""
 
+import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,6 @@ from npp_ds.distributed.environment import (
     read_environment,
     srun_rendezvous,
 )
-from npp_ds.distributed.host_memory import keep_freed_memory
 from npp_ds.errors import RendezvousError, UserError
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
@@ -152,3 +152,26 @@ def _meet(place: ProcessInfo, patience: timedelta, timeout: timedelta) -> dist.S
 def leave_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of `mallopt` in glibc's malloc.h."""
+OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
+"""Variables that decide the same; `GLIBC_TUNABLES` may, too."""
+
+
+def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
+    """Lets glibc's allocator keep what tensors have freed, for the rest of this process; says whether it does.
+
+    By default a tensor of some size goes back to the system when it is freed, and the system clears every page of the
+    next one: a good part of a short step. The process then stays as large as it has been.
+    Nothing is changed under settings of the user's own, or another C library.
+    """
+    if any(name in environment for name in OF_THE_USER) or "glibc.malloc." in environment.get("GLIBC_TUNABLES", ""):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    # No tensor in a mapping of its own, and nothing of the heap's end given back.
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from npp_ds.data.loader import StageLoader
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training import performance, preflight
+from npp_ds.training import compile as compiling
+from npp_ds.training import preflight
 from npp_ds.training.cuda_graphs import use_cuda_graphs
 from npp_ds.training.engine import TrainingEngine
 from runs import WATCHED, assert_same, outcome_of, run, tiny_config
@@ -88,7 +89,7 @@ def stand_ins() -> Iterator[list[int]]:
 def allowed_without_a_gpu() -> Iterator[list[int]]:
     with (
         stand_ins() as live_at_creation,
-        patch.object(performance, "check_performance", lambda config: None),
+        patch.object(compiling, "check_performance", lambda config: None),
         patch.object(preflight, "check_performance", lambda config: None),
     ):
         yield live_at_creation
