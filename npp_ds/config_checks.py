@@ -165,7 +165,7 @@ def _section(location: tuple[str | int, ...]) -> type[BaseModel] | None:
             return None
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
         candidates += [a for c in candidates for a in getattr(c, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        section = next((c for c in candidates if hasattr(c, "model_fields")), None)  # Python 3.10: list[x] is a type
         if section is None:
             return None
     return section
