@@ -54,7 +54,7 @@ def initial_model(config: RunConfig) -> Transformer:
 
     Under `zero.Init` they are partitioned and in the engine's precision, otherwise in float32 on the CPU.
     """
-    torch.manual_seed(int(mix64(config.seed) >> 1))
+    torch.manual_seed(int(mix64(config.seed)) >> 1)
     return Transformer(ModelConfig(**config.model.arguments()))
 
 
@@ -102,7 +102,7 @@ class TrainingEngine:
         self.engine.train()
         device, losses = self.processes.device, []
         for micro_step, (codes, labels) in enumerate(micro_batches):
-            torch.manual_seed(int(mix64(self.seed, step, micro_step, self.processes.rank) >> 1))
+            torch.manual_seed(int(mix64(self.seed, step, micro_step, self.processes.rank)) >> 1)
             self.engine.set_gradient_accumulation_boundary(micro_step == len(micro_batches) - 1)
             with record_function("forward"):
                 loss = self.engine(codes.to(device, non_blocking=True), labels.to(device, non_blocking=True))

@@ -79,6 +79,8 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize("kernel", ["sdpa_flash", "sdpa_math"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_kernels_that_a_cpu_has_are_causal_attention_with_equal_gradients(kernel, kv_heads):
+    if kernel == "sdpa_flash" and kv_heads < 4 and torch.__version__ < "2.11":
+        pytest.skip("the flash kernel for CPUs of PyTorch 2.8 does not share key-value heads")
     q, k, v = (x.requires_grad_() for x in random_qkv(17, kv_heads=kv_heads))
     out = causal_attention(q, k, v, kernel)
     torch.testing.assert_close(out.double(), plain_attention(q, k, v), rtol=1e-5, atol=1e-6)

@@ -223,6 +223,7 @@ def test_only_passes_that_are_trained_on_are_captured_and_moved_weights_are_noti
         assert live_at_creation == [0, 1] * 2
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="PyTorch 2.8 needs a GPU's driver to index a stand-in")
 def test_a_forward_pass_on_a_gpu_asks_it_for_no_value():
     """Stand-ins for a GPU's tensors have no values: whatever made the host wait for one would raise."""
     with FakeTensorMode(), torch.device("cuda"):
