@@ -124,9 +124,9 @@ def encode_images(options: argparse.Namespace) -> None:
 
 
 def report(manifest, out: Path, encoded: int, seconds: float) -> None:
-    from npp_ds.utils.progress import size_against
+    from npp_ds.tokenizer.contents import compare_sizes
 
-    size = size_against(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
+    size = compare_sizes(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
     print(
         f"{out}: {manifest.num_samples} images x {manifest.num_crops} crops x {manifest.num_tokens} codes in "
         f"{len(manifest.shards)} shards, {size}; {len(manifest.skipped)} images skipped; "

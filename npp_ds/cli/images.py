@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npp_ds.cli.common import GridSize, Heads, progress_bar, warn
+from npp_ds.cli.common import GridSize, Heads, warn
 from npp_ds.distributed.environment import Place, place_of_environment
 from npp_ds.errors import UserError
+from npp_ds.utils.progress import Progress
 
 if TYPE_CHECKING:
     from npp_ds.evaluation.sweep import Sweep
@@ -102,7 +103,7 @@ def sample(
 def _draw(job: "Sampling", place: "Place") -> None:
     """Runs the sampling of this process and says what came of it."""
     try:
-        with progress_bar("sampling", shown=place.rank == 0) as progress:
+        with Progress("sampling", shown=place.rank == 0) as progress:
             drawn = job.run(place.rank, place.world_size, progress)
         record = job.finish()
     except OSError as error:
@@ -200,7 +201,7 @@ def _make_reference(
     from npp_ds.evaluation.reference import make_reference
 
     network = open_extractor(extractor, images, None, inception_weights)
-    with progress_bar("reference") as progress:
+    with Progress("reference") as progress:
         made = make_reference(out, images, network, image_size, progress)
     print(f"{out}: statistics of {made.source.num_images} images by {network.name}")
 
@@ -239,9 +240,9 @@ def _evaluate(
     images = open_images(samples)
     path = result_file(images.path, out)
     network = open_extractor(extractor, reference, images.record.get("tokenizer", {}).get("name"), inception_weights)
-    with progress_bar("reference") as progress:
+    with Progress("reference") as progress:
         loaded = load_reference(reference, network, image_size, progress)
-    with progress_bar("samples") as progress:
+    with Progress("samples") as progress:
         result = evaluate_images(images, loaded, network, progress)
     print(describe(result))
     print(f"written to {write_result(result, path)}")
@@ -264,9 +265,9 @@ def _sweep(
         draw_share(swept, place)
         return
     network = open_extractor(extractor, reference, swept.tokenizer.name, inception_weights)
-    with progress_bar("reference") as progress:
+    with Progress("reference") as progress:
         loaded = load_reference(reference, network, image_size, progress)
-    results, folder = run_sweep(swept, loaded, network, out, progress_bar, place)
+    results, folder = run_sweep(swept, loaded, network, out, Progress, place)
     print(f"{table(swept.name, results)}written to {folder}")
 
 
@@ -304,7 +305,7 @@ def likelihood(
         raise UserError(f"--out: found {path}, expected a name that ends in .json; the picture lies beside it")
     cache_dir = opened.config.data.cache_dir if opened.config else None
     options = {"limit": limit, "patch_side": patch_side, "precision": precision, "cache_dir": cache_dir}
-    with progress_bar("measuring") as progress:
+    with Progress("measuring") as progress:
         result = likelihood_of(opened, shards, **options, progress=progress)
     with writing(path):
         picture = write_likelihood(path, result)

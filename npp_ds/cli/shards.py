@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from npp_ds.cli.common import progress_bar
 from npp_ds.errors import UserError
+from npp_ds.utils.progress import Progress
 
 shards = typer.Typer(help="Look after folders of code shards.", no_args_is_help=True)
 
@@ -17,7 +17,7 @@ def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.
     from npp_ds.data.shards import Manifest
     from npp_ds.data.shards import verify as problems_of_set
 
-    with progress_bar("verifying") as progress:
+    with Progress("verifying") as progress:
         problems = problems_of_set(directory, progress)
     if problems:
         raise UserError(f"{directory}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
@@ -43,7 +43,7 @@ def show(
     from npp_ds.tokenizer.loading import tokenizer_of
     from npp_ds.utils.files import write_atomic
 
-    with progress_bar("reading") as progress:
+    with Progress("reading") as progress:
         found = contents.read_contents(directory, progress)
     print("\n".join(contents.describe(found)), flush=True)
     codes, labels = contents.random_codes(directory, found, classes, per_class, seed)

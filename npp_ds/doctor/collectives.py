@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from npp_ds.doctor.context import Context, gigabytes, made_for_now
+from npp_ds.doctor.context import Context, made_for_now
 from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
 from npp_ds.training.run_folder import check_shared
+from npp_ds.utils.format import format_bytes
 from npp_ds.utils.locks import locked
 
 GPU_MESSAGE_BYTES, CPU_MESSAGE_BYTES = 64 << 20, 4 << 20
@@ -47,9 +48,8 @@ def speed(context: Context) -> Outcome | None:
     seconds = min([_seconds_of(context, lambda: dist.all_reduce(message)) for _ in range(4)][1:])
     barrier = min(_seconds_of(context, dist.barrier) for _ in range(3))
     rate = 2 * (processes.world_size - 1) / processes.world_size * size / seconds
-    text = (
-        f"{gigabytes(size)} in {1e3 * seconds:.1f} ms ({gigabytes(rate)}/s on the bus), barrier {1e3 * barrier:.2f} ms"
-    )
+    speed = f"{format_bytes(size)} in {1e3 * seconds:.1f} ms ({format_bytes(rate)}/s on the bus)"
+    text = f"{speed}, barrier {1e3 * barrier:.2f} ms"
     if context.has_gpu and len(set(context.nodes)) > 1 and rate < SLOW_BYTES_PER_SECOND:
         advice = "see with NCCL_DEBUG=INFO which network it takes; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose one"
         return Outcome(f"{text}: slow between nodes; {advice}", WARNING)

@@ -64,11 +64,6 @@ class Context:
         return fitting_schedule(self.config, self.processes.world_size)
 
 
-def gigabytes(number: float) -> str:
-    """1.2 GB, of 1e9 bytes; small amounts in MB."""
-    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
-
-
 @contextmanager
 def made_for_now(folder: Path) -> Iterator[None]:
     """`folder` is there meanwhile; what had to be made for it goes again, unless something lies in it then."""

@@ -8,9 +8,10 @@ import torch
 
 from npp_ds import __version__
 from npp_ds.distributed.environment import is_srun_task
-from npp_ds.doctor.context import Context, gigabytes
+from npp_ds.doctor.context import Context
 from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
 from npp_ds.training.deepspeed_import import import_deepspeed
+from npp_ds.utils.format import format_bytes
 
 DRIVER = Path("/sys/module/nvidia/version")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # set by torchrun and accelerate, and by the deepspeed launcher
@@ -69,9 +70,9 @@ def gpu_memory(context: Context) -> Outcome | None:
     free, total = torch.cuda.mem_get_info(context.processes.device)
     place = f"GPU {context.processes.local_rank}"
     if total - free > BUSY_BYTES:
-        text = f"{place}: {gigabytes(total - free)} of {gigabytes(total)} are taken already"
+        text = f"{place}: {format_bytes(total - free)} of {format_bytes(total)} are taken already"
         return Outcome(f"{text}: something else runs there (nvidia-smi names it)", WARNING)
-    return Outcome(f"{gigabytes(free)} of {gigabytes(total)} free on {place}", margin=free)
+    return Outcome(f"{format_bytes(free)} of {format_bytes(total)} free on {place}", margin=free)
 
 
 def world_size(context: Context) -> Outcome:

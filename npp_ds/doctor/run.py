@@ -12,12 +12,13 @@ from npp_ds.config.schema import CheckpointSection, RunConfig
 from npp_ds.data import remote
 from npp_ds.data.shards import Manifest, ShardInfo, read_shard
 from npp_ds.data.store import find_staged, place_to_stage
-from npp_ds.doctor.context import Context, gigabytes
+from npp_ds.doctor.context import Context
 from npp_ds.doctor.outcome import FAILURE, WARNING, Check, Outcome
 from npp_ds.errors import UserError
 from npp_ds.training.partitions import MOMENTS
 from npp_ds.training.run_folder import check_settings
 from npp_ds.utils.files import nearest_folder
+from npp_ds.utils.format import format_bytes
 
 SAMPLED_SHARDS = 3
 
@@ -98,13 +99,13 @@ def staging(context: Context) -> Outcome | None:
         place = nearest_folder(root)
         margins.append(shutil.disk_usage(place).free - needed)
         if margins[-1] < 0 or not os.access(place, os.W_OK):
-            what = f"{gigabytes(-margins[-1])} too little" if margins[-1] < 0 else "not writable"
-            text = f"{root}: {what} to stage {gigabytes(needed)}"
+            what = f"{format_bytes(-margins[-1])} too little" if margins[-1] < 0 else "not writable"
+            text = f"{root}: {what} to stage {format_bytes(needed)}"
             return Outcome(f"{text}; set data.cache_dir to a local disk with room", FAILURE)
     if not needed_in:
         return Outcome("staged already")
-    text = ", ".join(f"{gigabytes(needed)} to write into {root}" for root, needed in needed_in.items())
-    return Outcome(f"{text}, {gigabytes(min(margins))} left then", margin=min(margins))
+    text = ", ".join(f"{format_bytes(needed)} to write into {root}" for root, needed in needed_in.items())
+    return Outcome(f"{text}, {format_bytes(min(margins))} left then", margin=min(margins))
 
 
 def checkpoint_room(context: Context) -> Outcome | None:
@@ -122,7 +123,7 @@ def checkpoint_room(context: Context) -> Outcome | None:
         return None
     size, most = checkpoint_bytes(config), most_checkpoints(context.schedule, config.checkpoint)
     free = shutil.disk_usage(nearest_folder(folder)).free
-    text = f"{gigabytes(size)} each, {most} at most, {len(saved)} there; {gigabytes(free)} free in {folder}"
+    text = f"{format_bytes(size)} each, {most} at most, {len(saved)} there; {format_bytes(free)} free in {folder}"
     advice = "free some, lower checkpoint.keep_last, or set run_dir to a larger disk"
     if free < size and not saved:
         return Outcome(f"{text}; {advice}", FAILURE)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from npp_ds.config.schedule import Stage
-from npp_ds.doctor.context import Context, gigabytes
+from npp_ds.doctor.context import Context
 from npp_ds.doctor.outcome import FAILURE, Check, Outcome
 from npp_ds.model.patches import group
 from npp_ds.training.engine import TrainingEngine
+from npp_ds.utils.format import format_bytes
 
 MICRO_BATCHES = 2  # from the second on, gradients of the first are held too
 
@@ -34,7 +35,7 @@ class TrialSteps:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-        total = gigabytes(_total_bytes(self.context))
+        total = format_bytes(_total_bytes(self.context))
         return Outcome(
             f"out of memory ({total}) at patch side {stage.patch_side} with {stage.micro_batch_size} images at a time; "
             f"lower schedule.micro_batch_size, set deepspeed.config=zero3, use more processes or a smaller model",
@@ -67,7 +68,7 @@ class TrialSteps:
 
     def _fits(self, text: str) -> Outcome:
         peak, total = _peak_bytes(self.context), _total_bytes(self.context)
-        return Outcome(f"{text}; {gigabytes(peak)} of {gigabytes(total)} at the peak", margin=total - peak)
+        return Outcome(f"{text}; {format_bytes(peak)} of {format_bytes(total)} at the peak", margin=total - peak)
 
     def _random_batch(self, stage: Stage) -> tuple[Tensor, Tensor]:
         """codes[b, N, k] and labels[b] of one micro-batch."""

@@ -1,9 +1,9 @@
 """The closing table of a run on the terminal."""
 
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from npp_ds.reporting.summary import RunSummary
+from npp_ds.utils.format import format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,14 +14,6 @@ SHARES = {"MFU": "mfu", "waiting for data": "data_wait_share", "waiting in excha
 """Figures of a stage that are shown where they are known: shares of the GPU's peak, or of the time."""
 
 
-def duration(seconds: float) -> str:
-    """12.3 s, 4:05 min or 3 days, 2:05:00."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    text = str(timedelta(seconds=round(seconds)))
-    return f"{text.removeprefix('0:').lstrip('0')} min" if seconds < 3600 else text
-
-
 def stage_rows(summary: RunSummary) -> list[tuple[str, ...]]:
     """The cells under `STAGE_COLUMNS`, one row per stage and a last row of totals."""
     rows = []
@@ -29,11 +21,11 @@ def stage_rows(summary: RunSummary) -> list[tuple[str, ...]]:
         steps = f"{s.steps:,}" if s.steps == s.planned_steps else f"{s.steps:,} of {s.planned_steps:,}"
         rate = f"{s.images_per_second:,.0f}" if s.images_per_second else "-"
         loss = f"{s.loss:.4f}" if s.loss is not None else "-"
-        rows.append((str(number), str(s.patch_side), f"{s.epochs:.3g}", steps, duration(s.seconds), rate, loss))
+        rows.append((str(number), str(s.patch_side), f"{s.epochs:.3g}", steps, format_duration(s.seconds), rate, loss))
     seconds = summary.total("seconds")
     rate = f"{summary.total('images') / seconds:,.0f}" if seconds else "-"
     steps = f"{summary.total('steps'):,}"
-    rows.append(("all", "", f"{summary.total('epochs'):.3g}", steps, duration(seconds), rate, ""))
+    rows.append(("all", "", f"{summary.total('epochs'):.3g}", steps, format_duration(seconds), rate, ""))
     return rows
 
 
@@ -49,11 +41,13 @@ def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
         rows.append(("validation at patch side 1", value))
     if summary.checkpoints and (seconds := summary.total("seconds")):
         share = summary.saving_seconds / seconds
-        value = f"{summary.checkpoints}, training stood still for {duration(summary.saving_seconds)} ({share:.2%})"
+        value = (
+            f"{summary.checkpoints}, training stood still for {format_duration(summary.saving_seconds)} ({share:.2%})"
+        )
         rows.append(("checkpoints", value))
     if summary.evaluations and (seconds := summary.total("seconds")):
         share = summary.evaluation_seconds / seconds
-        value = f"{summary.evaluations}, {duration(summary.evaluation_seconds)} beside training ({share:.2%})"
+        value = f"{summary.evaluations}, {format_duration(summary.evaluation_seconds)} beside training ({share:.2%})"
         rows.append(("evaluations while training", f"{value}, last Frechet distance {summary.last_distance:.4g}"))
     for what, name in SHARES.items():
         known = [(s.patch_side, getattr(s, name)) for s in summary.stages if getattr(s, name) is not None]

@@ -18,7 +18,7 @@ import numpy as np
 
 from npp_ds import __version__
 from npp_ds.checkpoint.weights import Weights
-from npp_ds.distributed.work_queue import Claims, locked
+from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.model import Transformer
 from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, write_npy, write_pngs, write_samples
@@ -29,6 +29,7 @@ from npp_ds.tokenizer.vq import VQModel
 from npp_ds.utils.differences import differences
 from npp_ds.utils.files import write_atomic, write_json_atomic
 from npp_ds.utils.git import git_commit
+from npp_ds.utils.locks import locked
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
@@ -108,10 +109,10 @@ class Sampling:
             self._check_folder()  # again, now that nobody else can begin
             if not (self.work / SETTINGS_FILE).is_file():
                 write_json_atomic(self.work / SETTINGS_FILE, self._settings())
-        with Claims(self.work, rank, world_size) as claims:
-            for part in claims.take(self.part_count, lambda part: self._is_sound(part) or self.finished):
+        with WorkQueue(self.work, rank, world_size) as queue:
+            for part in queue.take(self.part_count, lambda part: self._is_sound(part) or self.finished):
                 self._draw(part, progress)
-                claims.release(part)
+                queue.release(part)
         return self._drawn
 
     def finish(self) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from npp_ds.data.shards import Manifest, read_shard, read_sound
 from npp_ds.errors import UserError
-from npp_ds.utils.progress import size_against
+from npp_ds.utils.format import format_bytes
 
 LISTED_CLASSES = 40
 BAR = 40
@@ -72,13 +72,21 @@ def describe(contents: Contents) -> list[str]:
         f"codes        {m.grid_size} x {m.grid_size} a crop, vocabulary {m.vocab_size:,}",
         f"tokenizer    {m.tokenizer.name}, SHA-256 {m.tokenizer.sha256}",
         f"precision    {m.tokenizer.precision}" + (f" ({m.tokenizer.agreement})" if m.tokenizer.agreement else ""),
-        f"shards       {len(m.shards)}, {size_against(stored, source.get('bytes'))}",
+        f"shards       {len(m.shards)}, {compare_sizes(stored, source.get('bytes'))}",
         f"made by      {m.created_by}",
         f"code usage   perplexity {contents.perplexity:,.1f} of {m.vocab_size:,}; {contents.dead_codes:,} dead codes "
         f"({contents.dead_codes / m.vocab_size:.1%})",
     ]
     lines += [f"skipped      {entry.get('path')}: {entry.get('reason')}" for entry in m.skipped[:5]]
     return lines + _class_lines(contents)
+
+
+def compare_sizes(stored: int, images: int | None) -> str:
+    """Return the size of code shards, compared with the bytes of the `images` they were made of, if those are known."""
+    if not images or not stored:
+        return format_bytes(stored)
+    times = f"{images / stored:.1f} times less" if images > stored else f"{stored / images:.1f} times more"
+    return f"{format_bytes(stored)}, {times} than the images' {format_bytes(images)}"
 
 
 def _class_lines(contents: Contents) -> list[str]:

@@ -23,7 +23,7 @@ from npp_ds.data.shards import (
     TokenizerInfo,
     shard_name,
 )
-from npp_ds.distributed.work_queue import Claims, locked
+from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.crops import crop_names
@@ -32,7 +32,8 @@ from npp_ds.tokenizer.sources import ImageItem, Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
 from npp_ds.utils.differences import differences
 from npp_ds.utils.files import sha256, write_json_atomic, write_text_atomic
-from npp_ds.utils.progress import Count, Progress
+from npp_ds.utils.locks import locked
+from npp_ds.utils.progress import Progress
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
@@ -112,16 +113,16 @@ class Encoding:
         if rank == 0 and len(self._known) < self.shard_count:
             self._agreement()
         settings, encoded = self.settings, 0
-        total = Count(len(self.source.items), self.shard_count, 0)
         ahead = 2 * self.encoder.images
         with (
-            Claims(self.work, rank, world_size) as claims,
+            WorkQueue(self.work, rank, world_size) as queue,
             DecodePool(settings.image_size, settings.crop_ranges, settings.workers, ahead) as pool,
-            Progress(total, self._count(), len(self.crop_names), shown=rank == 0) as progress,
+            Progress("tokenizing", shown=rank == 0) as progress,
         ):
-            for shard, results in groupby(pool.map(self._tasks(claims)), key=lambda result: result.shard):
+            self._show(progress)
+            for shard, results in groupby(pool.map(self._tasks(queue)), key=lambda result: result.shard):
                 self._encode_shard(shard, results, progress)
-                claims.release(shard)
+                queue.release(shard)
                 encoded += len(self._items(shard))
                 self._poll()
                 self._check_skipped()
@@ -158,13 +159,13 @@ class Encoding:
             self.tokenizer, s.image_size, s.crops, s.crop_ranges, s.crop_batch_size, s.device, s.precision
         )
 
-    def _tasks(self, claims: Claims) -> Iterator[Task]:
-        for shard in claims.take(self.shard_count, lambda shard: self.finished(shard) is not None):
+    def _tasks(self, queue: WorkQueue) -> Iterator[Task]:
+        for shard in queue.take(self.shard_count, lambda shard: self.finished(shard) is not None):
             self._known.pop(shard, None)
             yield from tasks_of(shard, self._items(shard))
 
     def _encode_shard(self, shard: int, results: Iterable[Decoded], progress: Progress) -> None:
-        name, total, done = self._name(shard), self._count(), 0
+        name, done = self._name(shard), 0
         for leftover in self.out.glob(f".{name}.*.tmp"):
             leftover.unlink()
         (self.work / f"{name}.json").unlink(missing_ok=True)
@@ -175,7 +176,7 @@ class Encoding:
                 for item, row in zip(items, codes, strict=True):
                     writer.write(item.key, row, item.label)
                 done += len(items)
-                progress.show(Count(total.images + done, total.shards, total.skipped + len(skipped)))
+                self._show(progress, done, len(skipped))
         record = FinishedShard(writer.info, skipped)
         write_json_atomic(self.work / f"{name}.json", asdict(record) | {"info": record.info.model_dump()})
         self._verified[shard] = self._known[shard] = record
@@ -272,8 +273,12 @@ class Encoding:
             if wanted and (record := self._recorded(shard)):
                 self._known[shard] = record
 
-    def _count(self) -> Count:
-        return Count(sum(len(self._items(shard)) for shard in self._known), len(self._known), len(self._skipped()))
+    def _show(self, progress: Progress, encoded: int = 0, skipped: int = 0) -> None:
+        """Show the finished shards of all processes, and what this process has encoded of its next shard."""
+        done = sum(len(self._items(shard)) for shard in self._known) + encoded
+        skipped += len(self._skipped())
+        facts = f"{len(self.crop_names)} crops each, {len(self._known)}/{self.shard_count} shards, {skipped} skipped"
+        progress(done, len(self.source.items), facts)
 
     def _skipped(self) -> list[dict]:
         return [entry for shard in sorted(self._known) for entry in self._known[shard].skipped]

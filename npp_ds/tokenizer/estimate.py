@@ -7,9 +7,10 @@ from pathlib import Path
 
 from npp_ds.data.shards import shard_bytes
 from npp_ds.tokenizer.batches import BatchEncoder
+from npp_ds.tokenizer.contents import compare_sizes
 from npp_ds.tokenizer.decoding import DecodePool, tasks_of
 from npp_ds.tokenizer.encode import Encoding
-from npp_ds.utils.progress import readable_bytes, size_against
+from npp_ds.utils.format import format_bytes
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Estimate:
         text = (
             f"{self.images:,} images x {self.crops} crops x {self.tokens} codes: "
             f"{self.shards} shards ({self.finished_shards} finished) of {self.bytes:,} bytes in all "
-            f"({size_against(self.bytes, self.image_bytes)}); {readable_bytes(self.free)} are free"
+            f"({compare_sizes(self.bytes, self.image_bytes)}); {format_bytes(self.free)} are free"
         )
         if self.bytes > self.free:
             text += ", TOO LITTLE"

@@ -20,7 +20,7 @@ from npp_ds.errors import UserError
 from npp_ds.reporting.plot import plot_run, smooth
 from npp_ds.reporting.report import report_run
 from npp_ds.reporting.summary import summarize
-from npp_ds.reporting.table import duration, print_summary
+from npp_ds.reporting.table import print_summary
 from npp_ds.training.events import entered_stages, read_events
 
 ROOT = Path(__file__).parents[2]
@@ -209,11 +209,6 @@ def test_the_closing_table_says_what_held_a_stage_up_where_it_is_known():
     for line in lines:
         line["mfu"] = None
     assert "MFU" not in printed(summarize("run", lines, STAGES)), "that of a CPU is unknown"
-
-
-def test_durations_are_readable():
-    texts = [duration(s) for s in (0.5, 59.94, 65, 3599, 7325, 2 * 86400 + 60)]
-    assert texts == ["0.5 s", "59.9 s", "1:05 min", "59:59 min", "2:02:05", "2 days, 0:01:00"]
 
 
 @pytest.mark.parametrize("last_step", [5, 30, 100])

@@ -20,7 +20,7 @@ from test_tokenize import digests
 
 from image_sets import WRITERS, image_files, save_tiny_tokenizer, write_tree
 from npp_ds.data.shards import Manifest, verify
-from npp_ds.distributed.work_queue import Claims
+from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.decoding import DecodePool, Task, tasks_of
@@ -199,8 +199,8 @@ def test_a_full_disk_stops_with_one_line_leaves_no_half_shard_and_is_no_obstacle
 def test_a_process_waits_for_nobody_and_the_last_one_writes_the_manifest(material, expected, tmp_path):
     sources, tokenizer = material
     early, late = (encoding(sources["imagenet-tar"], tokenizer, tmp_path) for _ in range(2))
-    with Claims(tmp_path / ".unfinished", 0, 2) as claims:
-        held = [shard for _, shard in zip(range(2), claims.take(9, lambda shard: False), strict=False)]
+    with WorkQueue(tmp_path / ".unfinished", 0, 2) as queue:
+        held = [shard for _, shard in zip(range(2), queue.take(9, lambda shard: False), strict=False)]
         assert held == [0, 1]
         assert early.run(0, 2) == 65 - 2 * 8
         assert early.finish() is None and not (tmp_path / "manifest.json").exists()

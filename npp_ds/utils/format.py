@@ -1,0 +1,17 @@
+"""Durations and sizes as text for people."""
+
+from datetime import timedelta
+
+
+def format_duration(seconds: float) -> str:
+    """Return 12.3 s, 4:05 min, 2:02:05 or 3 days, 2:05:00."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    text = str(timedelta(seconds=round(seconds)))
+    return f"{text.removeprefix('0:').lstrip('0')} min" if seconds < 3600 else text
+
+
+def format_bytes(number: float) -> str:
+    """Return 6.6 GB, 18.5 MB or 43.0 kB, of 1000 bytes each."""
+    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if abs(number) >= s or u == "kB")
+    return f"{number / size:,.1f} {unit}"
