@@ -11,7 +11,7 @@ from npp_ds.checkpoint.weights import TokenizerId, Weights
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import Manifest
-from npp_ds.data.store import manifest_at_hand
+from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 
 KINDS = {"raw": MASTER, "ema": "ema"}  # what people call them, and what a checkpoint does
@@ -88,5 +88,5 @@ def _open_run(path: Path, step: int | None, kind: str, verify: bool) -> Weights:
 
 def _manifest_of(config: RunConfig, record: CheckpointRecord) -> Manifest | None:
     """The manifest of the shards that the checkpoint was trained on, where it is at hand."""
-    manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
+    manifest = available_manifest(config.data.train, config.data.cache_dir)
     return manifest if manifest and manifest.fingerprint() == record.data_fingerprint else None

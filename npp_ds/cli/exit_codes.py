@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from npp_ds.distributed.environment import Place, host_of_environment, place_of_environment
 from npp_ds.errors import RendezvousError, UserError
+from npp_ds.utils.logs import show_logs
 
 
 def exit_code_of(action: Callable[[], object]) -> int:
@@ -22,6 +23,7 @@ def exit_code_of(action: Callable[[], object]) -> int:
         place = place_of_environment()
         if place.world_size > 1:
             who = f"rank {place.rank}, host {host_of_environment()}"
+        show_logs(place.rank)
         action()
     except UserError as error:
         if place.rank == 0 or not error.on_all_ranks:

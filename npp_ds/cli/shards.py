@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from npp_ds.errors import UserError
-from npp_ds.utils.progress import Progress
 
 shards = typer.Typer(help="Look after folders of code shards.", no_args_is_help=True)
 
@@ -15,11 +14,9 @@ shards = typer.Typer(help="Look after folders of code shards.", no_args_is_help=
 def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.json")]) -> None:
     """Read every shard again: hashes, counts, keys, ranges of codes and labels; say which file is bad."""
     from npp_ds.data.shards import Manifest
-    from npp_ds.data.shards import verify as problems_of_set
+    from npp_ds.data.shards import verify as find_problems
 
-    with Progress("verifying") as progress:
-        problems = problems_of_set(directory, progress)
-    if problems:
+    if problems := find_problems(directory, show_progress=True):
         raise UserError(f"{directory}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
     manifest = Manifest.load(directory)
     print(f"{directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, all as the manifest says")
@@ -43,8 +40,7 @@ def show(
     from npp_ds.tokenizer.loading import tokenizer_of
     from npp_ds.utils.files import write_atomic
 
-    with Progress("reading") as progress:
-        found = contents.read_contents(directory, progress)
+    found = contents.read_contents(directory, show_progress=True)
     print("\n".join(contents.describe(found)), flush=True)
     codes, labels = contents.random_codes(directory, found, classes, per_class, seed)
     images = contents.decode(tokenizer_of(found.manifest.tokenizer, tokenizer), codes)

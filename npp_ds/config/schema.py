@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from npp_ds.config.schedule import Schedule, Stage, coarse_batch_factor, stage_ends
 from npp_ds.sizes import SIZES, parameter_count, training_flops
-from npp_ds.utils.differences import differences
+from npp_ds.utils.records import differences
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import Manifest
-from npp_ds.data.store import here, load_manifest
+from npp_ds.data.store import expand_variables, load_manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.training.preflight import fitting_schedule
@@ -54,7 +54,7 @@ class Context:
     @property
     def sources(self) -> list[str]:
         """The sets of shards of the run, where this node has them."""
-        return [str(here(source)) for source in (self.config.data.train, self.config.data.val) if source]
+        return [str(expand_variables(source)) for source in (self.config.data.train, self.config.data.val) if source]
 
     @cached_property
     def schedule(self) -> Schedule:

@@ -25,7 +25,7 @@ from npp_ds.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from npp_ds.evaluation.reference import Reference, recorded_extractor
 from npp_ds.evaluation.scores import class_agreement, inception_score
 from npp_ds.utils.files import write_json_atomic
-from npp_ds.utils.git import git_commit
+from npp_ds.utils.records import git_commit
 
 EVALUATION_FILE = "evaluation.json"
 AUTO = "auto"

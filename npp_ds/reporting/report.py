@@ -87,9 +87,9 @@ def _schedule(config: "RunConfig", events: list[Event]) -> tuple[Schedule, dict[
     """The stage table and its costs; where the training shards are not at hand, the stages that have begun, and the
     costs only if those are all.
     """
-    from npp_ds.data.store import manifest_at_hand
+    from npp_ds.data.store import available_manifest
 
-    manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
+    manifest = available_manifest(config.data.train, config.data.cache_dir)
     schedule = config.build_schedule(manifest.num_samples) if manifest else Schedule(tuple(entered_stages(events)))
     if not (manifest or of_kind(events, "end")):
         return schedule, {}

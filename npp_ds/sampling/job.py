@@ -26,10 +26,9 @@ from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.sampling.steps import worth_recording
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.utils.differences import differences
 from npp_ds.utils.files import write_atomic, write_json_atomic
-from npp_ds.utils.git import git_commit
 from npp_ds.utils.locks import locked
+from npp_ds.utils.records import differences, git_commit
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"

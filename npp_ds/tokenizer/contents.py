@@ -1,14 +1,14 @@
 """What a set of code shards holds, for eyes: its manifest, the use of codes and classes, images of a few codes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from npp_ds.data.shards import Manifest, read_shard, read_sound
+from npp_ds.data.shards import Manifest, read_set, read_shard
 from npp_ds.errors import UserError
 from npp_ds.utils.format import format_bytes
+from npp_ds.utils.progress import track
 
 LISTED_CLASSES = 40
 BAR = 40
@@ -43,16 +43,13 @@ class Contents:
         return names[label] if names else f"class {label}"
 
 
-def read_contents(directory: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Contents:
-    """Reads and verifies the whole set; UserError at the first problem."""
+def read_contents(directory: str | Path, show_progress: bool = False) -> Contents:
+    """Read and verify a whole set. Raises UserError at the first problem."""
     manifest = Manifest.load(directory)
     counts, labels = np.zeros(manifest.vocab_size, np.int64), []
-
-    def accept(codes: np.ndarray, label: int) -> None:
-        np.add(counts, np.bincount(codes.ravel(), minlength=len(counts)), out=counts)
+    for codes, label in track(read_set(directory, manifest), "reading", manifest.num_samples, show_progress):
+        counts += np.bincount(codes.ravel(), minlength=len(counts))
         labels.append(label)
-
-    read_sound(directory, manifest, accept, progress)
     if not labels:
         raise UserError(f"{directory}: holds no images")
     return Contents(manifest, counts, np.array(labels, np.int64))

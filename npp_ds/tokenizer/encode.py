@@ -30,10 +30,10 @@ from npp_ds.tokenizer.crops import crop_names
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_of
 from npp_ds.tokenizer.sources import ImageItem, Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
-from npp_ds.utils.differences import differences
 from npp_ds.utils.files import sha256, write_json_atomic, write_text_atomic
 from npp_ds.utils.locks import locked
 from npp_ds.utils.progress import Progress
+from npp_ds.utils.records import differences
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"

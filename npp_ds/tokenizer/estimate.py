@@ -1,11 +1,11 @@
 """What an encoding will take, before it starts: shards, bytes, free disk, hours at a measured rate."""
 
 import shutil
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from npp_ds.data.shards import shard_bytes
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.contents import compare_sizes
 from npp_ds.tokenizer.decoding import DecodePool, tasks_of
@@ -63,6 +63,14 @@ def estimate(encoding: Encoding, processes: int, seconds: float = 10.0) -> Estim
         images_per_second=_measured_rate(encoding, seconds),
         processes=processes,
     )
+
+
+def shard_bytes(samples: int, crops: int, tokens: int) -> int:
+    """Return the size of a shard file in bytes."""
+    array = 128 + 2 * crops * tokens  # a .npy file with its header
+    padded = -(-array // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    content = samples * (padded + 3 * tarfile.BLOCKSIZE) + 2 * tarfile.BLOCKSIZE
+    return -(-content // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def _existing(path: Path) -> Path:
