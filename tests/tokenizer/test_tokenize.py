@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import runpy
@@ -23,9 +24,10 @@ from npp_ds.data.store import stage
 from npp_ds.distributed.environment import Place, place_of_environment
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import VQConfig, VQModel, load_tokenizer, to_input
+from npp_ds.tokenizer.contents import estimate
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
-from npp_ds.tokenizer.estimate import estimate
-from npp_ds.tokenizer.sources import decoded_images, open_source
+from npp_ds.tokenizer.images import decoded_images
+from npp_ds.tokenizer.sources import open_source
 from shard_sets import manifest_of
 
 ROOT = Path(__file__).parents[2]
@@ -348,8 +350,9 @@ def test_a_manifest_of_an_earlier_version_keeps_its_fingerprint_and_its_shards(
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_another_precision_states_its_agreement_with_fp32(
-    precision, codes, image_shards, tokenizer_file, tmp_path, capsys
+    precision, codes, image_shards, tokenizer_file, tmp_path, caplog
 ):
+    caplog.set_level(logging.INFO, "npp_ds")
     job = encoding(image_shards, tmp_path, tokenizer_file, precision=precision)
     job.run()
     tokenizer = job.finish().tokenizer
@@ -359,7 +362,7 @@ def test_another_precision_states_its_agreement_with_fp32(
     assert 0.5 < tokenizer.agreement.equal / tokenizer.agreement.codes < 1
     first = [codes for path in (tmp_path, codes) for _, codes, _ in list(read_shard(path / "train-000000.tar"))[:5]]
     assert tokenizer.agreement.equal == sum((a == b).sum() for a, b in zip(first[:5], first[5:], strict=True))
-    assert "% of 640 codes of the first 5 images are those of fp32" in capsys.readouterr().out
+    assert "% of 640 codes of the first 5 images are those of fp32" in caplog.messages[0]
     assert stored.shape == exact.shape
 
 
