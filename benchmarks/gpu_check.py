@@ -31,8 +31,8 @@ from benchmarks.common import NO_GPU, give_up
 from benchmarks.gpu_table import summary, table
 from benchmarks.suite import ROOT, end_group
 from npp_ds.utils.files import write_json_atomic
-from npp_ds.utils.git import git_commit
 from npp_ds.utils.gpu_specs import gpu_of_device
+from npp_ds.utils.records import git_commit
 
 CORRECTNESS, FIGURE = "correctness", "figure"
 FIRST_CALL, SECOND_CALL = 345, 260

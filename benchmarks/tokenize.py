@@ -37,7 +37,8 @@ from npp_ds.tokenizer import VQ16, VQModel, load_tokenizer
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.crops import squares
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
-from npp_ds.tokenizer.sources import ImageReader, Source, decode, open_source
+from npp_ds.tokenizer.images import ImageReader, decode
+from npp_ds.tokenizer.sources import Source, open_source
 from npp_ds.tokenizer.vq import PRECISIONS
 
 SIZE, RANGE, CROPS, TOKENS = 256, 1.1, 10, 256
@@ -207,7 +208,7 @@ def measure_gpu(source: Source, tokenizer: VQModel, folder: Path, options: argpa
                 "precision": precision,
                 "encoder_crops_per_second": encoder_rate(tokenizer, options.batch_size, "cuda", precision),
                 "pipeline_crops_per_second": len(source.items) * CROPS / whole,
-                "agreement_with_fp32": agreement["equal"] / agreement["codes"] if agreement else 1.0,
+                "agreement_with_fp32": agreement.equal / agreement.codes if agreement else 1.0,
             }
         )
     return rows

@@ -1,6 +1,6 @@
-"""Fashion-MNIST's IDX files -> WebDataset image shards (32x32 greyscale PNG + cls).
+"""Convert Fashion-MNIST's IDX files to WebDataset image shards (32x32 greyscale PNG and cls).
 
-The shipped ones were made by
+This command made the shipped ones:
 
     python data_prep/fashion_mnist.py --split test --val-every 10 --out data_prep/fashion_mnist
 """
@@ -19,7 +19,7 @@ from PIL import Image
 
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.errors import UserError
-from npp_ds.utils.files import write_atomic, write_text_atomic
+from npp_ds.utils.files import atomic_file, write_text_atomic
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 IDX_PREFIX = {"train": "train", "test": "t10k"}
@@ -39,7 +39,7 @@ PADDING = 2
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of an IDX file (http://yann.lecun.com/exdb/mnist), plain or gzip; UserError for anything else."""
+    """Read the uint8 array of an IDX file (http://yann.lecun.com/exdb/mnist), plain or gzip. Raises UserError."""
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
@@ -54,17 +54,18 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def find_idx(folder: Path, name: str) -> Path:
+    """Return the path of an IDX file, plain or gzip. Raises UserError."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
     raise UserError(
-        f"{folder}: neither {name} nor {name}.gz is there; install Debian's package dataset-fashion-mnist, "
+        f"{folder}: has neither {name} nor {name}.gz; install Debian's package dataset-fashion-mnist, "
         "or give the folder of the IDX files with --idx"
     )
 
 
 def load_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 32, 32] (28x28 with 2 black pixels on each side) and labels uint8 [N]."""
+    """Load images uint8 [N, 32, 32] (28x28 with 2 black pixels on each side) and labels uint8 [N]."""
     images = read_idx(find_idx(folder, f"{IDX_PREFIX[split]}-images-idx3-ubyte"))
     labels = read_idx(find_idx(folder, f"{IDX_PREFIX[split]}-labels-idx1-ubyte"))
     if images.shape != (len(labels), 28, 28):
@@ -73,28 +74,25 @@ def load_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Uncompressed PNG: the shard's gzip does better over all images, and the bytes depend on no zlib version."""
+    """Encode an image as uncompressed PNG: gzip compresses a whole shard better, and the bytes depend on no zlib."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 
 def write_shard(path: Path, samples: Iterator[tuple[str, np.ndarray, int]]) -> None:
-    """A .tar.gz with fixed times, owner and order, so that equal samples give equal bytes."""
-
-    def write(file) -> None:
-        with (
-            gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=6, mtime=0) as compressed,
-            webdataset.TarWriter(compressed, encoder=False, user="root", group="root", mode=0o644, mtime=0) as tar,
-        ):
-            for key, image, label in samples:
-                tar.write({"__key__": key, "png": encode_png(image), "cls": str(label).encode()})
-
-    write_atomic(path, write)
+    """Write a .tar.gz with fixed times, owner and order, so that equal samples give equal bytes."""
+    with (
+        atomic_file(path) as file,
+        gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=6, mtime=0) as compressed,
+        webdataset.TarWriter(compressed, encoder=False, user="root", group="root", mode=0o644, mtime=0) as tar,
+    ):
+        for key, image, label in samples:
+            tar.write({"__key__": key, "png": encode_png(image), "cls": str(label).encode()})
 
 
 def convert(folder: Path, split: str, out: Path, val_every: int, samples_per_shard: int) -> dict[str, int]:
-    """Writes the shards and `classes.txt` into `out`; returns the number of images per shard prefix."""
+    """Write the shards and `classes.txt` into `out`; return the number of images per shard prefix."""
     images, labels = load_split(folder, split)
     ids = np.arange(len(labels))
     if val_every:

@@ -1,7 +1,7 @@
-"""Images -> VQ codes in WebDataset shards with a manifest.
+"""Encode images into VQ codes, as WebDataset shards with a manifest.
 
-The same command again goes on where it was stopped. Any number of processes, on any number of machines, may work on one
-output folder: under torchrun, `accelerate launch` or `srun` each takes the next shard that nobody holds.
+Rerun the same command to resume. Any number of processes, on any number of machines, may work on one output folder:
+started by torchrun, `accelerate launch` or `srun`, each takes the next shard that no other one has taken.
 
     python data_prep/tokenize_imagenet.py --images /data/imagenet --split train --out codes/train \\
         --tokenizer vq_ds16_c2i.pt --crops ten --crop-range 1.1
@@ -16,10 +16,14 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.distributed.environment import choose_device, read_environment
 from npp_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from npp_ds.data.shards import Manifest
 
 MOST_WORKERS = 16
 
@@ -48,10 +52,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--batch-size", type=int, default=256, metavar="CROPS", help="crops through the tokenizer at once (%(default)s)"
     )
     add("--workers", type=int, metavar="N", help="processes that decode images, for each process that encodes; 0: none "
-        f"(the processor cores there are for it, at most {MOST_WORKERS})")  # fmt: skip
+        f"(the processor cores that are available to it, at most {MOST_WORKERS})")  # fmt: skip
     add("--max-skipped", type=float, default=0.001, metavar="FRACTION", help="of unreadable images (%(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
-    add("--dry-run", action="store_true", help="write nothing; tell images, shards, bytes and hours at a measured rate")
+    add(
+        "--dry-run", action="store_true", help="write nothing; print images, shards, bytes and hours at a measured rate"
+    )
     options = parser.parse_args(arguments)
     if options.crop_range is None:
         options.crop_range = [1.1] if options.crops == "ten" else []
@@ -63,7 +69,7 @@ def main() -> int:
     try:
         return exit_code_of(lambda: tokenize(options))
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
         return 130
 
 
@@ -72,28 +78,28 @@ def tokenize(options: argparse.Namespace) -> None:
         encode_images(options)
     except OSError as error:
         text = f"{error.filename or options.out}: {error.strerror or error}"
-        raise UserError(f"{text}; the shards that are finished are kept, run the same command again") from error
+        raise UserError(f"{text}; finished shards are kept, rerun the same command to resume") from error
 
 
 def default_workers() -> int:
-    """Processor cores there are for this process: what SLURM gives a task, else its share of those it may use."""
+    """Return the processor cores that are available to this process: those of its SLURM task, else its share of all."""
     task = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if task.isdecimal() and "RANK" not in os.environ:
         cores = int(task)
     else:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(max(cores, 1), MOST_WORKERS)
 
 
 def encode_images(options: argparse.Namespace) -> None:
-    # Read when torch is loaded. Its threads otherwise spin while they wait for one another, on cores that the decoding
-    # processes need.
+    # OpenMP reads this when torch is loaded. Without it, threads that wait for each other spin, on cores that the
+    # decoding processes need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from npp_ds.tokenizer import load_tokenizer
+    from npp_ds.tokenizer.contents import estimate
     from npp_ds.tokenizer.encode import EncodeSettings, Encoding
-    from npp_ds.tokenizer.estimate import estimate
     from npp_ds.tokenizer.sources import open_source
-    from npp_ds.tokenizer.vq import load_tokenizer
 
     started = time.monotonic()
     place = read_environment()
@@ -120,13 +126,13 @@ def encode_images(options: argparse.Namespace) -> None:
     if manifest is not None:
         report(manifest, options.out, encoded, time.monotonic() - started)
     else:
-        print(f"process {place.rank} is done ({encoded} images); others are still at work", flush=True)
+        print(f"process {place.rank} is done ({encoded} images); others are still encoding", flush=True)
 
 
-def report(manifest, out: Path, encoded: int, seconds: float) -> None:
-    from npp_ds.utils.progress import size_against
+def report(manifest: "Manifest", out: Path, encoded: int, seconds: float) -> None:
+    from npp_ds.tokenizer.contents import compare_sizes
 
-    size = size_against(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
+    size = compare_sizes(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
     print(
         f"{out}: {manifest.num_samples} images x {manifest.num_crops} crops x {manifest.num_tokens} codes in "
         f"{len(manifest.shards)} shards, {size}; {len(manifest.skipped)} images skipped; "

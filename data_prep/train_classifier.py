@@ -1,4 +1,4 @@
-"""Trains the small classifier that ships with the package (npp_ds/assets/fashion_mnist_classifier.safetensors).
+"""Train the small classifier that ships with the package (npp_ds/assets/fashion_mnist_classifier.safetensors).
 
 It was made by these commands, in about seven minutes on 2 cores:
 
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.evaluation.extractors import Classifier, load_classifier, predict, save_classifier
+from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.sources import load_images, open_source
-from npp_ds.tokenizer.vq import VQModel, load_tokenizer, to_input, to_uint8
+from npp_ds.tokenizer.vq import VQModel, to_input, to_uint8
 
 SHIFT = 2
 
@@ -42,12 +43,13 @@ def parse() -> argparse.Namespace:
 
 
 def reconstruct(tokenizer: VQModel, images: np.ndarray, batch_size: int = 250) -> np.ndarray:
+    """Encode and decode images uint8 [N, H, W, 3]."""
     batches = (torch.from_numpy(images[i : i + batch_size]) for i in range(0, len(images), batch_size))
     return np.concatenate([to_uint8(tokenizer.decode(tokenizer.encode(to_input(batch)))).numpy() for batch in batches])
 
 
 def augment(images: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """Shifts by up to SHIFT pixels and mirrors half of the images uint8 [B, 32, 32, 3]."""
+    """Shift images uint8 [B, 32, 32, 3] by up to SHIFT pixels and mirror half of them."""
     padded = np.pad(images, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)))
     side = images.shape[1]
     shifted = np.empty_like(images)
@@ -59,6 +61,7 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
 
 
 def fit(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> Classifier:
+    """Train a classifier on images uint8 [N, 32, 32, 3] and labels int64 [N]."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     model = Classifier(int(labels.max()) + 1).train()

@@ -1,6 +1,6 @@
-"""Trains the small VQ tokenizer that ships with the package (npp_ds/assets/fashion_mnist_vq.safetensors).
+"""Train the small VQ tokenizer that ships with the package (npp_ds/assets/fashion_mnist_vq.safetensors).
 
-The shipped weights come from the defaults below, after 25 minutes on 2 busy cores:
+The shipped weights were made with the defaults below, in 25 minutes on 2 busy cores:
 
     python data_prep/fashion_mnist.py --split train --out fashion_mnist_60k
     python data_prep/train_tokenizer.py --images fashion_mnist_60k --validation data_prep/fashion_mnist \\
@@ -39,9 +39,9 @@ def main() -> int:
 def train_tokenizer(options: argparse.Namespace) -> None:
     import torch
 
+    from npp_ds.tokenizer import load_tokenizer, save_tokenizer
     from npp_ds.tokenizer.sources import load_images, open_source
     from npp_ds.tokenizer.training import SMALL_VQ, TokenizerTraining, measure, train
-    from npp_ds.tokenizer.vq import load_tokenizer, save_tokenizer
 
     torch.set_num_threads(options.threads)
     chosen = {name: value for name in ("steps", "batch_size") if (value := getattr(options, name)) is not None}
@@ -49,7 +49,7 @@ def train_tokenizer(options: argparse.Namespace) -> None:
     images, _ = load_images(open_source([options.images], "train"), options.image_size)
     validation, _ = load_images(open_source([options.validation], "val"), options.image_size)
     started = time.monotonic()
-    model = train(images, SMALL_VQ, settings, show)
+    model = train(images, SMALL_VQ, settings)
     facts = {"images": len(images), "settings": asdict(settings), "seconds": round(time.monotonic() - started)}
     save_tokenizer(model, options.out, facts)
     measured = measure(load_tokenizer(options.out), validation)
@@ -60,10 +60,6 @@ def train_tokenizer(options: argparse.Namespace) -> None:
 
 def format_facts(measured: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
-
-
-def show(facts: dict[str, float]) -> None:
-    print(", ".join(f"{name} {value:.4g}" for name, value in facts.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from npp_ds.checkpoint.safetensors_io import Shape, misfits, opened_safetensors
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.data.shards import Manifest
-from npp_ds.data.store import manifest_at_hand
+from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.utils.files import sha256
@@ -220,7 +220,7 @@ def _reading_checkpoint(folder: Path, files: list[str], shapes: dict[str, Shape]
 
 def _manifest_of(config: RunConfig, record: CheckpointRecord) -> Manifest | None:
     """Return the manifest of the shards that the checkpoint was trained on, None if it is not available."""
-    manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
+    manifest = available_manifest(config.data.train, config.data.cache_dir)
     return manifest if manifest and manifest.fingerprint() == record.data_fingerprint else None
 
 

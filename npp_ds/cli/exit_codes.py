@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
 from npp_ds.errors import RendezvousError, UserError
+from npp_ds.utils.logs import show_logs
 
 FAILED, USER_ERROR, NON_FINITE = 1, 2, 3
 
@@ -32,6 +33,7 @@ def exit_code_of(action: Callable[[], object]) -> int:
         process = read_environment()
         if process.world_size > 1:
             who = f"rank {process.rank}, host {host_name()}"
+        show_logs(process.rank, to_stderr=True)
         action()
     except UserError as error:
         if process.rank == 0 or not error.on_all_ranks:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npp_ds.cli.common import GridSize, Heads, WeightsKind, progress_bar, warn
+from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.errors import UserError
 
 
@@ -58,11 +58,9 @@ shards = typer.Typer(help="Verify and show folders of code shards.", no_args_is_
 def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.json")]) -> None:
     """Read every shard and check hashes, counts, keys, ranges of codes and labels; name each bad file."""
     from npp_ds.data.shards import Manifest
-    from npp_ds.data.shards import verify as problems_of_set
+    from npp_ds.data.shards import verify as find_problems
 
-    with progress_bar("verifying") as progress:
-        problems = problems_of_set(directory, progress)
-    if problems:
+    if problems := find_problems(directory, show_progress=True):
         raise UserError(f"{directory}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
     manifest = Manifest.load(directory)
     print(f"{directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, all as the manifest says")
@@ -86,8 +84,7 @@ def show(
     from npp_ds.tokenizer.loading import tokenizer_of
     from npp_ds.utils.files import write_atomic
 
-    with progress_bar("reading") as progress:
-        found = contents.read_contents(directory, progress)
+    found = contents.read_contents(directory, show_progress=True)
     print("\n".join(contents.describe(found)), flush=True)
     codes, labels = contents.random_codes(directory, found, classes, per_class, seed)
     images = contents.decode(tokenizer_of(found.manifest.tokenizer, tokenizer), codes)

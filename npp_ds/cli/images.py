@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npp_ds.cli.common import GridSize, Heads, WeightsKind, progress_bar, warn
+from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError
+from npp_ds.utils.progress import Progress
 
 if TYPE_CHECKING:
     from npp_ds.evaluation.extractors import Extractor
@@ -105,7 +106,7 @@ def sample(
 def _run_sampling(job: "Sampling", process: ProcessInfo) -> None:
     """Run the sampling of this process and print the result."""
     try:
-        with progress_bar("sampling", shown=process.rank == 0) as progress:
+        with Progress("sampling", shown=process.rank == 0) as progress:
             sampled = job.run(process.rank, process.world_size, progress)
         record = job.finish()
     except OSError as error:
@@ -215,7 +216,7 @@ class _Against:
     def load(self, extractor: "Extractor") -> "Reference":
         from npp_ds.evaluation.reference import load_reference
 
-        with progress_bar("reference") as progress:
+        with Progress("reference") as progress:
             return load_reference(self.reference, extractor, self.image_size, progress)
 
 
@@ -223,7 +224,7 @@ def _make_reference(out: Path, against: _Against) -> None:
     from npp_ds.evaluation.reference import make_reference
 
     extractor = against.open_extractor(None)
-    with progress_bar("reference") as progress:
+    with Progress("reference") as progress:
         made = make_reference(out, against.reference, extractor, against.image_size, progress)
     print(f"{out}: statistics of {made.source.num_images} images by {extractor.name}")
 
@@ -251,7 +252,7 @@ def _evaluate(source: Path | None, samples: Path | None, against: _Against, out:
     path = result_file(images.path, out)
     extractor = against.open_extractor(images.record.get("tokenizer", {}).get("name"))
     reference = against.load(extractor)
-    with progress_bar("samples") as progress:
+    with Progress("samples") as progress:
         result = evaluate_images(images, reference, extractor, progress)
     print(describe(result))
     print(f"written to {write_result(result, path)}")
@@ -264,7 +265,7 @@ def _sweep(sweep: "Sweep", process: ProcessInfo, against: _Against, out: Path | 
         sample_share(sweep, process)
         return
     extractor = against.open_extractor(sweep.tokenizer.name)
-    results, folder = run_sweep(sweep, against.load(extractor), extractor, out, progress_bar, process)
+    results, folder = run_sweep(sweep, against.load(extractor), extractor, out, Progress, process)
     print(f"{table(sweep.name, results)}written to {folder}")
 
 
@@ -297,7 +298,7 @@ def likelihood(
     if path.suffix != ".json":
         raise UserError(f"--out: found {path}, expected a name that ends in .json; the picture is written beside it")
     cache_dir = opened.config.data.cache_dir if opened.config else None
-    with progress_bar("measuring") as progress:
+    with Progress("measuring") as progress:
         result = likelihood_of(
             opened,
             shards,

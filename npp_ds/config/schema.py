@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from npp_ds.config.schedule import Schedule, Stage, StageEntry, coarse_batch_factor, stage_ends
 from npp_ds.sizes import SIZES, parameter_count, training_flops
-from npp_ds.utils.differences import differences
+from npp_ds.utils.records import differences
 
 RECIPES = Path(__file__).parent / "recipes"
 

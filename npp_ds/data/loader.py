@@ -1,6 +1,6 @@
 """The batches of a stage and of a validation set, read from a `CodeStore` as torch tensors.
 
-`StageLoader` prefetches in one thread, yet holds no state that matters: what it yields is a function of seed and step.
+`StageLoader` prefetches in a thread but has no state to save: its batches are a function of seed and step.
 """
 
 import queue
@@ -25,10 +25,10 @@ PREFETCHED_STEPS = 4
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank trains on in one optimizer step.
+    """The samples of one rank in one optimizer step.
 
-    `ids` int64 [rows] in training order and `crops` int64 [rows], the crop each of them shows; per micro-step
-    (codes int64 [micro_batch, N, k], labels int64 [micro_batch]), where a dropped label is `num_classes`.
+    `ids` int64 [rows] are the samples in training order, `crops` int64 [rows] the crop of each. `micro_batches` has
+    (codes int64 [micro_batch, N, k], labels int64 [micro_batch]) of each micro-step; a dropped label is `num_classes`.
     """
 
     step: int
@@ -39,9 +39,9 @@ class StepBatch:
 
 
 class _Reader:
-    """Gathers rows of a store into grouped int64 tensors, in pinned memory when CUDA is there.
+    """Gathers rows of a store into grouped int64 tensors, in pinned memory if CUDA is available.
 
-    The work is numpy's, on the calling thread alone: torch's copies would start an OpenMP team per thread.
+    It uses numpy on the calling thread, because copies by torch would start a team of OpenMP threads for each thread.
     """
 
     def __init__(self, store: CodeStore, patch_side: int):
@@ -56,18 +56,18 @@ class _Reader:
         self._rows = store.codes.reshape(-1, store.manifest.num_tokens)
         grouped = group(torch.arange(store.manifest.num_tokens)[None], patch_side)
         self._shape = tuple(grouped.shape[1:])
-        # Codes that are neighbours in raster order and in their patch are moved together, up to four as one uint64.
-        together = gcd(patch_side, 4)
-        self._columns = grouped.flatten().numpy()[::together] // together
-        self._unit = np.dtype(f"u{2 * together}")
+        # Up to four codes that are consecutive both in raster order and in their patch are copied as one integer.
+        width = gcd(patch_side, 4)
+        self._columns = grouped.flatten().numpy()[::width] // width
+        self._unit = np.dtype(f"u{2 * width}")
         self._buffers = np.empty((2, 0, store.manifest.num_tokens), np.uint16)
 
     def codes(self, ids: np.ndarray, crops: np.ndarray | int) -> Tensor:
-        """int64 [len(ids), N, k] of one crop of each sample."""
+        """Return the codes of one crop of each sample, int64 [len(ids), N, k]."""
         if self._buffers.shape[1] != len(ids):
             self._buffers = np.empty((2, len(ids), self._buffers.shape[2]), np.uint16)
         raster, grouped = self._buffers
-        # mode="clip", because with "raise" np.take fills a second buffer first; the indices are in range.
+        # With mode="raise" np.take would fill a second buffer first; the indices are always in range.
         np.take(self._rows, ids * self.num_crops + crops, axis=0, out=raster, mode="clip")
         if self._shape[1] == 1:
             grouped = raster
@@ -76,7 +76,7 @@ class _Reader:
         return self.to_tensor(grouped).view(len(ids), *self._shape)
 
     def to_tensor(self, values: np.ndarray) -> Tensor:
-        """int64 copy of `values`."""
+        """Copy `values` into an int64 tensor."""
         tensor = torch.empty(values.shape, dtype=torch.int64, pin_memory=self.pin_memory)
         tensor.numpy()[...] = values
         return tensor
@@ -85,9 +85,9 @@ class _Reader:
 class StageLoader:
     """Iterates once over the steps `first_step .. end_step - 1` of a stage, yielding this rank's `StepBatch` of each.
 
-    Use it as a context manager or call `close()`, which ends the prefetching thread. An exception in the thread is
-    raised by the iterator. `wait_seconds` is the time the consumer has waited for data so far. UserError when set and
-    stage do not fit: samples fewer than a batch or other than planned for, grid, classes, sizes that do not factor.
+    Use it as a context manager or call `close()`, which ends the prefetching thread. The iterator raises the exceptions
+    of the thread. `wait_seconds` is the time that the consumer has waited for data so far. Raises UserError if the set
+    does not fit the stage: in its number of samples, its grid, its classes, or sizes that do not divide evenly.
     """
 
     def __init__(
@@ -114,20 +114,20 @@ class StageLoader:
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=PREFETCHED_STEPS)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        # A new thread would otherwise pin memory through the first GPU, on every rank of the node.
+        # Without this, the thread of every rank on the node would pin memory through the first GPU.
         self._device = torch.cuda.current_device() if self._reader.pin_memory else None
 
     def __enter__(self) -> "StageLoader":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 
     def __len__(self) -> int:
-        """Steps that are still to come."""
+        """Return the number of steps that are left."""
         return self.stage.end_step - self._next_step
 
     def __next__(self) -> StepBatch:
@@ -149,7 +149,7 @@ class StageLoader:
         return item
 
     def close(self) -> None:
-        """Ends the thread and drops what it prefetched; the loader then yields nothing more. May be called twice."""
+        """End the thread and drop the prefetched batches; the loader then yields nothing more. May be called twice."""
         self._closing.set()
         if self._thread is not None:
             while self._thread.is_alive():
@@ -208,11 +208,11 @@ def _check_fit(store: CodeStore, stage: Stage, num_classes: int) -> None:
 
 
 class EvalLoader:
-    """Every sample of a set once, in order and undropped, dealt to the ranks batch by batch; may be iterated again.
+    """Iterates over a set in order, without label dropout; the ranks take batches in turn. May be iterated again.
 
-    Yields (codes int64 [micro_batch, N, k] of the central crop, labels int64 [micro_batch], count): the first `count`
-    rows are samples, the rest repeats the last one, so that batches have one shape and ranks the same number of them.
-    `limit` takes that many samples, evenly spread over the set (shards are often sorted by class).
+    Yields (codes int64 [micro_batch, N, k] of the central crop, labels int64 [micro_batch], count). The first `count`
+    rows are samples; the others repeat the last one, so that all batches have one shape and all ranks the same number
+    of batches. With `limit` it takes that many samples, evenly spread over the set (shards are often sorted by class).
     """
 
     def __init__(
@@ -225,13 +225,13 @@ class EvalLoader:
         limit: int | None = None,
     ):
         if limit is not None and limit < 1:
-            raise UserError(f"limit {limit}: expected at least one sample, or nothing for all.")
+            raise UserError(f"limit {limit}: expected at least one sample, or no limit.")
         self.store, self.rank, self.world_size, self.micro_batch_size = store, rank, world_size, micro_batch_size
         self.num_samples = min(limit or len(store), len(store))
         self._reader = _Reader(store, patch_side)
 
     def __len__(self) -> int:
-        """Batches of each rank."""
+        """Return the number of batches of each rank."""
         return -(-self.num_samples // (self.micro_batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, int]]:

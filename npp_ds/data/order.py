@@ -1,6 +1,6 @@
-"""Which samples form a batch, which crop of each, whose label is dropped: pure functions of seed, epoch and sample.
+"""The samples of a batch, the crop of each and the labels that are dropped: pure functions of seed, epoch and sample.
 
-All of it rests on `mixing.mix64` and a stable argsort, not on a library's generator, so the order never changes.
+They depend on `hash_rng.mix64` and a stable argsort, not on a library's generator, so the order never changes.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ _PERMUTATION, _CROP, _LABEL = 1, 2, 3
 
 @lru_cache(maxsize=2)
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [num_samples], read-only: the order in which `epoch` visits the samples, a permutation of their indices."""
+    """Return the order of the samples in `epoch`, int64 [num_samples], read-only: a permutation of their indices."""
     keys = mix64(_PERMUTATION, seed, epoch, np.arange(num_samples))
     permutation = np.argsort(keys, kind="stable").astype(np.int64, copy=False)
     permutation.flags.writeable = False
@@ -23,9 +23,9 @@ def epoch_permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_ids(num_samples: int, batch_size: int, seed: int, epoch: int, index: int) -> np.ndarray:
-    """int64 [batch_size], read-only: the samples of global batch `index` of `epoch`, in order.
+    """Return the samples of global batch `index` of `epoch` in order, int64 [batch_size], read-only.
 
-    An epoch has `num_samples // batch_size` batches; the samples left over differ from epoch to epoch.
+    An epoch has `num_samples // batch_size` batches; the samples that are left over differ from epoch to epoch.
     Raises IndexError for a batch that the epoch does not have.
     """
     if not 0 <= index < num_samples // batch_size:
@@ -34,26 +34,29 @@ def batch_ids(num_samples: int, batch_size: int, seed: int, epoch: int, index: i
 
 
 def crop_index(ids: np.ndarray, seed: int, epoch: int, num_crops: int) -> np.ndarray:
-    """int64, shape of `ids`: which of its `num_crops` crops each sample shows in `epoch`, uniformly drawn."""
+    """Return the crop of each sample in `epoch`, int64 of the shape of `ids`: uniform below `num_crops`."""
     return (uniform(_CROP, seed, epoch, ids) * num_crops).astype(np.int64)
 
 
 def drop_label(ids: np.ndarray, seed: int, epoch: int, rate: float) -> np.ndarray:
-    """bool, shape of `ids`: whether `epoch` replaces the sample's label by the null class, with probability `rate`."""
+    """Return whether the null class replaces the label of each sample in `epoch`, with probability `rate`.
+
+    The result is bool of the shape of `ids`.
+    """
     return uniform(_LABEL, seed, epoch, ids) < rate
 
 
 def rank_slice(batch_size: int, world_size: int, rank: int, micro_batch_size: int) -> np.ndarray:
-    """int64 [accumulation, micro_batch_size]: the rows of a global batch that `rank` trains on in each micro-step.
+    """Return the rows of a global batch that `rank` trains on, int64 [gradient_accumulation_steps, micro_batch_size].
 
-    Micro-step m of all ranks together is rows [m * world_size * micro_batch_size, ...) of the batch: neither the batch
-    nor its order depends on the number of processes. UserError when the sizes do not factor.
+    In micro-step m the ranks together take world_size * micro_batch_size consecutive rows, the m-th such block, so the
+    batch and its order do not depend on the number of processes. Raises UserError if the sizes do not divide evenly.
     """
     rows = world_size * micro_batch_size
     if batch_size < 1 or rows < 1 or batch_size % rows:
         raise UserError(
-            f"batch_size {batch_size} is no multiple of micro_batch_size {micro_batch_size} x {world_size} processes; "
-            "choose a micro_batch_size or a number of processes that divides it."
+            f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {world_size} "
+            "processes; choose a micro_batch_size or a number of processes that divides it."
         )
     if not 0 <= rank < world_size:
         raise IndexError(f"rank {rank} of {world_size}")

@@ -1,41 +1,51 @@
-"""Sets of shards behind a URL: the manifest, then each shard into a folder, either as the manifest says or not at all.
+"""Sets of shards behind a URL: fetches the manifest, then each shard, and keeps only what the manifest describes.
 
-A set is named by the URL of its folder (`https://host/data/train`, `s3://bucket/train`) or by a URL or command with
-`{file}` where a file's name belongs (`pipe:ssh host cat /data/train/{file}`). `webdataset.gopen` opens it, or fsspec.
+A set is named by the URL of its folder (`https://host/data/train`, `s3://bucket/train`) or by a URL or command in which
+`{file}` stands for the name of a file (`pipe:ssh host cat /data/train/{file}`). `webdataset.gopen` or fsspec opens it.
 """
 
 import contextlib
 import hashlib
+import logging
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard, TypeVar
 
 from npp_ds.data.shards import MANIFEST_NAME, Manifest, ShardInfo, check_file
 from npp_ds.errors import UserError
-from npp_ds.utils.files import write_atomic
+from npp_ds.utils.files import atomic_file
+from npp_ds.utils.logs import ANY_RANK
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 2.0
 STALL_SECONDS = 60
 _BLOCK_BYTES = 1 << 20
 
+Content = TypeVar("Content")
+
 
 class _TransferError(Exception):
-    """Nothing, or not what was expected, came over the network; trying again may help."""
+    """The network delivered nothing, or not what was expected; another attempt may succeed."""
 
 
-def is_remote(source: str | Path) -> bool:
-    """Whether `source` is a URL or a `pipe:` command, not a folder."""
+def is_remote(source: str | Path) -> TypeGuard[str]:
+    """Return whether `source` is a URL or a `pipe:` command, not a folder."""
     return isinstance(source, str) and re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
 
 
 def load_manifest(source: str) -> Manifest:
-    """The manifest of the set at `source`; UserError when it cannot be had, is bad, or lists names unfit for a URL."""
+    """Fetch the manifest of the set at `source`.
+
+    Raises UserError if it cannot be fetched, is damaged, or lists file names that do not fit into a URL.
+    """
     address = _address(source, MANIFEST_NAME)
-    content = _persistently(address, lambda: b"".join(_blocks(address)), lambda text: None)
+    content = _retry(address, lambda: b"".join(_blocks(address)), logging.DEBUG)  # every process reads it
     manifest = Manifest.parse(content, address)
     for shard in manifest.shards:
         if not re.fullmatch(r"\w[\w.-]*", shard.file, re.ASCII):
@@ -46,20 +56,21 @@ def load_manifest(source: str) -> Manifest:
     return manifest
 
 
-def download(source: str, manifest: Manifest, folder: Path, say: Callable[[str], None]) -> None:
-    """Fetches into `folder` every shard that is not there yet, size and SHA-256 checked before it gets its name.
+def download(source: str, manifest: Manifest, folder: Path) -> None:
+    """Fetch into `folder` every shard that is not in it yet; a shard gets its name once its size and SHA-256 are right.
 
-    The caller has `folder` to itself. UserError when a shard does not arrive as the manifest says, OSError when it
-    cannot be written; what has arrived by then stays for the next call.
+    No other process may use `folder` meanwhile. Raises UserError if a shard does not arrive as the manifest describes
+    it, OSError if it cannot be written; the next call keeps the shards that have arrived.
     """
     for unfinished in folder.glob(".*.tmp"):
         unfinished.unlink()
-    missing = [shard for shard in manifest.shards if any(check_file(folder / shard.file, shard))]
+    missing = [shard for shard in manifest.shards if check_file(folder / shard.file, shard)]
     size = sum(shard.bytes for shard in missing)
-    say(f"{source}: fetching {len(missing)} of {len(manifest.shards)} shards ({size:,} bytes) into {folder}")
+    text = f"{source}: fetching {len(missing)} of {len(manifest.shards)} shards ({size:,} bytes) into {folder}"
+    logger.info(text, extra=ANY_RANK)
     for shard in missing:
         address = _address(source, shard.file)
-        _persistently(address, lambda a=address, s=shard: _fetch(a, s, folder / s.file), say)
+        _retry(address, partial(_fetch, address, shard, folder / shard.file))
 
 
 def _address(source: str, file: str) -> str:
@@ -73,47 +84,46 @@ def _address(source: str, file: str) -> str:
     return f"{source.rstrip('/')}/{file}"
 
 
-def _persistently(address: str, transfer: Callable[[], bytes | None], say: Callable[[str], None]) -> bytes | None:
-    for attempt in range(1, ATTEMPTS + 1):
+def _retry(address: str, transfer: Callable[[], Content], level: int = logging.INFO) -> Content:
+    """Return the result of `transfer()`, repeated up to ATTEMPTS times, each time after a longer pause."""
+    for attempt in range(1, ATTEMPTS):
         try:
             return transfer()
         except _TransferError as error:
-            if attempt == ATTEMPTS:
-                raise UserError(
-                    f"{address}: {error}, in each of {ATTEMPTS} tries; see that this node can read the file and that "
-                    "it is the one in the manifest, then run again: shards that have arrived are kept."
-                ) from None
-            say(f"{address}: {error}; trying again")
+            logger.log(level, f"{address}: {error}; trying again", extra=ANY_RANK)
             time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-    return None
+    try:
+        return transfer()
+    except _TransferError as error:
+        raise UserError(
+            f"{address}: {error}, in each of {ATTEMPTS} tries; see that this node can read the file and that it is the "
+            "one in the manifest, then run again: shards that have arrived are kept."
+        ) from None
 
 
 def _fetch(address: str, shard: ShardInfo, path: Path) -> None:
-    def write(file: BinaryIO) -> None:
-        digest, size = hashlib.sha256(), 0
-        with contextlib.closing(_blocks(address)) as blocks:
-            for block in blocks:
-                size += len(block)
-                if size > shard.bytes:
-                    raise _TransferError(f"found more than the {shard.bytes} bytes expected")
-                digest.update(block)
-                file.write(block)
+    digest, size = hashlib.sha256(), 0
+    with atomic_file(path) as file, contextlib.closing(_blocks(address)) as blocks:
+        for block in blocks:
+            size += len(block)
+            if size > shard.bytes:
+                raise _TransferError(f"found more than the {shard.bytes} bytes expected")
+            digest.update(block)
+            file.write(block)
         if size < shard.bytes:
             raise _TransferError(f"found {size} bytes, expected {shard.bytes}")
         if digest.hexdigest() != shard.sha256:
             raise _TransferError(f"found SHA-256 {digest.hexdigest()}, expected {shard.sha256}")
 
-    write_atomic(path, write)
 
-
-def _blocks(address: str) -> Iterator[bytes]:
+def _blocks(address: str) -> Generator[bytes]:
     stream = None
     try:
         stream = _open(address)
         with stream:
             while block := stream.read(_BLOCK_BYTES):
                 yield block
-    except Exception as error:  # Each protocol has exceptions of its own, not all of them OSErrors.
+    except Exception as error:  # each protocol has its own exceptions, and not all of them are OSErrors
         if status := getattr(stream, "status", None):
             program = "curl" if address.startswith("http") else "the command"
             raise _TransferError(f"{program} ended with exit code {status} (see its message)") from None
@@ -124,7 +134,7 @@ def _open(address: str) -> BinaryIO:
     from webdataset.gopen import gopen, gopen_schemes
 
     if re.match("https?://", address):
-        # gopen's own call of curl would wait for ever for a server that has fallen silent.
+        # webdataset 1.0's own call of curl would wait without end for a server that sends nothing.
         patience = f"--connect-timeout 30 --speed-limit 1 --speed-time {STALL_SECONDS}"
         return gopen(f"pipe:curl -fsSL {patience} {shlex.quote(address)}")
     if address.split(":", 1)[0] in gopen_schemes:

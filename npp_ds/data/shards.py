@@ -1,41 +1,35 @@
 """The shard format: WebDataset tars of VQ codes with a manifest; written atomically, read strictly, verified in full.
 
-A set is a folder with `manifest.json` and `train-000000.tar`, ... Each image is two neighbouring members of one shard:
+A set is a folder with `manifest.json` and `train-000000.tar`, ... Each image is two consecutive members of one shard:
 `<key>.codes.npy` (uint16 [crops, tokens]) and `<key>.cls` (the label as a decimal integer).
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import os
+import logging
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from npp_ds import __version__
 from npp_ds.errors import UserError
-from npp_ds.utils.files import fsync_directory, sha256, write_json_atomic
+from npp_ds.utils.files import atomic_file, sha256, tar_members, write_json_atomic
+from npp_ds.utils.progress import track
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 CODES_EXTENSION = "codes.npy"
 LABEL_EXTENSION = "cls"
 _NPY_PREFIX = b"\x93NUMPY\x01\x00"
-_NPY_HEADER = 128  # bytes before the values of a small array
 _HEX_DIGEST = r"^[0-9a-f]{64}$"
 
 
@@ -44,7 +38,7 @@ class _Record(BaseModel):
 
 
 class CodeAgreement(_Record):
-    """How many codes were `equal` to those of fp32, of the `codes` of the first `images`."""
+    """How many codes of the first `images` images, `codes` in all, were `equal` to those of fp32."""
 
     images: int = Field(ge=0)
     codes: int = Field(ge=0)
@@ -56,8 +50,11 @@ class CodeAgreement(_Record):
 
 
 class TokenizerInfo(_Record):
-    """What made the codes: `sha256` of the weights, `downsample` in pixels per code, arithmetic `precision`, and the
-    measured `agreement` with fp32 where the precision is another one."""
+    """The tokenizer that made the codes.
+
+    `sha256` is that of its weights, `downsample` is in pixels per code, `precision` is that of its arithmetic, and
+    `agreement` compares its codes with those of fp32 if the precision is another one.
+    """
 
     name: str
     sha256: str
@@ -66,13 +63,13 @@ class TokenizerInfo(_Record):
     agreement: CodeAgreement | None = None
 
     @model_serializer(mode="wrap")
-    def _without_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out an absent agreement, so that manifests keep the fingerprint they had before there was one."""
+    def _omit_absent(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Omit an absent agreement, so that manifests keep the fingerprint that they had before the field existed."""
         return {name: value for name, value in serialize(self).items() if value is not None}
 
 
 class CropInfo(_Record):
-    """The crops stored for every image, one name per row of its codes, such as "center-flip" or "1.1/top-left"."""
+    """The crops stored of each image: a name for each row of its codes, such as "center-flip" or "1.1/top-left"."""
 
     scheme: Literal["center", "center-flip", "ten"]
     ranges: list[float]
@@ -80,12 +77,12 @@ class CropInfo(_Record):
 
     @property
     def center(self) -> int:
-        """Index of the crop to evaluate on: the one named "center" or ".../center", else 0."""
+        """Index of the crop for evaluation: the one named "center" or ".../center", else 0."""
         return next((i for i, name in enumerate(self.names) if name.split("/")[-1] == "center"), 0)
 
 
 class ShardInfo(_Record):
-    """One shard file: its plain name, number of images, size in bytes and SHA-256."""
+    """One shard file: its name without a folder, its number of images, its size in bytes and its SHA-256."""
 
     file: str = Field(pattern=r"^[^/\\]+\.tar$")
     samples: int = Field(ge=0)
@@ -94,7 +91,7 @@ class ShardInfo(_Record):
 
 
 class Manifest(_Record):
-    """Everything that is known about a set of shards; `manifest.json` in its folder."""
+    """The description of a set of shards, `manifest.json` in its folder."""
 
     format: Literal["npp-codes"] = "npp-codes"
     version: Literal[1] = FORMAT_VERSION
@@ -127,17 +124,17 @@ class Manifest(_Record):
 
     @property
     def num_crops(self) -> int:
-        """Stored crops per image."""
+        """Number of crops stored of each image."""
         return len(self.crops.names)
 
     @property
     def num_tokens(self) -> int:
-        """Codes per crop."""
+        """Number of codes of a crop."""
         return self.grid_size**2
 
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":
-        """The manifest in `directory`; UserError when missing, unreadable, inconsistent or of another version."""
+        """Read the manifest in `directory`. Raises UserError if it is missing, damaged or of another version."""
         path = Path(directory) / MANIFEST_NAME
         try:
             content = path.read_bytes()
@@ -150,7 +147,7 @@ class Manifest(_Record):
 
     @classmethod
     def parse(cls, content: bytes, path: str | Path) -> "Manifest":
-        """The manifest in the bytes of a file; UserError naming `path` when `load` would refuse that file."""
+        """Parse the bytes of the manifest at `path`. Raises UserError as `load` does."""
         try:
             raw = json.loads(content)
         except ValueError as error:
@@ -168,49 +165,47 @@ class Manifest(_Record):
             raise UserError(f"{path}: {problems}; tokenize again or restore the file.") from None
 
     def save(self, directory: str | Path) -> None:
-        """Writes `manifest.json` into `directory`, atomically."""
+        """Write `manifest.json` into `directory`, atomically."""
         write_json_atomic(Path(directory) / MANIFEST_NAME, self.model_dump())
 
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest's content as 64 hexadecimal digits, the same whichever version of npp_ds wrote it."""
+        """Return the SHA-256 of the content in 64 hexadecimal digits, the same whichever version of npp_ds wrote it."""
         content = json.dumps(self.model_dump(exclude={"created_by"}), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 def shard_name(split: str, index: int) -> str:
-    """`train-000000.tar`."""
+    """Return a name such as `train-000000.tar`."""
     return f"{split}-{index:06d}.tar"
 
 
-def shard_bytes(samples: int, crops: int, tokens: int) -> int:
-    """Size of a shard file in bytes."""
-    codes = -(-(_NPY_HEADER + 2 * crops * tokens) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    content = samples * (codes + 3 * tarfile.BLOCKSIZE) + 2 * tarfile.BLOCKSIZE
-    return -(-content // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-
-
 class ShardWriter:
-    """Writes one shard through a temporary file; the shard appears whole on a clean exit, or not at all.
+    """A context manager that writes one shard, which appears complete when the block ends, or not at all.
 
-    The bytes depend on nothing but the samples. `info` describes the shard after the exit.
+    The bytes of the file depend on the samples alone. `info` describes the shard once the block has ended.
     """
+
+    info: ShardInfo
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.info: ShardInfo | None = None
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._keys: set[str] = set()
         self._shape: tuple[int, ...] | None = None
 
     def __enter__(self) -> "ShardWriter":
         from webdataset import TarWriter
 
-        self._file = self._temporary.open("wb")
-        self._tar = TarWriter(self._file, user="npp", group="npp", mode=0o644, mtime=0, encoder=False, compress=False)
+        self._stack = ExitStack()
+        file = self._stack.enter_context(atomic_file(self.path))
+        tar = TarWriter(file, user="npp", group="npp", mode=0o644, mtime=0, encoder=False, compress=False)
+        self._tar = self._stack.enter_context(closing(tar))
         return self
 
     def write(self, key: str, codes: np.ndarray, label: int) -> None:
-        """Appends one image: `codes` uint16 [crops, tokens] (the same shape for all), `label` >= 0, `key` unique."""
+        """Append one image: `codes` uint16 [crops, tokens], of one shape for all images, `label` >= 0, unique `key`.
+
+        Raises UserError for anything else.
+        """
         where = f"{self.path}, key {key!r}"
         _check_key(key, where)
         if key in self._keys:
@@ -227,32 +222,15 @@ class ShardWriter:
         self._keys.add(key)
         self._shape = codes.shape
 
-    def __exit__(self, exception_type, exception, traceback) -> None:
-        if exception_type is not None:
-            self._discard()
-            return
-        try:
-            self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            size, digest = self._temporary.stat().st_size, sha256(self._temporary)
-            self._temporary.replace(self.path)
-        except BaseException:
-            self._discard()
-            raise
-        fsync_directory(self.path.parent)
-        self.info = ShardInfo(file=self.path.name, samples=len(self._keys), bytes=size, sha256=digest)
-
-    def _discard(self) -> None:
-        for close in (self._tar.close, self._file.close):
-            with contextlib.suppress(OSError):
-                close()
-        self._temporary.unlink(missing_ok=True)
+    def __exit__(self, exception_type: type[BaseException] | None, *details: Any) -> None:
+        self._stack.__exit__(exception_type, *details)
+        if exception_type is None:
+            size, digest = self.path.stat().st_size, sha256(self.path)
+            self.info = ShardInfo(file=self.path.name, samples=len(self._keys), bytes=size, sha256=digest)
 
 
 def _check_key(key: str, where: str) -> None:
-    """Refuses keys that stock WebDataset would split, skip or fail to read."""
+    """Raise UserError for a key that stock WebDataset would split, skip or fail to read."""
     base = key.rsplit("/", 1)[-1]
     readable = (
         key.isprintable() and key.isascii() and base != "" and "." not in base and not key.startswith(("/", "__"))
@@ -264,11 +242,12 @@ def _check_key(key: str, where: str) -> None:
 
 
 def read_shard(path: str | Path) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Yields (key, codes uint16 [crops, tokens] read-only, label) in file order.
+    """Yield (key, codes uint16 [crops, tokens] read-only, label) of each image in file order.
 
-    UserError naming file and key at the first deviation from what `ShardWriter` writes: tar, pair, array or label.
+    Raises UserError, with file and key, at the first thing that `ShardWriter` would not have written.
     """
-    key, fields = "", {}
+    key = ""
+    fields: dict[str, bytes] = {}
     for name, data in _read_members(path):
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
@@ -287,34 +266,31 @@ def read_shard(path: str | Path) -> Iterator[tuple[str, np.ndarray, int]]:
         raise _incomplete(path, key, fields)
 
 
-def _incomplete(path: str | Path, key: str, fields: dict) -> UserError:
+def _incomplete(path: str | Path, key: str, fields: dict[str, bytes]) -> UserError:
     return UserError(
         f"{path}, key {key!r}: only {', '.join(fields)} found, expected {CODES_EXTENSION} and {LABEL_EXTENSION}."
     )
 
 
 def _read_members(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, content) of every member; unlike `tarfile` alone, never takes damage for the archive's end."""
+    """Yield (name, content) of each member. Raises UserError for anything but complete plain files."""
     name = None
     try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
+        with open(path, "rb") as file:
+            for member in tar_members(file):
                 name = member.name
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     raise UserError(f"{path}, member {name!r}: not a plain file.")
-                tar.fileobj.seek(member.offset_data)
-                data = tar.fileobj.read(member.size)
+                file.seek(member.offset_data)
+                data = file.read(member.size)
                 if len(data) != member.size:
                     raise tarfile.ReadError("unexpected end of data")
                 yield name, data
-                tar.members = []
-            tar.fileobj.seek(tar.offset)
-            end = tar.fileobj.read()
-            if len(end) < 2 * tarfile.BLOCKSIZE or any(end):
+            if len(rest := file.read()) < tarfile.BLOCKSIZE or any(rest):
                 raise tarfile.ReadError("the end-of-archive mark is missing")
     except (tarfile.TarError, OSError) as error:
-        place = f"after member {name!r}" if name else "at its start"
-        raise UserError(f"{path}: damaged {place}: {error}; tokenize this shard again or restore it.") from None
+        where = f"after member {name!r}" if name else "at its start"
+        raise UserError(f"{path}: damaged {where}: {error}; tokenize this shard again or restore it.") from None
 
 
 def _parse_codes(data: bytes, where: str) -> np.ndarray:
@@ -343,17 +319,29 @@ def _parse_label(data: bytes, where: str) -> int:
     return int(data)
 
 
-def check(
-    directory: str | Path,
-    manifest: Manifest,
-    accept: Callable[[np.ndarray, int], None] = lambda codes, label: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[str]:
-    """Reads the whole set, yields every problem, and calls `accept(codes, label)` for each sound sample in order.
+Sample = tuple[np.ndarray, int]  # codes uint16 [crops, tokens], read-only, and the label of an image
 
-    `progress(images done, images in all)` is called after each shard.
-    """
-    directory = Path(directory)
+
+def verify(directory: str | Path, show_progress: bool = False) -> list[str]:
+    """Read the whole set in `directory`; return every problem, with file and key, or [] if there is none."""
+    try:
+        manifest = Manifest.load(directory)
+    except UserError as error:
+        return [str(error)]
+    found = track(_read_set(Path(directory), manifest), "verifying", manifest.num_samples, show_progress)
+    return [problem for problem in found if isinstance(problem, str)]
+
+
+def read_set(directory: str | Path, manifest: Manifest) -> Iterator[Sample]:
+    """Verify the whole set in `directory` and yield its samples in order. Raises UserError at the first problem."""
+    for found in _read_set(Path(directory), manifest):
+        if isinstance(found, str):
+            raise UserError(f"{found} (`npp shards verify {directory}` lists every problem)")
+        yield found
+
+
+def _read_set(directory: Path, manifest: Manifest) -> Iterator[Sample | str]:
+    """Yield each sound sample of a set in order, and the text of each problem where it is found."""
     listed = {shard.file for shard in manifest.shards}
     for path in sorted(directory.glob("*.tar")):
         if path.name not in listed:
@@ -367,51 +355,31 @@ def check(
     first_seen: dict[str, str] = {}
     done = 0
     for shard in manifest.shards:
-        yield from check_file(directory / shard.file, shard)
-        if (directory / shard.file).is_file():
-            yield from _check_samples(directory / shard.file, shard, manifest, first_seen, accept)
+        path = directory / shard.file
+        if problem := check_file(path, shard):
+            yield problem
+        if path.is_file():
+            yield from _read_samples(path, shard, manifest, first_seen)
         done += shard.samples
-        progress(done, manifest.num_samples)
+        logger.debug("%s: read, %d of %d samples", path, done, manifest.num_samples)
 
 
-def read_sound(
-    directory: str | Path,
-    manifest: Manifest,
-    accept: Callable[[np.ndarray, int], None],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Reads the whole set as `check` does; UserError at its first problem."""
-    for problem in check(directory, manifest, accept, progress):
-        raise UserError(f"{problem} (`npp shards verify {directory}` lists every problem)")
-
-
-def verify(directory: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
-    """Every problem of the set in `directory`, each naming file and key; empty when it is sound. Reads everything."""
-    try:
-        manifest = Manifest.load(directory)
-    except UserError as error:
-        return [str(error)]
-    return list(check(directory, manifest, progress=progress))
-
-
-def check_file(path: Path, shard: ShardInfo) -> Iterator[str]:
-    """Yields what size and hash of the file at `path` say against it being `shard`."""
+def check_file(path: Path, shard: ShardInfo) -> str | None:
+    """Return what is wrong if the file at `path` does not have the size and hash of `shard`, else None."""
+    advice = "tokenize this shard again or restore it."
     try:
         if (size := path.stat().st_size) != shard.bytes:
-            yield f"{path}: found {size} bytes, expected {shard.bytes}; tokenize this shard again or restore it."
-        elif (digest := sha256(path)) != shard.sha256:
-            yield f"{path}: found SHA-256 {digest}, expected {shard.sha256}; tokenize this shard again or restore it."
+            return f"{path}: found {size} bytes, expected {shard.bytes}; {advice}"
+        if (digest := sha256(path)) != shard.sha256:
+            return f"{path}: found SHA-256 {digest}, expected {shard.sha256}; {advice}"
     except OSError as error:
-        yield f"{path}: {error.strerror}; tokenize this shard again or restore it."
+        return f"{path}: {error.strerror}; {advice}"
+    return None
 
 
-def _check_samples(
-    path: Path,
-    shard: ShardInfo,
-    manifest: Manifest,
-    first_seen: dict[str, str],
-    accept: Callable[[np.ndarray, int], None],
-) -> Iterator[str]:
+def _read_samples(
+    path: Path, shard: ShardInfo, manifest: Manifest, first_seen: dict[str, str]
+) -> Iterator[Sample | str]:
     count = 0
     try:
         for key, codes, label in read_shard(path):
@@ -420,10 +388,7 @@ def _check_samples(
             if key in first_seen:
                 problem = f"duplicate key, already in {first_seen[key]}"
             first_seen[key] = path.name
-            if problem:
-                yield f"{path}, key {key!r}: {problem}"
-            else:
-                accept(codes, label)
+            yield f"{path}, key {key!r}: {problem}" if problem else (codes, label)
     except UserError as error:
         yield str(error)
         return

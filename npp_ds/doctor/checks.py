@@ -7,7 +7,7 @@ from functools import cached_property
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import Manifest
-from npp_ds.data.store import here, load_manifest
+from npp_ds.data.store import expand_variables, load_manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.training.preflight import fitting_schedule
@@ -49,7 +49,7 @@ class Context:
     @property
     def sources(self) -> list[str]:
         """The run's sets of shards, at their paths on this node."""
-        return [str(here(source)) for source in (self.run.data.train, self.run.data.val) if source]
+        return [str(expand_variables(source)) for source in (self.run.data.train, self.run.data.val) if source]
 
     def manifest(self, source: str) -> Manifest:
         """Return the manifest of a set of shards, which is read once. Raises UserError."""

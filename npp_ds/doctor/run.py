@@ -10,7 +10,7 @@ from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import CheckpointSection, RunConfig
 from npp_ds.data import remote
 from npp_ds.data.shards import Manifest, ShardInfo, read_shard
-from npp_ds.data.store import find_staged, place_to_stage
+from npp_ds.data.store import find_staged, staging_folder
 from npp_ds.doctor.checks import FAILURE, WARNING, Check, Context, Result
 from npp_ds.errors import UserError
 from npp_ds.training.partitions import MOMENTS
@@ -92,7 +92,7 @@ def staging(context: Context) -> Result | None:
     for source in context.sources:
         manifest = context.manifest(source)
         if not find_staged(manifest, cache_dir):
-            root, needed = place_to_stage(source, manifest, cache_dir)
+            root, needed = staging_folder(source, manifest, cache_dir)
             needed_in[root] = needed_in.get(root, 0) + needed
     left = []
     for root, needed in needed_in.items():

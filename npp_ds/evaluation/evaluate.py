@@ -23,7 +23,7 @@ from npp_ds.evaluation.images import ImageSet
 from npp_ds.evaluation.metrics import NEIGHBOURS, class_agreement, frechet_distance, inception_score, precision_recall
 from npp_ds.evaluation.reference import Reference, recorded_extractor
 from npp_ds.utils.files import check_writable, explain_os_errors, write_json_atomic
-from npp_ds.utils.git import git_commit
+from npp_ds.utils.records import git_commit
 
 PUBLISHED_COUNT = 50_000
 _VALIDATION = re.compile(r"(?<![a-z])val(idation)?(?![a-z])", re.IGNORECASE)

@@ -14,8 +14,8 @@ from npp_ds.errors import UserError
 from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, load_samples, map_array
 from npp_ds.sampling.job import WORK_FOLDER
 from npp_ds.tokenizer.crops import crop
-from npp_ds.tokenizer.listing import FOLDER_EXTENSIONS, list_shards
-from npp_ds.tokenizer.sources import SHARD_SUFFIXES, ImageItem, decoded_images
+from npp_ds.tokenizer.images import ImageItem, decoded_images
+from npp_ds.tokenizer.sources import FOLDER_EXTENSIONS, SHARD_SUFFIXES, list_shards
 
 IMAGES_KEY = "arr_0"
 

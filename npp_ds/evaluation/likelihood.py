@@ -21,7 +21,7 @@ from npp_ds.data.store import stage
 from npp_ds.errors import UserError
 from npp_ds.sampling.sampler import DTYPES, build_model
 from npp_ds.sizes import num_positions
-from npp_ds.utils.git import git_commit
+from npp_ds.utils.records import git_commit
 
 LOGIT_BYTES = 256 << 20
 """Upper limit for the float32 logits of one forward pass: 16 images of 256 codes out of 16384."""

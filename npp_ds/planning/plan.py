@@ -10,7 +10,7 @@ from typing import Any
 from npp_ds.config.load import problems_of
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.store import manifest_at_hand
+from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.planning.memory import FP32, Memory, training_memory, weight_bytes
 from npp_ds.planning.mfu import Mfu, mfu_by_side
@@ -157,7 +157,7 @@ def _images(config: RunConfig, given: int | None) -> tuple[int, str]:
     """Return (number of training images, where the number is from)."""
     if given is not None:
         return given, "--images"
-    manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
+    manifest = available_manifest(config.data.train, config.data.cache_dir)
     return (manifest.num_samples, config.data.train) if manifest else (IMAGENET, "ImageNet-1K; no shards available")
 
 

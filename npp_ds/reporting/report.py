@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npp_ds.config.schedule import Schedule
+from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.reporting.plot import plot_run
 from npp_ds.reporting.summary import STAGE_COLUMNS, RunSummary, print_summary, result_rows, stage_rows, summarize
@@ -58,9 +59,8 @@ def _schedule(config: "RunConfig", events: list[Event]) -> tuple[Schedule, dict[
     If the training shards are not available, the table has the stages that have begun, and there are costs only if
     these are all stages.
     """
-    from npp_ds.data.store import manifest_at_hand
 
-    manifest = manifest_at_hand(config.data.train, config.data.cache_dir)
+    manifest = available_manifest(config.data.train, config.data.cache_dir)
     schedule = config.build_schedule(manifest.num_samples) if manifest else Schedule(tuple(stages_begun(events)))
     if not (manifest or events_named(events, "end")):
         return schedule, {}

@@ -17,7 +17,7 @@ import numpy as np
 
 from npp_ds import __version__
 from npp_ds.checkpoint.open import Weights
-from npp_ds.distributed.work_queue import Claims, locked
+from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.model import Transformer
 from npp_ds.sampling.decode import worth_capturing
@@ -25,9 +25,9 @@ from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, wri
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.utils.differences import differences
 from npp_ds.utils.files import write_atomic, write_json_atomic
-from npp_ds.utils.git import git_commit
+from npp_ds.utils.locks import locked
+from npp_ds.utils.records import differences, git_commit
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
@@ -109,10 +109,10 @@ class Sampling:
             self._check_folder()  # again: another process may have begun since
             if not (self.work / SETTINGS_FILE).is_file():
                 write_json_atomic(self.work / SETTINGS_FILE, self._settings())
-        with Claims(self.work, rank, world_size) as claims:
-            for part in claims.take(self.part_count, lambda part: self._is_intact(part) or self.finished):
+        with WorkQueue(self.work, rank, world_size) as queue:
+            for part in queue.take(self.part_count, lambda part: self._is_intact(part) or self.finished):
                 self._sample_part(part, progress)
-                claims.release(part)
+                queue.release(part)
         return self._sampled
 
     def finish(self) -> dict[str, Any] | None:

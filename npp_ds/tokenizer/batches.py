@@ -1,5 +1,6 @@
-"""Batches of crops through a tokenizer: one shape for all, cut and scaled to floats on the tokenizer's device."""
+"""Batches of crops through a tokenizer: all of one shape, cut and converted to floats on the tokenizer's device."""
 
+import time
 from collections.abc import Iterable, Iterator
 from itertools import cycle
 
@@ -9,15 +10,15 @@ from torch import Tensor
 
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import square_sides, windows
-from npp_ds.tokenizer.decoding import Decoded
-from npp_ds.tokenizer.sources import ImageItem
+from npp_ds.tokenizer.decoding import Decoded, DecodePool, tasks_of
+from npp_ds.tokenizer.images import ImageItem
 from npp_ds.tokenizer.vq import VQModel, to_input
 
-Squares = list[np.ndarray]
+Squares = list[np.ndarray]  # uint8 [images, side, side, 3] for each crop range
 
 
 class BatchEncoder:
-    """Codes of batches of `images` images with all their crops."""
+    """Encodes batches of `images` images, each with all its crops."""
 
     def __init__(
         self,
@@ -29,8 +30,9 @@ class BatchEncoder:
         device: str | torch.device = "cpu",
         precision: str = "fp32",
     ):
-        """A batch takes at most `crops_per_batch` crops, and at least one image."""
-        self.tokenizer, self.image_size, self.precision = tokenizer, image_size, precision
+        """A batch has at most `crops_per_batch` crops, but at least one image."""
+        self.tokenizer, self.precision = tokenizer, precision
+        self.image_size, self.ranges = image_size, ranges
         self.device = torch.device(device)
         self.windows = windows(image_size, scheme, ranges)
         self.images = max(1, crops_per_batch // len(self.windows))
@@ -39,34 +41,37 @@ class BatchEncoder:
         sides = square_sides(image_size, ranges)
         self._floats = [torch.empty((self.images, side, side, 3), device=self.device) for side in sides]
         pinned = self.device.type == "cuda"
-        # Two sets, because one is filled while the other may still be on its way to the device.
+        # Two sets: one is filled while the other may still be copied to the device.
         self._staging = cycle(
             [torch.empty((self.images, side, side, 3), dtype=torch.uint8, pin_memory=pinned).numpy() for side in sides]
             for _ in range(2)
         )
 
     def pack(self, results: Iterable[Decoded]) -> Iterator[tuple[list[ImageItem], Squares]]:
-        """The readable images of `results` in batches of one shape, the last one padded; each is good until the batch
-        after the next one is asked for."""
-        kept, squares = [], next(self._staging)
+        """Yield the readable images of `results` in batches of one shape; the last one is padded with zeros.
+
+        The memory of a batch is used again for the batch after the next one.
+        """
+        items: list[ImageItem] = []
+        squares = next(self._staging)
         for result in results:
             start = 0
             while start < len(result.readable):
-                stop = min(len(result.readable), start + self.images - len(kept))
-                for whole, part in zip(squares, result.squares, strict=True):
-                    whole[len(kept) : len(kept) + stop - start] = part[start:stop]
-                kept += result.readable[start:stop]
+                stop = min(len(result.readable), start + self.images - len(items))
+                for batch, part in zip(squares, result.squares, strict=True):
+                    batch[len(items) : len(items) + stop - start] = part[start:stop]
+                items += result.readable[start:stop]
                 start = stop
-                if len(kept) == self.images:
-                    yield kept, squares
-                    kept, squares = [], next(self._staging)
-        if kept:
-            for whole in squares:
-                whole[len(kept) :] = 0
-            yield kept, squares
+                if len(items) == self.images:
+                    yield items, squares
+                    items, squares = [], next(self._staging)
+        if items:
+            for batch in squares:
+                batch[len(items) :] = 0
+            yield items, squares
 
     def encode(self, squares: Squares) -> Tensor:
-        """Codes int64 [images, crops, tokens] of a batch, on the device, which may not be done with it yet."""
+        """Return codes int64 [images, crops, tokens] of a batch on the device, which may still be computing them."""
         staged = [torch.from_numpy(s).to(self.device, non_blocking=True) for s in squares]
         plain = [to_input(s, out) for s, out in zip(staged, self._floats, strict=True)]
         mirrored = [s.flip(-1) for s in plain] if any(w.mirrored for w in self.windows) else []
@@ -80,14 +85,14 @@ class BatchEncoder:
     def encode_all(
         self, batches: Iterable[tuple[list[ImageItem], Squares]]
     ) -> Iterator[tuple[list[ImageItem], np.ndarray]]:
-        """(items, codes uint16 [items, crops, tokens]) of each batch; the device works one batch ahead."""
-        under_way: list[tuple[list[ImageItem], Tensor]] = []
+        """Yield (items, codes uint16 [items, crops, tokens]) of each batch; the device works one batch ahead."""
+        pending: list[tuple[list[ImageItem], Tensor]] = []
         for items, squares in batches:
-            under_way.append((items, self.encode(squares)))
-            if len(under_way) == 2:
-                yield self._fetch(*under_way.pop(0))
-        for waiting in under_way:
-            yield self._fetch(*waiting)
+            pending.append((items, self.encode(squares)))
+            if len(pending) == 2:
+                yield self._fetch(*pending.pop(0))
+        for items, codes in pending:
+            yield self._fetch(items, codes)
 
     def _fetch(self, items: list[ImageItem], codes: Tensor) -> tuple[list[ImageItem], np.ndarray]:
         values = codes[: len(items)].to("cpu", torch.int32).numpy()
@@ -97,3 +102,22 @@ class BatchEncoder:
                 f"{items[bad.argmax()].where}; the checkpoint is damaged, or needs another precision"
             )
         return items, values.astype(np.uint16)
+
+    def measure_rate(self, items: list[ImageItem], workers: int, seconds: float) -> float:
+        """Return the images per second of decoding and encoding the first items, 0 if none of them can be read.
+
+        The first batch starts processes and devices, so the rate is that of the batches after it, until `seconds` have
+        passed; it is that of the first batch if there is no other.
+        """
+        done, rate = 0, 0.0
+        with DecodePool(self.image_size, self.ranges, workers, ahead=2 * self.images) as pool:
+            started = time.monotonic()
+            for number, (encoded, _) in enumerate(self.encode_all(self.pack(pool.map(tasks_of(0, items))))):
+                done += len(encoded)
+                elapsed = time.monotonic() - started
+                rate = done / elapsed
+                if number == 0:
+                    done, started = 0, time.monotonic()
+                elif elapsed > seconds:
+                    break
+        return rate

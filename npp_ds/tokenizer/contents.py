@@ -1,14 +1,22 @@
-"""What a set of code shards holds, for eyes: its manifest, the use of codes and classes, images of a few codes."""
+"""Descriptions of a set of code shards: its contents once it is made, its size and time before that."""
 
-from collections.abc import Callable
+import shutil
+import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from npp_ds.data.shards import Manifest, read_shard, read_sound
+from npp_ds.data.shards import Manifest, read_set, read_shard
 from npp_ds.errors import UserError
-from npp_ds.utils.progress import size_against
+from npp_ds.tokenizer.batches import BatchEncoder
+from npp_ds.tokenizer.encode import Encoding
+from npp_ds.tokenizer.vq import VQModel, to_uint8
+from npp_ds.utils.files import nearest_folder
+from npp_ds.utils.format import format_bytes
+from npp_ds.utils.progress import track
 
 LISTED_CLASSES = 40
 BAR = 40
@@ -16,7 +24,7 @@ BAR = 40
 
 @dataclass(frozen=True)
 class Contents:
-    """`code_counts` int64 [vocabulary] over all crops, `labels` int64 [images] in file order."""
+    """Statistics of a set: `code_counts` int64 [vocabulary] over all crops, `labels` int64 [images] in file order."""
 
     manifest: Manifest
     code_counts: np.ndarray
@@ -29,37 +37,35 @@ class Contents:
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the codes: how many would be in use if all were used alike."""
+        """exp of the entropy of the codes: the number of codes if all in use were equally frequent."""
         share = self.code_counts[self.code_counts > 0] / self.code_counts.sum()
         return float(np.exp(-(share * np.log(share)).sum()))
 
     @property
     def dead_codes(self) -> int:
-        """Codes of the vocabulary that never occur."""
+        """Number of codes of the vocabulary that never occur."""
         return int((self.code_counts == 0).sum())
 
     def class_name(self, label: int) -> str:
+        """Return the name of a class, or "class 3" if the set has no names."""
         names = self.manifest.class_names
         return names[label] if names else f"class {label}"
 
 
-def read_contents(directory: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Contents:
-    """Reads and verifies the whole set; UserError at the first problem."""
+def read_contents(directory: str | Path, show_progress: bool = False) -> Contents:
+    """Read and verify a whole set. Raises UserError at the first problem."""
     manifest = Manifest.load(directory)
     counts, labels = np.zeros(manifest.vocab_size, np.int64), []
-
-    def accept(codes: np.ndarray, label: int) -> None:
-        np.add(counts, np.bincount(codes.ravel(), minlength=len(counts)), out=counts)
+    for codes, label in track(read_set(directory, manifest), "reading", manifest.num_samples, show_progress):
+        counts += np.bincount(codes.ravel(), minlength=len(counts))
         labels.append(label)
-
-    read_sound(directory, manifest, accept, progress)
     if not labels:
         raise UserError(f"{directory}: holds no images")
     return Contents(manifest, counts, np.array(labels, np.int64))
 
 
 def describe(contents: Contents) -> list[str]:
-    """Lines for a person."""
+    """Return lines of text for people: the manifest, the use of codes, and the images per class."""
     m = contents.manifest
     stored, source = sum(shard.bytes for shard in m.shards), m.source
     crops = f"{m.crops.scheme}{' ' + ' '.join(f'{r:g}' for r in m.crops.ranges) if m.crops.ranges else ''}"
@@ -72,7 +78,7 @@ def describe(contents: Contents) -> list[str]:
         f"codes        {m.grid_size} x {m.grid_size} a crop, vocabulary {m.vocab_size:,}",
         f"tokenizer    {m.tokenizer.name}, SHA-256 {m.tokenizer.sha256}",
         f"precision    {m.tokenizer.precision}" + (f" ({m.tokenizer.agreement})" if m.tokenizer.agreement else ""),
-        f"shards       {len(m.shards)}, {size_against(stored, source.get('bytes'))}",
+        f"shards       {len(m.shards)}, {compare_sizes(stored, source.get('bytes'))}",
         f"made by      {m.created_by}",
         f"code usage   perplexity {contents.perplexity:,.1f} of {m.vocab_size:,}; {contents.dead_codes:,} dead codes "
         f"({contents.dead_codes / m.vocab_size:.1%})",
@@ -81,17 +87,23 @@ def describe(contents: Contents) -> list[str]:
     return lines + _class_lines(contents)
 
 
+def compare_sizes(stored: int, images: int | None) -> str:
+    """Return the size of code shards, compared with the bytes of the `images` they were made of, if those are known."""
+    if not images or not stored:
+        return format_bytes(stored)
+    times = f"{images / stored:.1f} times less" if images > stored else f"{stored / images:.1f} times more"
+    return f"{format_bytes(stored)}, {times} than the images' {format_bytes(images)}"
+
+
 def _class_lines(contents: Contents) -> list[str]:
-    """A bar per class, or for many classes their distribution, the smallest and the largest."""
+    """Return a bar per class; for many classes a histogram of their sizes, then the smallest and the largest."""
     counts = contents.class_counts
     lines = [f"classes      {counts.min():,} to {counts.max():,} images each, {(counts == 0).sum()} without any"]
     order = np.argsort(counts, kind="stable")
-    if len(counts) <= LISTED_CLASSES:
-        shown = range(len(counts))
-    else:
+    shown = list(range(len(counts)))
+    if len(counts) > LISTED_CLASSES:
         shown = [*order[:5], *order[-5:]]
-        edges = np.linspace(counts.min(), counts.max() + 1, 9).astype(int)
-        edges = np.unique(edges)
+        edges = np.unique(np.linspace(counts.min(), counts.max() + 1, 9).astype(int))
         totals = np.histogram(counts, edges)[0]
         for low, high, total in zip(edges[:-1], edges[1:], totals, strict=True):
             lines.append(f"{f'{low} to {high - 1} images':>24}  {_bar(total, totals.max())} {total} classes")
@@ -108,8 +120,10 @@ def _bar(value: int, largest: int) -> str:
 def random_codes(
     directory: str | Path, contents: Contents, classes: int, per_class: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(codes int64 [n, tokens], labels int64 [n]): of `classes` random classes up to `per_class` random images each,
-    one random crop of every image."""
+    """Return codes int64 [n, tokens] and labels int64 [n] of random images.
+
+    There are up to `per_class` images of each of `classes` random classes, and one random crop of each image.
+    """
     rng = np.random.default_rng(seed)
     present = np.unique(contents.labels)
     rows: list[int] = []
@@ -118,13 +132,13 @@ def random_codes(
         rows += sorted(rng.permutation(members)[:per_class])
     crops = rng.integers(0, contents.manifest.num_crops, len(rows))
     codes = np.empty((len(rows), contents.manifest.num_tokens), np.int64)
-    for target, values in _read_rows(Path(directory), contents.manifest, rows):
-        codes[target] = values[crops[target]]
+    for position, values in _read_rows(Path(directory), contents.manifest, rows):
+        codes[position] = values[crops[position]]
     return codes, contents.labels[rows]
 
 
-def _read_rows(directory: Path, manifest: Manifest, rows: list[int]):
-    """(position in `rows`, codes [crops, tokens]) of each, reading only the shards that hold one."""
+def _read_rows(directory: Path, manifest: Manifest, rows: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (position in `rows`, codes [crops, tokens]) of each row, reading only the shards that have one."""
     first = 0
     for shard in manifest.shards:
         wanted = {row - first: position for position, row in enumerate(rows) if 0 <= row - first < shard.samples}
@@ -135,11 +149,81 @@ def _read_rows(directory: Path, manifest: Manifest, rows: list[int]):
         first += shard.samples
 
 
-def decode(tokenizer, codes: np.ndarray, batch_size: int = 16) -> np.ndarray:
-    """Images uint8 [n, S, S, 3] of codes int64 [n, tokens]."""
-    import torch
-
-    from npp_ds.tokenizer.vq import to_uint8
-
+def decode(tokenizer: VQModel, codes: np.ndarray, batch_size: int = 16) -> np.ndarray:
+    """Return images uint8 [n, S, S, 3] of codes int64 [n, tokens]."""
     parts = (torch.from_numpy(codes[i : i + batch_size]) for i in range(0, len(codes), batch_size))
     return np.concatenate([to_uint8(tokenizer.decode(part)).numpy() for part in parts])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Size and time of an encoding: `bytes` of all shards, `free` bytes on their disk.
+
+    `images_per_second` is the rate of one process, 0 if no image could be read.
+    """
+
+    images: int
+    image_bytes: int
+    crops: int
+    tokens: int
+    shards: int
+    finished_shards: int
+    bytes: int
+    free: int
+    images_per_second: float
+    processes: int
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.images:,} images x {self.crops} crops x {self.tokens} codes: "
+            f"{self.shards} shards ({self.finished_shards} finished) of {self.bytes:,} bytes in all "
+            f"({compare_sizes(self.bytes, self.image_bytes)}); {format_bytes(self.free)} are free"
+        )
+        if self.bytes > self.free:
+            text += ", TOO LITTLE"
+        if not self.images_per_second:
+            return f"{text}\nno image could be read, so there is no rate"
+        rate = self.images_per_second * self.processes
+        return (
+            f"{text}\n{self.images_per_second:.3g} images/s, {self.images_per_second * self.crops:.3g} crops/s as "
+            f"measured in one process; {self.images / rate / 3600:.3g} hours for all images in {self.processes}"
+        )
+
+
+def estimate(encoding: Encoding, processes: int, seconds: float = 10.0) -> Estimate:
+    """Estimate an encoding by `processes` processes. Writes nothing; measures for about `seconds`.
+
+    It takes longer if a single image does.
+    """
+    settings, total = encoding.settings, len(encoding.source.items)
+    crops, tokens = len(encoding.crop_names), encoding.identity["grid_size"] ** 2
+    starts = range(0, total, settings.samples_per_shard)
+    samples = [min(settings.samples_per_shard, total - start) for start in starts]
+    return Estimate(
+        images=total,
+        image_bytes=encoding.source.bytes,
+        crops=crops,
+        tokens=tokens,
+        shards=encoding.shard_count,
+        finished_shards=encoding.count_recorded(),
+        bytes=sum(shard_bytes(count, crops, tokens) for count in samples),
+        free=shutil.disk_usage(nearest_folder(encoding.out)).free,
+        images_per_second=_images_per_second(encoding, seconds),
+        processes=processes,
+    )
+
+
+def shard_bytes(samples: int, crops: int, tokens: int) -> int:
+    """Return the size of a shard file in bytes."""
+    array = 128 + 2 * crops * tokens  # a .npy file with its header
+    padded = -(-array // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    content = samples * (padded + 3 * tarfile.BLOCKSIZE) + 2 * tarfile.BLOCKSIZE
+    return -(-content // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def _images_per_second(encoding: Encoding, seconds: float) -> float:
+    s, items = encoding.settings, encoding.source.items
+    single = BatchEncoder(encoding.tokenizer, s.image_size, s.crops, s.crop_ranges, 1, s.device, s.precision)
+    second_image = single.measure_rate(items, s.workers, seconds=0.0)
+    slow = second_image and encoding.encoder.images / second_image > seconds
+    return (single if slow else encoding.encoder).measure_rate(items, s.workers, seconds)

@@ -1,10 +1,11 @@
-"""Images -> shards of VQ codes, resumable: finished shards are kept, the manifest is written last.
+"""Encodes a source of images into shards of VQ codes, by any number of processes that share only the output folder.
 
-A shard owns a fixed range of the source and batches never cross shards, so its bytes depend neither on the number of
-processes nor on interruptions. Processes share nothing but the output folder.
+Finished shards are kept when a run resumes, and the manifest is written last. A shard has a fixed range of the source,
+and batches never cross shards, so its bytes depend neither on the number of processes nor on interruptions.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,27 +13,32 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from npp_ds.data.shards import (
     MANIFEST_NAME,
     CodeAgreement,
-    CropInfo,
     Manifest,
     ShardInfo,
     ShardWriter,
     TokenizerInfo,
     shard_name,
 )
-from npp_ds.distributed.work_queue import Claims, locked
+from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.crops import crop_names
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_of
-from npp_ds.tokenizer.sources import ImageItem, Source
+from npp_ds.tokenizer.images import ImageItem
+from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
-from npp_ds.utils.differences import differences
 from npp_ds.utils.files import sha256, write_json_atomic, write_text_atomic
-from npp_ds.utils.progress import Count, Progress
+from npp_ds.utils.locks import locked
+from npp_ds.utils.logs import ANY_RANK
+from npp_ds.utils.progress import Progress
+from npp_ds.utils.records import differences
+
+logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
@@ -42,9 +48,9 @@ SKIPPED_FILE = "skipped.jsonl"
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What to make of the images; at most `crop_batch_size` crops (at least one image) pass the tokenizer at once.
+    """Settings of an encoding. At most `crop_batch_size` crops, but at least one image, are encoded at once.
 
-    `workers` processes decode images; 0: decode in this one.
+    `workers` processes decode images; 0: this one does. `max_skipped` is a fraction of all images.
     """
 
     split: str
@@ -61,15 +67,17 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class FinishedShard:
+    """The record of a shard, with its images that were skipped: key, path, reason and shard of each."""
+
     info: ShardInfo
-    skipped: list[dict] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
 
 
 class Encoding:
-    """The encoding of one source into one folder: `run`, then `finish`, in every process that takes part."""
+    """The encoding of one source into one folder; every process that takes part calls `run`, then `finish`."""
 
     def __init__(self, source: Source, tokenizer: VQModel, out: str | Path, settings: EncodeSettings):
-        """UserError for impossible settings, or when `out` was made with other ones."""
+        """Raises UserError for impossible settings, and if `out` was made with other settings."""
         _check_settings(tokenizer, settings)
         self.source, self.tokenizer, self.out, self.settings = source, tokenizer, Path(out), settings
         self.work = self.out / WORK_FOLDER
@@ -80,10 +88,10 @@ class Encoding:
         self._check_folder()
 
     @cached_property
-    def identity(self) -> dict:
-        """The part of the manifest that must agree before shards of an earlier call are kept."""
+    def identity(self) -> dict[str, Any]:
+        """The part of the manifest that must agree before shards of an earlier run are kept."""
         settings, tokenizer = self.settings, self.tokenizer
-        crops = CropInfo(scheme=settings.crops, ranges=list(settings.crop_ranges), names=self.crop_names)
+        crops = {"scheme": settings.crops, "ranges": list(settings.crop_ranges), "names": self.crop_names}
         batching = {"samples_per_shard": settings.samples_per_shard, "crops_per_batch": settings.crop_batch_size}
         return {
             "split": settings.split,
@@ -93,18 +101,18 @@ class Encoding:
             "num_classes": self.source.num_classes,
             "class_names": self.source.class_names,
             "tokenizer": self._tokenizer_info().model_dump(),
-            "crops": crops.model_dump(),
+            "crops": crops,
             "source": {**self.source.describe(), **batching},
         }
 
     def run(self, rank: int = 0, world_size: int = 1) -> int:
-        """Encodes the missing shards that no other process holds; returns the number of images encoded.
+        """Encode the missing shards that no other process has taken; return the number of images encoded.
 
-        UserError when more than `max_skipped` of all images are unreadable, and when a shard cannot be written.
+        Raises UserError if more than `max_skipped` of all images are unreadable, OSError if a shard cannot be written.
         """
         with locked(self.work / LOCK_FILE):
-            self.work.mkdir(exist_ok=True)  # it is removed under this lock
-            self._check_folder()  # again, now that nobody else can begin
+            self.work.mkdir(exist_ok=True)  # `finish` removes it under this lock
+            self._check_folder()  # again: another process may have started since
             if not (self.work / SETTINGS_FILE).is_file():
                 write_json_atomic(self.work / SETTINGS_FILE, self.identity)
         self._poll()
@@ -112,23 +120,23 @@ class Encoding:
         if rank == 0 and len(self._known) < self.shard_count:
             self._agreement()
         settings, encoded = self.settings, 0
-        total = Count(len(self.source.items), self.shard_count, 0)
         ahead = 2 * self.encoder.images
         with (
-            Claims(self.work, rank, world_size) as claims,
+            WorkQueue(self.work, rank, world_size) as queue,
             DecodePool(settings.image_size, settings.crop_ranges, settings.workers, ahead) as pool,
-            Progress(total, self._count(), len(self.crop_names), shown=rank == 0) as progress,
+            Progress("tokenizing", shown=rank == 0) as progress,
         ):
-            for shard, results in groupby(pool.map(self._tasks(claims)), key=lambda result: result.shard):
+            self._show(progress)
+            for shard, results in groupby(pool.map(self._tasks(queue)), key=lambda result: result.shard):
                 self._encode_shard(shard, results, progress)
-                claims.release(shard)
+                queue.release(shard)
                 encoded += len(self._items(shard))
                 self._poll()
                 self._check_skipped()
         return encoded
 
     def finish(self) -> Manifest | None:
-        """Writes `skipped.jsonl` and the manifest; None while other processes still hold shards, the last one will."""
+        """Write skipped.jsonl and the manifest, unless other processes are still encoding: then return None."""
         if not all(map(self.finished, range(self.shard_count))):
             return None
         with locked(self.work / LOCK_FILE):
@@ -138,7 +146,7 @@ class Encoding:
         return Manifest.load(self.out)
 
     def finished(self, shard: int) -> FinishedShard | None:
-        """The record of a shard whose file is there with the recorded size and hash, else None."""
+        """Return the record of a shard if its file has the recorded size and hash, else None."""
         if shard not in self._verified:
             record = self._recorded(shard)
             if record is None or not self._is_sound(shard, record):
@@ -147,35 +155,36 @@ class Encoding:
         return self._verified[shard]
 
     def count_recorded(self) -> int:
-        """Shards that are recorded as finished; their files are not looked at."""
+        """Return the number of shards that are recorded as finished, without reading their files."""
         self._poll()
         return len(self._known)
 
     @cached_property
     def encoder(self) -> BatchEncoder:
+        """The encoder of all batches, with its memory on the device."""
         s = self.settings
         return BatchEncoder(
             self.tokenizer, s.image_size, s.crops, s.crop_ranges, s.crop_batch_size, s.device, s.precision
         )
 
-    def _tasks(self, claims: Claims) -> Iterator[Task]:
-        for shard in claims.take(self.shard_count, lambda shard: self.finished(shard) is not None):
+    def _tasks(self, queue: WorkQueue) -> Iterator[Task]:
+        for shard in queue.take(self.shard_count, lambda shard: self.finished(shard) is not None):
             self._known.pop(shard, None)
             yield from tasks_of(shard, self._items(shard))
 
     def _encode_shard(self, shard: int, results: Iterable[Decoded], progress: Progress) -> None:
-        name, total, done = self._name(shard), self._count(), 0
+        name, done = self._name(shard), 0
         for leftover in self.out.glob(f".{name}.*.tmp"):
             leftover.unlink()
         (self.work / f"{name}.json").unlink(missing_ok=True)
-        skipped: list[dict] = []
+        skipped: list[dict[str, str]] = []
         with ShardWriter(self.out / name) as writer:
-            batches = self.encoder.pack(_noting_skipped(results, name, skipped))
+            batches = self.encoder.pack(_collect_skipped(results, name, skipped))
             for items, codes in self.encoder.encode_all(batches):
                 for item, row in zip(items, codes, strict=True):
                     writer.write(item.key, row, item.label)
                 done += len(items)
-                progress.show(Count(total.images + done, total.shards, total.skipped + len(skipped)))
+                self._show(progress, done, len(skipped))
         record = FinishedShard(writer.info, skipped)
         write_json_atomic(self.work / f"{name}.json", asdict(record) | {"info": record.info.model_dump()})
         self._verified[shard] = self._known[shard] = record
@@ -206,7 +215,7 @@ class Encoding:
         )
 
     def _agreement(self) -> CodeAgreement | None:
-        """How many codes of the first batch are those of fp32; measured once for a set, and printed."""
+        """Compare the codes of the first batch with those of fp32. Measured and logged once for a set."""
         if self.settings.precision == "fp32":
             return None
         path = self.work / AGREEMENT_FILE
@@ -215,7 +224,7 @@ class Encoding:
         if (earlier := self._earlier()) and earlier.tokenizer.agreement:
             return earlier.tokenizer.agreement
         agreement = self._measure_agreement()
-        print(f"precision {self.settings.precision}: {agreement}", flush=True)
+        logger.info(f"precision {self.settings.precision}: {agreement}", extra=ANY_RANK)
         write_json_atomic(path, agreement.model_dump())
         return agreement
 
@@ -237,7 +246,7 @@ class Encoding:
         return path.is_file() and path.stat().st_size == info.bytes and sha256(path) == info.sha256
 
     def _recorded(self, shard: int) -> FinishedShard | None:
-        """What is written of a finished shard: beside the shards until the manifest is there, then in the manifest."""
+        """Read the record of a finished shard: from the work folder, or from the manifest once there is one."""
         name = self._name(shard)
         try:
             record = json.loads((self.work / f"{name}.json").read_text())
@@ -246,13 +255,14 @@ class Encoding:
             earlier = self._earlier()
         except (ValueError, TypeError, KeyError):  # damaged: the shard is made again
             return None
-        for info in earlier.shards if earlier else ():
-            if info.file == name:
-                return FinishedShard(info, [entry for entry in earlier.skipped if entry["shard"] == name])
+        if earlier:
+            for info in earlier.shards:
+                if info.file == name:
+                    return FinishedShard(info, [entry for entry in earlier.skipped if entry["shard"] == name])
         return None
 
     def _earlier(self) -> Manifest | None:
-        """The manifest in the folder, read again when it has changed."""
+        """Return the manifest in the folder, if there is one; it is read again when it has changed."""
         try:
             status = os.stat(self.out / MANIFEST_NAME)
         except FileNotFoundError:
@@ -263,7 +273,7 @@ class Encoding:
         return self._earlier_manifest
 
     def _poll(self) -> None:
-        """Takes note of the shards that are recorded as finished, whoever made them."""
+        """Read the records of shards that any process has finished since the last call."""
         names = {path.name.removesuffix(".json") for path in self.work.glob("*.tar.json")}
         if earlier := self._earlier():
             names |= {info.file for info in earlier.shards}
@@ -272,10 +282,14 @@ class Encoding:
             if wanted and (record := self._recorded(shard)):
                 self._known[shard] = record
 
-    def _count(self) -> Count:
-        return Count(sum(len(self._items(shard)) for shard in self._known), len(self._known), len(self._skipped()))
+    def _show(self, progress: Progress, encoded: int = 0, skipped: int = 0) -> None:
+        """Show the finished shards of all processes, and what this process has encoded of its next shard."""
+        done = sum(len(self._items(shard)) for shard in self._known) + encoded
+        skipped += len(self._skipped())
+        facts = f"{len(self.crop_names)} crops each, {len(self._known)}/{self.shard_count} shards, {skipped} skipped"
+        progress(done, len(self.source.items), facts)
 
-    def _skipped(self) -> list[dict]:
+    def _skipped(self) -> list[dict[str, str]]:
         return [entry for shard in sorted(self._known) for entry in self._known[shard].skipped]
 
     def _name(self, shard: int) -> str:
@@ -296,7 +310,7 @@ class Encoding:
             raise UserError(f"{self.out}: holds {tars[0].name} but no manifest; choose another folder or empty it")
         else:
             return
-        found["crops"].pop("names", None)  # they follow from the rest
+        found["crops"].pop("names", None)  # they follow from scheme and ranges
         if different := list(differences(found, self.identity)):
             raise UserError(
                 f"{self.out}: made with other settings ({'; '.join(different)}); choose another folder or empty it"
@@ -308,11 +322,12 @@ class Encoding:
             _write_skipped(self.out, skipped)
             raise UserError(
                 f"{len(skipped)} of {total} images are unreadable so far, allowed are {allowed:.3%} (--max-skipped); "
-                f"see {self.out / SKIPPED_FILE}, mend or remove them, or allow more and run the same command again"
+                f"see {self.out / SKIPPED_FILE}, fix or remove them, or allow more, then rerun the same command"
             )
 
 
-def _noting_skipped(results: Iterable[Decoded], shard: str, skipped: list[dict]) -> Iterator[Decoded]:
+def _collect_skipped(results: Iterable[Decoded], shard: str, skipped: list[dict[str, str]]) -> Iterator[Decoded]:
+    """Yield the results and append their unreadable images to `skipped`."""
     for result in results:
         skipped += [
             {"key": item.key, "path": item.where, "reason": reason, "shard": shard}
@@ -340,15 +355,13 @@ def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
         raise UserError(f"workers {settings.workers}: expected 0 or more")
 
 
-def _read_settings(path: Path) -> dict:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
         return {**settings, "crops": dict(settings["crops"])}
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); remove {path.parent.parent} and run the same command again"
-        ) from None
+        raise UserError(f"{path}: damaged ({error}); remove {path.parent.parent} and rerun the same command") from None
 
 
-def _write_skipped(out: Path, skipped: list[dict]) -> None:
+def _write_skipped(out: Path, skipped: list[dict[str, str]]) -> None:
     write_text_atomic(out / SKIPPED_FILE, "".join(json.dumps(entry) + "\n" for entry in skipped))

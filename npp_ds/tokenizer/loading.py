@@ -1,4 +1,4 @@
-"""Tokenizer files: ours (safetensors, the config in their metadata) and published ones (`vq_ds16_c2i.pt`)."""
+"""Tokenizer files: ours (safetensors with the config in the metadata) and published ones (`vq_ds16_c2i.pt`)."""
 
 import json
 from dataclasses import asdict, fields
@@ -22,8 +22,12 @@ SHIPPED = {"fashion_mnist": ASSETS / "fashion_mnist_vq.safetensors"}
 METADATA_KEY = "npp_vq"  # one entry, because safetensors writes several in no fixed order
 
 
-def load(name_or_path: str | Path) -> VQModel:
-    """See `npp_ds.tokenizer.vq.load_tokenizer`. Nothing but tensors is unpickled."""
+def load_tokenizer(name_or_path: str | Path) -> VQModel:
+    """Load a tokenizer in float32 and eval mode, and set its `name` and the `sha256` of its file.
+
+    `name_or_path` is "fashion_mnist" (shipped), a .safetensors file of `save_tokenizer`, or a published .pt file, whose
+    tensors determine the shape. Only tensors are unpickled. Raises UserError for a missing, damaged or other file.
+    """
     path = SHIPPED.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
         raise UserError(
@@ -40,7 +44,7 @@ def load(name_or_path: str | Path) -> VQModel:
         raise UserError(f"{path}: no tokenizer can have the shape {config} ({error})") from error
     found, expected = ({name: tuple(value.shape) for name, value in t.items()} for t in (tensors, model.state_dict()))
     if problems := misfits(found, expected):
-        raise UserError(f"{path}: not a whole VQ tokenizer: {problems}")
+        raise UserError(f"{path}: not a complete VQ tokenizer: {problems}")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     model.requires_grad_(False).eval()
     model.name, model.sha256 = str(name_or_path) if str(name_or_path) in SHIPPED else path.name, sha256(path)
@@ -48,22 +52,22 @@ def load(name_or_path: str | Path) -> VQModel:
 
 
 def tokenizer_of(made_by: "TokenizerInfo | TokenizerId | None", name_or_path: str | Path | None = None) -> VQModel:
-    """The tokenizer that decodes codes: the one named, else a shipped one or a file of that name here that made them.
+    """Load the tokenizer that made some codes, by default a shipped one or the file of its name in this folder.
 
-    `made_by` has the maker's name and SHA-256, as a manifest says, or is None where nothing tells them. UserError when
-    the tokenizer is another one or cannot be found.
+    `made_by` has its name and SHA-256, as in a manifest, or is None if these are unknown. Raises UserError if
+    `name_or_path` is another tokenizer, or if none is found.
     """
-    if name_or_path is None and made_by is None:
-        raise UserError("tokenizer: not known which one made the codes; give its name or file with --tokenizer")
     if name_or_path is None:
+        if made_by is None:
+            raise UserError("tokenizer: not known which one made the codes; give its name or file with --tokenizer")
         candidates = [*SHIPPED.items(), (made_by.name, Path(made_by.name))]
         name_or_path = next((n for n, p in candidates if p.is_file() and sha256(p) == made_by.sha256), None)
         if name_or_path is None:
             raise UserError(
-                f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not at hand; give "
-                "its file with --tokenizer to see images"
+                f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not available; "
+                "give its file with --tokenizer to see images"
             )
-    tokenizer = load(name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
     if made_by and tokenizer.sha256 != made_by.sha256:
         raise UserError(
             f"tokenizer {name_or_path}: SHA-256 {tokenizer.sha256[:12]}.., the codes were made by {made_by.name} "
@@ -72,19 +76,13 @@ def tokenizer_of(made_by: "TokenizerInfo | TokenizerId | None", name_or_path: st
     return tokenizer
 
 
-def save(model: VQModel, path: str | Path, training: dict) -> None:
-    """See `npp_ds.tokenizer.vq.save_tokenizer`."""
+def save_tokenizer(model: VQModel, path: str | Path, training: dict) -> None:
+    """Save the weights in float16, atomically, with config and facts about the `training` as JSON in the metadata."""
     import safetensors.torch
 
     metadata = {METADATA_KEY: json.dumps({"config": asdict(model.config), "training": training})}
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     write_atomic(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
-
-
-def training_facts(name_or_path: str | Path) -> dict:
-    """What `save` was given as `training`."""
-    path = SHIPPED.get(str(name_or_path), Path(name_or_path))
-    return json.loads(_read_safetensors(path)[1][METADATA_KEY])["training"]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -114,7 +112,7 @@ def _parse_config(path: Path, text: str) -> VQConfig:
 
 
 def _infer_config(path: Path, tensors: dict[str, Tensor]) -> VQConfig:
-    """The shape of a published checkpoint; `norm_groups` leaves no trace in tensors and is 32 in all of them."""
+    """Return the shape of a published checkpoint. Tensors do not show `norm_groups`, which is 32 in all of them."""
 
     def count(pattern: str) -> int:
         return next(i for i in range(99) if pattern.format(i) not in tensors)

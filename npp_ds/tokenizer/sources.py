@@ -1,63 +1,41 @@
-"""Where images come from: an ordered list of `ImageItem`s, each a range of bytes in some file.
+"""Sources of images: lists the images of class folders, of ImageNet's tar or of image shards, without unpacking them.
 
-A new kind of source is a function in `listing.py` and a line in `open_source`. Needs no torch.
+The order is fixed and no image is left out: damage stops the listing. Needs no torch.
 """
 
-import gzip
 import hashlib
-import io
+import os
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+import stat
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.class_list import read_class_list
 from npp_ds.tokenizer.crops import crop
+from npp_ds.tokenizer.images import ImageItem, decoded_images, open_decompressed, with_unique_keys
+from npp_ds.utils.files import tar_members
 
-IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+VARIANTS = ("webdataset", "imagefolder", "imagenet-tar")
 SHARD_SUFFIXES = (".tar", ".tar.gz")
-KINDS = ("webdataset", "imagefolder", "imagenet-tar")
+SHARD_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+FOLDER_EXTENSIONS = (*SHARD_EXTENSIONS, "bmp", "gif", "pgm", "ppm", "tif", "tiff")
+"""Extensions of images in class folders: everything that Pillow reads, because no image may be missed for its name."""
+SPLIT_NAMES = {"train", "val", "test", "validation"}
 CLASSES_FILE = "classes.txt"
-KEY_LENGTH = 72
-LARGEST_SIDE = 20_000  # of an image scaled to a short side of 256; beyond it lies damage, and much memory
-
-
-class UnreadableImage(Exception):
-    """An image that has no pixels to give; the text is the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageItem:
-    """One encoded image: `size` bytes at `offset` of the (decompressed) file at `path`, where it is called `name`.
-
-    `problem` says why it cannot be read, when that is known already.
-    """
-
-    key: str
-    label: int
-    path: str
-    size: int
-    offset: int = 0
-    name: str = ""
-    problem: str = ""
-
-    @property
-    def where(self) -> str:
-        """The path for people: that of a member goes on behind that of its archive."""
-        return f"{self.path}/{self.name}" if self.name else self.path
+WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in a fixed order; `class_names` may be empty, then labels are only known to be below `num_classes`."""
+    """Images in a fixed order. `class_names` may be empty; labels are below `num_classes` in any case."""
 
-    kind: str
+    variant: str
     name: str
     items: list[ImageItem]
     class_names: list[str]
@@ -68,13 +46,13 @@ class Source:
         """Size of all encoded images."""
         return sum(item.size for item in self.items)
 
-    def describe(self) -> dict:
-        """What the manifest says of the source; its fingerprint covers keys, labels and sizes, not where it lies."""
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's entry; its fingerprint covers keys, labels and sizes, but not paths."""
         digest = hashlib.sha256()
         for item in self.items:
             digest.update(f"{item.key}\t{item.label}\t{item.size}\n".encode())
         return {
-            "kind": self.kind,
+            "kind": self.variant,
             "name": self.name,
             "images": len(self.items),
             "bytes": self.bytes,
@@ -83,131 +61,320 @@ class Source:
 
 
 def open_source(
-    images: Sequence[str | Path], split: str, class_list: str | Path | None = None, kind: str = "auto"
+    images: Sequence[str | Path], split: str, class_list: str | Path | None = None, variant: str = "auto"
 ) -> Source:
-    """Image shards (a folder with `<split>-*.tar` or .tar.gz, or such files), an ImageFolder tree (with or without a
-    `<split>` folder) or ImageNet's tar of one tar per class (the file, or a folder with ILSVRC2012_img_<split>.tar).
+    """List a source of one of VARIANTS; auto detects which.
 
-    `kind` is one of KINDS, or auto. UserError when nothing fits, or when labels and class list disagree.
+    webdataset: image shards, as a folder with `<split>-*.tar` or .tar.gz, or as such files. imagefolder: a folder with
+    class folders, directly or under `<split>/`. imagenet-tar: a tar of one tar per class, or a folder with
+    ILSVRC2012_img_<split>.tar. Raises UserError if there is none of these, or if labels and class list disagree.
     """
-    from npp_ds.tokenizer import listing
-
     paths = [Path(path) for path in images]
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path}: not there; expected a folder of images or of image shards, or tar files")
-    kind, found = listing.find(paths, split, kind)
+            raise UserError(f"{path}: not found; expected a folder of images or of image shards, or tar files")
+    variant, found = _find(paths, split, variant)
     folders: list[str] = []
-    if kind == "webdataset":
-        items = listing.list_shards(found)
+    if variant == "webdataset":
+        items = list_shards(found)
         name, beside = found[0].parent.name, found[0].parent / CLASSES_FILE
-    elif kind == "imagefolder":
-        items, folders = listing.list_image_folder(found[0])
+    elif variant == "imagefolder":
+        items, folders = _list_image_folder(found[0])
         name, beside = found[0].name, found[0] / CLASSES_FILE
     else:
-        items, folders = listing.list_imagenet_tar(found[0])
+        items, folders = _list_imagenet_tar(found[0])
         name, beside = found[0].name, found[0].parent / CLASSES_FILE
-    names = read_class_list(class_list or beside, folders) if class_list or beside.is_file() else folders
+    names = _read_class_list(class_list or beside, folders) if class_list or beside.is_file() else folders
     highest = max(items, key=lambda item: item.label)
     if names and highest.label >= len(names):
         raise UserError(f"{highest.where}, {highest.key}: label {highest.label}, but only {len(names)} class names")
-    return Source(kind, name, _with_unique_keys(items), names, len(names) or highest.label + 1)
-
-
-class ImageReader:
-    """Reads items; the file of the last one stays open, because neighbours mostly share it."""
-
-    def __init__(self) -> None:
-        self._path = ""
-        self._stack = ExitStack()
-
-    def read(self, item: ImageItem) -> bytes:
-        """The encoded image. UnreadableImage when it has none; UserError when the source is no longer as listed."""
-        if item.problem or not item.size:
-            raise UnreadableImage(item.problem or "empty: 0 bytes")
-        try:
-            if item.path != self._path:
-                self._open(item.path)
-            self._file.seek(item.offset)
-            data = self._file.read(item.size if item.name else -1)
-        except PermissionError as error:
-            raise UnreadableImage(error.strerror) from error
-        except (OSError, EOFError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{item.where}: could not be read ({reason}); run the same command again") from error
-        if len(data) != item.size:
-            raise UserError(f"{item.where}: {len(data)} bytes now, {item.size} when the images were listed; run again")
-        return data
-
-    def _open(self, path: str) -> None:
-        self.close()
-        self._file = self._stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed by close()
-        if path.endswith(".gz"):
-            self._file = self._stack.enter_context(gzip.GzipFile(fileobj=self._file))
-        self._path = path
-
-    def close(self) -> None:
-        self._path = ""
-        self._stack.close()
-
-
-def decode(data: bytes) -> Image.Image:
-    """RGB image of an encoded one; EXIF rotation is left alone, as the published pipeline does. UnreadableImage."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            short, long = sorted(image.size)
-            if long * 256 > LARGEST_SIDE * short:
-                raise UnreadableImage(f"{image.width} x {image.height} pixels: too long for a centre crop")
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(f"not an image: begins with {data[:8]!r}") from error
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged data
-        text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the data", str(error)).replace("\n", " ")
-        raise UnreadableImage(text or type(error).__name__) from error
-
-
-def decoded_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, Image.Image]]:
-    """The items with their RGB images, in order; UserError for one that cannot be read."""
-    reader = ImageReader()
-    try:
-        for item in items:
-            try:
-                yield item, decode(reader.read(item))
-            except UnreadableImage as error:
-                raise UserError(f"{item.where}: {error}") from error
-    finally:
-        reader.close()
+    return Source(variant, name, with_unique_keys(items), names, len(names) or highest.label + 1)
 
 
 def load_images(source: Source, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All images as centre crops uint8 [N, image_size, image_size, 3] and labels int64 [N]; for small sets."""
+    """Load all images of a small source: centre crops uint8 [N, image_size, image_size, 3] and labels int64 [N]."""
     images = np.empty((len(source.items), image_size, image_size, 3), np.uint8)
     for row, (_, image) in enumerate(decoded_images(source.items)):
         images[row] = crop(image, image_size, "center")[0]
     return images, np.array([item.label for item in source.items])
 
 
-def _with_unique_keys(items: Iterable[ImageItem]) -> list[ImageItem]:
-    """Keys that any tar reader takes, numbered where two images would share one (`a.png` beside `a.jpg`)."""
-    seen: set[str] = set()
-    result = []
-    for item in items:
-        key = base = _plain(item.key)
-        number = 1
-        while key in seen:
-            number += 1
-            key = f"{base}-{number}"
-        seen.add(key)
-        result.append(item if key == item.key else replace(item, key=key))
-    return result
+def _find(paths: Sequence[Path], split: str, variant: str) -> tuple[str, list[Path]]:
+    """Return the variant and its shards, the root of its class folders, or its tar of tars."""
+    if variant not in ("auto", *VARIANTS):
+        raise UserError(f"source {variant!r}: expected auto or one of {', '.join(VARIANTS)}")
+    shards = _find_shards(paths, split)
+    if variant in ("auto", "imagenet-tar") and (outer := _find_imagenet_tar(paths, split, shards, variant)):
+        return "imagenet-tar", [outer]
+    if variant == "webdataset" or (variant == "auto" and shards):
+        if not shards:
+            raise UserError(f"{paths[0]}: no {split}-*.tar or {split}-*.tar.gz in it")
+        return "webdataset", shards
+    return "imagefolder", [_find_image_folder(paths, split)]
 
 
-def _plain(key: str) -> str:
-    path = PurePosixPath(key.lstrip("/_") or "image")
-    key = (path.parent / path.name.replace(".", "_")).as_posix()
-    return "".join(c if c.isascii() and c.isprintable() else "_" for c in key)[-KEY_LENGTH:].lstrip("/_")
+def _find_shards(paths: Sequence[Path], split: str) -> list[Path]:
+    shards = []
+    for path in paths:
+        if path.is_dir():
+            shards += sorted(p for p in path.iterdir() if p.name.startswith(f"{split}-") and _is_shard(p))
+        elif _is_shard(path):
+            shards.append(path)
+        else:
+            raise UserError(f"{path}: expected a folder, or tar files ending in {' or '.join(SHARD_SUFFIXES)}")
+    return shards
+
+
+def _is_shard(path: Path) -> bool:
+    return path.name.endswith(SHARD_SUFFIXES) and path.is_file()
+
+
+def _find_imagenet_tar(paths: Sequence[Path], split: str, shards: list[Path], variant: str) -> Path | None:
+    """Return the tar that is given, or that is in the folder that is given, if it holds tars."""
+    named = paths[0] / f"ILSVRC2012_img_{split}.tar" if paths[0].is_dir() else paths[0]
+    if variant == "auto":
+        if len(paths) > 1 or not named.is_file() or (shards and named not in shards):
+            return None
+        if paths[0].is_dir() and _class_root([paths[0] / split]):
+            return None
+        return named if named != paths[0] or _holds_tars(named) else None
+    if len(paths) > 1 or not named.is_file():
+        raise UserError(f"{named}: expected one tar of tars, such as ILSVRC2012_img_train.tar")
+    return named
+
+
+def _holds_tars(path: Path) -> bool:
+    if path.suffix != ".tar":
+        return False
+    with _open_tar(path) as file:
+        first = next(_files_in(file), tarfile.TarInfo())
+        return first.name.endswith(".tar")
+
+
+def _class_root(candidates: Sequence[Path]) -> Path | None:
+    """Return the first folder that has class folders and no folders of splits."""
+    for root in candidates:
+        folders = _class_folders(root) if root.is_dir() else []
+        if folders and SPLIT_NAMES.isdisjoint(folders):
+            return root
+    return None
+
+
+def _class_folders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _find_image_folder(paths: Sequence[Path], split: str) -> Path:
+    root = _class_root([paths[0] / split, paths[0]]) if len(paths) == 1 else None
+    if root is None:
+        raise UserError(
+            f"{paths[0]}: found neither shards ({split}-*.tar, {split}-*.tar.gz) nor ILSVRC2012_img_{split}.tar nor "
+            f"class folders, directly or under {split}/"
+        )
+    return root
+
+
+def _list_image_folder(root: Path) -> tuple[list[ImageItem], list[str]]:
+    """Return the items of `root/<class>/**/<image>` in sorted order, and the sorted class folders."""
+    classes = _class_folders(root)
+    items = []
+    for label, name in enumerate(classes):
+        for parts in sorted(_image_files(root, (name,))):
+            items.append(_file_item(root, parts, label))
+    if not items:
+        raise UserError(f"{root}: no images ({', '.join(FOLDER_EXTENSIONS)}) in its {len(classes)} class folders")
+    return items, classes
+
+
+def _image_files(root: Path, folder: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield the parts of the paths of all images in `folder` of `root`, following links."""
+    for entry in os.scandir(root.joinpath(*folder)):
+        if entry.is_dir():
+            yield from _image_files(root, (*folder, entry.name))
+        elif _extension(entry.name) in FOLDER_EXTENSIONS:
+            yield (*folder, entry.name)
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def _file_item(root: Path, parts: tuple[str, ...], label: int) -> ImageItem:
+    path = os.path.join(root, *parts)
+    key = os.path.splitext("/".join(parts))[0]
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return ImageItem(key, label, path, 0, problem=error.strerror or str(error))
+    if not stat.S_ISREG(status.st_mode):
+        return ImageItem(key, label, path, 0, problem="not a plain file")
+    return ImageItem(key, label, path, status.st_size)
+
+
+def _list_imagenet_tar(path: Path) -> tuple[list[ImageItem], list[str]]:
+    """Return the items of a tar of `<class>.tar` files, in the order of extracted files, and the sorted classes."""
+    found: dict[str, list[ImageItem]] = {}
+    with _open_tar(path) as file:
+        for member in _files_in(file):
+            folder, extension = os.path.splitext(os.path.basename(member.name))
+            if extension == ".tar":
+                if folder in found:
+                    raise UserError(f"{path}: holds {member.name} twice; expected one tar per class")
+                found[folder] = list(_list_class(file, path, member))
+            elif extension[1:].lower() in FOLDER_EXTENSIONS:
+                raise UserError(
+                    f"{path}: holds the image {member.name} and not only one tar per class, so its class is not known; "
+                    "sort the images into class folders and give their root"
+                )
+    classes = sorted(found)
+    items = []
+    for label, name in enumerate(classes):
+        members = sorted(found[name], key=lambda item: (item.name.split("/"), item.offset))
+        items += [replace(item, label=label) for item in members]
+    if not items:
+        raise UserError(f"{path}: no images; expected one tar of images per class in it")
+    return items, classes
+
+
+def _list_class(file: BinaryIO, path: Path, archive: tarfile.TarInfo) -> Iterator[ImageItem]:
+    """Yield the images of one class, without their label."""
+    file.seek(archive.offset_data)
+    for member in _files_in(file):
+        if _extension(member.name) in FOLDER_EXTENSIONS:
+            if member.offset_data + member.size > archive.offset_data + archive.size:
+                raise tarfile.ReadError(f"{archive.name}/{member.name} reaches beyond its archive")
+            name = member.name.removeprefix("./")
+            key = f"{os.path.splitext(os.path.basename(archive.name))[0]}/{os.path.splitext(name)[0]}"
+            yield replace(_member_item(key, -1, path, member), name=f"{archive.name}/{name}")
+
+
+def _member_item(key: str, label: int, path: Path, member: tarfile.TarInfo) -> ImageItem:
+    problem = "" if member.isreg() else "a link, not a file, in its archive"
+    return ImageItem(key, label, str(path), member.size, member.offset_data, member.name, problem)
+
+
+def list_shards(shards: Sequence[Path]) -> list[ImageItem]:
+    """Return the items of WebDataset image shards, in their order."""
+    items: list[ImageItem] = []
+    for path in shards:
+        with _open_tar(path) as file:
+            items += _list_shard(path, file)
+    if not items:
+        raise UserError(f"{shards[0]}: no images; expected <key>.{{{','.join(SHARD_EXTENSIONS)}}} beside <key>.cls")
+    return items
+
+
+def _list_shard(path: Path, file: BinaryIO) -> Iterator[ImageItem]:
+    for key, fields, label in _samples(file):
+        image = next((fields[extension] for extension in SHARD_EXTENSIONS if extension in fields), None)
+        if image is None and label is None:
+            continue
+        if label is None or not label.isdigit():
+            raise UserError(f"{path}, {key}: cls is {label!r}, expected a label of at least 0 as text beside the image")
+        if image is None:
+            found = ", ".join(fields)
+            yield ImageItem(key, int(label), str(path), 0, name=key, problem=f"only {found} found, and no image")
+        else:
+            yield _member_item(key, int(label), path, image)
+
+
+def _samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bytes | None]]:
+    """Yield (key, members by extension, content of cls) of consecutive members with the same key.
+
+    A second image, or a second member of the same name, begins another sample, so repeated keys lose no image.
+    """
+    key, label = "", None
+    fields: dict[str, tarfile.TarInfo] = {}
+    for member in _files_in(file):
+        stem, extension = _split(member)
+        second_image = extension in SHARD_EXTENSIONS and not fields.keys().isdisjoint(SHARD_EXTENSIONS)
+        if fields and (stem != key or extension in fields or second_image):
+            yield key, fields, label
+            fields, label = {}, None
+        key = stem
+        fields[extension] = member
+        if extension == "cls":
+            file.seek(member.offset_data)
+            label = file.read(member.size).strip()
+    if fields:
+        yield key, fields, label
+
+
+def _split(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Return key and extension by WebDataset's rule: split at the first dot of the base name."""
+    folder, _, base = member.name.removeprefix("./").rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+@contextmanager
+def _open_tar(path: Path) -> Iterator[BinaryIO]:
+    """Open a tar file, decompressed. Damage that the block finds becomes a UserError."""
+    try:
+        with open_decompressed(path) as file:
+            yield file
+            while path.name.endswith(".gz") and file.read(1 << 20):  # up to the checksum at the end
+                pass
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{path}: damaged, or no tar file ({error}); fetch or make it again") from error
+
+
+def _files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    return (member for member in tar_members(file) if not member.isdir())
+
+
+def _read_class_list(path: str | Path, folders: Sequence[str]) -> list[str]:
+    """Read class names in label order from a file with one class per line: `name`, `id` or `id name`.
+
+    `folders` are the sorted class folders of the images, or empty if the labels come with the images. A list with ids
+    (WordNet ids, or names of class folders) must have the ids of the folders in their order, because any other order
+    gives images wrong labels. A list without ids must have as many lines as there are folders. Raises UserError with
+    the difference.
+    """
+    lines = _lines(path)
+    ids = _ids(lines, set(folders))
+    if ids is None:
+        if folders and len(lines) != len(folders):
+            raise UserError(f"{path}: {len(lines)} class names for {len(folders)} class folders")
+        return lines
+    _check_ids(path, ids, folders)
+    return [line.removeprefix(label).strip() or label for label, line in zip(ids, lines, strict=True)]
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no list of class names ({error})") from error
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: empty; expected one class name a line, in the order of the labels")
+    return lines
+
+
+def _ids(lines: list[str], folders: set[str]) -> list[str] | None:
+    """Return the id of each line, or None for a list without ids."""
+    if not folders.isdisjoint(lines):
+        return lines
+    first = [line.split(maxsplit=1)[0] for line in lines]
+    return first if any(WORDNET_ID.fullmatch(word) or word in folders for word in first) else None
+
+
+def _check_ids(path: str | Path, ids: list[str], folders: Sequence[str]) -> None:
+    if twice := sorted({label for label in ids if ids.count(label) > 1}):
+        raise UserError(f"{path}: lists {_some(twice)} twice")
+    expected = list(folders) or sorted(ids)
+    problems = []
+    if extra := [label for label in ids if label not in set(expected)]:
+        problems.append(f"lists {_some(extra)}, for which there is no class folder")
+    if missing := [label for label in expected if label not in set(ids)]:
+        problems.append(f"lacks {_some(missing)}, for which there is one")
+    if not problems and ids != expected:
+        line = next(i for i, pair in enumerate(zip(ids, expected, strict=True)) if pair[0] != pair[1])
+        problems.append(f"line {line + 1} is {ids[line]}, expected {expected[line]}: class ids follow the sorted ids")
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}; fix the list or the folders")
+
+
+def _some(labels: list[str], shown: int = 3) -> str:
+    return ", ".join(labels[:shown]) + (f" and {len(labels) - shown} more" if len(labels) > shown else "")

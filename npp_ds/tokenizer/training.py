@@ -1,8 +1,9 @@
 """Training of small VQ tokenizers: a spherical k-means codebook with dead-code revival between encoder and decoder."""
 
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npp_ds.errors import UserError
 from npp_ds.tokenizer.vq import VQConfig, VQModel, to_input
+
+logger = logging.getLogger(__name__)
 
 SMALL_VQ = VQConfig(
     channels=16, channel_multipliers=(1, 2, 3), num_res_blocks=1, z_channels=32, codebook_size=512, norm_groups=8
@@ -19,35 +23,36 @@ SMALL_VQ = VQConfig(
 
 @dataclass(frozen=True)
 class TokenizerTraining:
-    """Knobs of `train`; steps count optimizer updates."""
+    """Settings of `train`; steps are optimizer updates."""
 
     steps: int = 3000
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 200
-    autoencoder_steps: int = 300  # first steps without quantization, so that k-means finds spread-out latents
+    autoencoder_steps: int = 300  # first steps without quantization, so that the latents for k-means are spread out
     commitment_weight: float = 0.25
     l2_weight: float = 1.0
     codebook_decay: float = 0.99
     dead_code_threshold: float = 1.0  # codes seen less often per batch (moving average) move to a random latent
-    settle_fraction: float = 0.1  # no revival in this last part of the run
+    settle_fraction: float = 0.1  # no code moves to a random latent in this last part of the run
     seed: int = 0
     precision: str = "bf16"  # of encoder and decoder under autocast: bf16 or fp32; the codebook is always fp32
 
 
 def learning_rate(step: int, settings: TokenizerTraining) -> float:
-    """Linear warm-up, then a half cosine to 0."""
+    """Return the learning rate of a step: linear warm-up times half a cosine to 0."""
     warmup = min(1.0, (step + 1) / settings.warmup_steps)
     return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 class SphericalCodebook:
-    """Unit vectors that follow the latents by k-means with moving averages; codes that fall out of use are moved.
+    """Unit vectors that follow the latents by k-means with moving averages; unused ones move to a random latent.
 
-    As in van den Oord et al. (arXiv 1711.00937, appendix A.1), on the sphere.
+    The updates are those of van den Oord et al. (arXiv 1711.00937, appendix A.1), on the sphere.
     """
 
     def __init__(self, latents: Tensor, config: VQConfig, settings: TokenizerTraining, lloyd_iterations: int = 10):
+        """Begin with random latents float [n, dim] of length 1, then `lloyd_iterations` of k-means over all of them."""
         self.decay, self.threshold = settings.codebook_decay, settings.dead_code_threshold
         self.vectors = latents[torch.randperm(len(latents))[: config.codebook_size]]
         for _ in range(lloyd_iterations):
@@ -56,6 +61,7 @@ class SphericalCodebook:
         self._revive(latents)
 
     def nearest(self, latents: Tensor) -> Tensor:
+        """Return the codes int64 [n] of unit latents float [n, dim]."""
         return (latents @ self.vectors.T).argmax(-1)
 
     def _assigned(self, latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +75,7 @@ class SphericalCodebook:
         self.sums[dead] = self.vectors[dead] * self.threshold
 
     def update(self, latents: Tensor, codes: Tensor, revive: bool) -> None:
-        """Moves the vectors towards unit latents float [n, dim] that were given `codes` int64 [n]."""
+        """Move the vectors towards unit latents float [n, dim] with `codes` int64 [n], and unused ones if `revive`."""
         counts, sums = self._assigned(latents, codes)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
@@ -78,8 +84,8 @@ class SphericalCodebook:
             self._revive(latents)
 
 
-def _batches(count: int, settings: TokenizerTraining):
-    """Row numbers int64 [batch_size], epoch after epoch in a new order, and whether each row is mirrored."""
+def _batches(count: int, settings: TokenizerTraining) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rows int64 [batch_size], in a new order each epoch, and whether each row is mirrored."""
     rng = np.random.default_rng(settings.seed)
     rows = np.empty(0, np.int64)
     while True:
@@ -95,15 +101,18 @@ def _load(images: np.ndarray, rows: np.ndarray, mirrored: np.ndarray) -> Tensor:
     return to_input(torch.from_numpy(batch)).contiguous()
 
 
-def train(
-    images: np.ndarray, config: VQConfig, settings: TokenizerTraining, report: Callable[[dict], None], every: int = 100
-) -> VQModel:
-    """Trains a tokenizer on images uint8 [N, H, W, 3]; `report` gets step, loss, mae and images/s every so often."""
+def train(images: np.ndarray, config: VQConfig, settings: TokenizerTraining, log_every: int = 100) -> VQModel:
+    """Train a tokenizer on images uint8 [N, H, W, 3]; log step, loss, mean absolute error and images/s."""
+    if settings.steps <= settings.autoencoder_steps:
+        raise UserError(
+            f"steps: found {settings.steps}, expected more than the first {settings.autoencoder_steps}, "
+            "which do not quantize"
+        )
     torch.manual_seed(settings.seed)
     model = VQModel(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16")
-    codebook = None
+    codebook: SphericalCodebook | None = None
     started = time.monotonic()
     for step, (rows, mirrored) in zip(range(settings.steps), _batches(len(images), settings), strict=False):
         for group in optimizer.param_groups:
@@ -129,9 +138,12 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % every == 0 or step + 1 == settings.steps:
+        if (step + 1) % log_every == 0 or step + 1 == settings.steps:
             rate = (step + 1) * settings.batch_size / (time.monotonic() - started)
-            report({"step": step + 1, "loss": loss.item(), "mae": l1.item() / 2, "images_per_second": rate})
+            logger.info(
+                f"step {step + 1}, loss {loss.item():.4g}, mae {l1.item() / 2:.4g}, images_per_second {rate:.4g}"
+            )
+    assert codebook is not None
     with torch.no_grad():
         model.quantize.embedding.weight.copy_(codebook.vectors)
     return model.eval()
@@ -139,7 +151,7 @@ def train(
 
 @torch.no_grad()
 def measure(model: VQModel, images: np.ndarray, batch_size: int = 250) -> dict[str, float]:
-    """Mean absolute error on [0, 1], fraction of codes used and their perplexity over images uint8 [N, H, W, 3]."""
+    """Return mean absolute error (pixels in [0, 1]), fraction of codes used and perplexity on uint8 [N, H, W, 3]."""
     error, counts = 0.0, torch.zeros(model.config.codebook_size, dtype=torch.float64)
     for start in range(0, len(images), batch_size):
         batch = to_input(torch.from_numpy(images[start : start + batch_size]))

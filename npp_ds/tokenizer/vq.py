@@ -1,8 +1,7 @@
-"""The VQ tokenizer of LlamaGen (arXiv 2406.06525): images <-> codes, with the published parameter names."""
+"""The VQ tokenizer of LlamaGen (arXiv 2406.06525): images to codes and back, with the published parameter names."""
 
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Shape of a tokenizer; the defaults are VQ-16."""
+    """Shape of a tokenizer; the defaults are those of VQ-16."""
 
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -23,7 +22,7 @@ class VQConfig:
 
     @property
     def downsample(self) -> int:
-        """Pixels per code along a side."""
+        """Pixels per code along each side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
@@ -91,7 +90,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks (each followed by attention at the lowest level) and the change of resolution."""
+    """Residual blocks, each followed by attention if asked for, then the change of resolution if there is one."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, attention: bool):
         super().__init__()
@@ -118,7 +117,7 @@ def _middle(channels: int, groups: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] -> latents [B, z_channels, H / downsample, W / downsample]."""
+    """Encodes images [B, 3, H, W] to latents [B, z_channels, H / downsample, W / downsample]."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -143,7 +142,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z_channels, h, w] -> images [B, 3, h * downsample, w * downsample]."""
+    """Decodes latents [B, z_channels, h, w] to images [B, 3, h * downsample, w * downsample]."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -168,7 +167,7 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Vectors on the unit sphere; a latent takes the code of its nearest neighbour after l2-normalisation."""
+    """Vectors on the unit sphere. The code of a latent is that of the nearest vector after l2 normalisation."""
 
     def __init__(self, size: int, dim: int):
         super().__init__()
@@ -176,16 +175,16 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
     def vectors(self) -> Tensor:
-        """float [codebook_size, codebook_dim], each of length 1."""
+        """Return the vectors, float [codebook_size, codebook_dim], each of length 1."""
         return F.normalize(self.embedding.weight, dim=-1)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Codes int64 [...] of latents [..., codebook_dim] of any length."""
+        """Return the codes int64 [...] of latents [..., codebook_dim] of any length."""
         return (F.normalize(latents, dim=-1) @ self.vectors().T).argmax(-1)
 
 
 class VQModel(nn.Module):
-    """`encode` images to codes and `decode` codes to images; `name` and `sha256` say where the weights came from."""
+    """Encodes images to codes and decodes codes to images. `name` and `sha256` are those of the file of its weights."""
 
     name = "untrained"
     sha256 = ""
@@ -205,28 +204,30 @@ class VQModel(nn.Module):
         return self.config.downsample
 
     def latents(self, images: Tensor) -> Tensor:
-        """Unnormalised latents float [B, h, w, codebook_dim] of images float [B, 3, H, W] in [-1, 1]."""
+        """Return unnormalised latents float [B, h, w, codebook_dim] of images float [B, 3, H, W] in [-1, 1]."""
         return self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Images float [B, 3, H, W] (about [-1, 1], not clamped) from unit vectors [B, h, w, codebook_dim]."""
+        """Return images float [B, 3, H, W] (about [-1, 1], not clamped) of unit vectors [B, h, w, codebook_dim]."""
         return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
 
     def _half(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        """Encoder and quant_conv with weights of `dtype`, copied when they are first asked for: autocast would run
-        the normalisations, half of the memory traffic, in fp32."""
+        """Return copies of encoder and quant_conv with weights of `dtype`, made once.
+
+        Autocast would run the normalisations, half of the memory traffic, in fp32.
+        """
         device = self.quant_conv.weight.device
         if (dtype, device) not in self._half_copies:
-            modules = (deepcopy(module).to(dtype) for module in (self.encoder, self.quant_conv))
-            self._half_copies[dtype, device] = tuple(modules)
+            encoder, quant_conv = deepcopy(self.encoder).to(dtype), deepcopy(self.quant_conv).to(dtype)
+            self._half_copies[dtype, device] = encoder, quant_conv
         return self._half_copies[dtype, device]
 
     @torch.no_grad()
     def encode(self, images: Tensor, precision: str = "fp32") -> Tensor:
-        """Codes int64 [B, T] in raster order of images float [B, 3, H, W] in [-1, 1]; `downsample` divides H and W.
+        """Return codes int64 [B, T] in raster order of images float [B, 3, H, W] in [-1, 1]; `downsample` divides H, W.
 
         `precision` is that of the encoder, one of PRECISIONS; the nearest code is always found in fp32. A code is -1
-        where the encoder gave no finite numbers.
+        where the encoder returned numbers that are not finite.
         """
         dtype = HALF_TYPES.get(precision, torch.float32)
         encoder, quant_conv = self._half(dtype) if dtype != torch.float32 else (self.encoder, self.quant_conv)
@@ -238,7 +239,7 @@ class VQModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images float [B, 3, H, W] (about [-1, 1], not clamped) of square code maps int64 [B, T]."""
+        """Return images float [B, 3, H, W] (about [-1, 1], not clamped) of square code maps int64 [B, T]."""
         side = round(codes.shape[1] ** 0.5)
         if side * side != codes.shape[1]:
             raise ValueError(f"codes of shape {tuple(codes.shape)} are no square maps")
@@ -247,8 +248,10 @@ class VQModel(nn.Module):
 
 
 class full_precision:
-    """Context in which float32 convolutions and products use TF32 only if told to: codes must not depend on a global
-    flag, nor on which of several algorithms cuDNN finds fastest today."""
+    """A context manager in which float32 convolutions and products use TF32 only if `tf32` is set.
+
+    So codes depend neither on a global flag nor on which of several algorithms cuDNN finds to be the fastest.
+    """
 
     def __init__(self, tf32: bool = False):
         self.tf32 = tf32
@@ -259,38 +262,20 @@ class full_precision:
         cuda.allow_tf32 = cudnn.allow_tf32 = self.tf32
         cudnn.deterministic, cudnn.benchmark = True, False
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = self.saved
 
 
 def to_input(images: Tensor, out: Tensor | None = None) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1] for `VQModel.encode`; stays channels-last in memory.
+    """Convert uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1] for `VQModel.encode`, channels-last in memory.
 
-    `out`, float32 [B, H, W, 3], is the memory to use.
+    `out`, float32 [B, H, W, 3], is memory for the result.
     """
     floats = images.float() if out is None else out.copy_(images)
     return floats.div_(127.5).sub_(1).permute(0, 3, 1, 2)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float [B, 3, H, W] of `VQModel.decode` -> uint8 [B, H, W, 3], truncating as the published sampler does."""
+    """Convert float [B, 3, H, W] of `VQModel.decode` to uint8 [B, H, W, 3], truncating as the published sampler."""
     return images.float().mul(127.5).add(128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).contiguous()
-
-
-def load_tokenizer(name_or_path: str | Path) -> VQModel:
-    """A tokenizer in float32 and eval mode, with `name` and `sha256` (of its file) set.
-
-    `name_or_path`: "fashion_mnist" (shipped), a .safetensors written by `save_tokenizer`, or a published .pt, whose
-    shape is told from its tensors. UserError for a missing, damaged or foreign file.
-    """
-    from npp_ds.tokenizer import loading
-
-    return loading.load(name_or_path)
-
-
-def save_tokenizer(model: VQModel, path: str | Path, training: dict) -> None:
-    """Writes weights in float16, with config and facts about their `training` as JSON in the metadata, atomically."""
-    from npp_ds.tokenizer import loading
-
-    loading.save(model, path, training)

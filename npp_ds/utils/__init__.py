@@ -1,4 +1,4 @@
-"""Helpers without domain knowledge: files, locks, hash RNG, GPU specifications, progress.
+"""Helpers without domain knowledge: files, locks, hash RNG, GPU specifications, records, logs, progress, format.
 
-Imports nothing of npp_ds but `errors`.
+They import nothing of npp_ds but `errors`.
 """

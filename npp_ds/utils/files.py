@@ -1,8 +1,9 @@
-"""Files that are either wholly there or not there at all, and their hashes."""
+"""Files that are complete or absent, whatever interrupts the writer, and their hashes."""
 
 import hashlib
 import json
 import os
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from npp_ds.errors import UserError
 
 
 def fsync_directory(directory: Path) -> None:
-    """Makes renames inside `directory` survive a power cut."""
+    """Make renames in `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,21 +23,22 @@ def fsync_directory(directory: Path) -> None:
 
 
 def nearest_folder(path: str | Path) -> Path:
-    """The last folder on the way to `path` that is there: where it would be made, and whose disk would hold it."""
+    """Return `path` or its nearest parent that is a folder: its disk is the one that would hold `path`."""
     path = Path(path).absolute()
     return next(p for p in (path, *path.parents) if p.is_dir())
 
 
-def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to disk and renames it into place.
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` for writing; when the block ends, flush it to disk and rename it to `path`.
 
-    When `write` raises (a full disk, an interrupt) the temporary file is removed and what was at `path` stays.
+    If the block raises (a full disk, an interrupt), the temporary file is removed and `path` stays as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -46,18 +48,24 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     fsync_directory(path.parent)
 
 
+def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replace the file at `path` by what `write(file)` writes, as `atomic_file` does."""
+    with atomic_file(path) as file:
+        write(file)
+
+
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Replaces the file at `path` by `text` in UTF-8, atomically."""
+    """Replace the file at `path` by `text` in UTF-8, atomically."""
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Replaces the file at `path` by `value` as indented JSON, atomically."""
+    """Replace the file at `path` by `value` as indented JSON, atomically."""
     write_text_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file in 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -86,3 +94,17 @@ def check_writable(path: str | Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     return path
+
+
+def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of the archive that begins at the file's position. Raises tarfile.ReadError for damage.
+
+    `tarfile` alone takes a damaged header for the end of the archive.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # do not keep them; typeshed 2026 lacks the attribute
+            yield member
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("the end-of-archive mark is missing")

@@ -1,4 +1,4 @@
-"""What is known of GPUs: memory, dense bf16 rate, how fast they talk, and what CUDA calls them. Pure: no torch."""
+"""Specifications of GPUs: memory, dense bf16 rate, bandwidth between GPUs, and CUDA's device names. Needs no torch."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory in 10^9 bytes, peak of dense bf16 products in TFLOP/s, and how fast GPUs talk in GB/s, one direction.
+    """Memory in 10^9 bytes, peak of dense bf16 products in TFLOP/s, and bandwidths in GB/s in one direction.
 
     `within_node` is what one GPU sends to others of its node, `between_nodes` what a whole node sends to another.
     """
@@ -21,10 +21,10 @@ class GPU:
     between_nodes: float
 
     def bandwidth(self, gpus: int) -> float:
-        """GB/s that each of `gpus` GPUs sends in a collective of them all.
+        """Return the GB/s that each of `gpus` GPUs sends in a collective of them all.
 
-        Over several nodes NCCL runs a ring for every network adapter, each with its part of the data through every GPU:
-        so the whole node's network counts, up to what a GPU sends within the node.
+        Between nodes NCCL runs one ring per network adapter, and each ring takes its part of the data through every
+        GPU. So the network of the whole node counts, up to the bandwidth of a GPU within the node.
         """
         return self.within_node if gpus <= GPUS_PER_NODE else min(self.within_node, self.between_nodes)
 
@@ -45,8 +45,8 @@ GPUS = {
     )
 }
 
-# As the driver names whole devices of these kinds; older drivers leave the brand out. Cards of the same chip with other
-# limits (PCIe, NVL, laptops, MIG slices) have names of their own and other rates.
+# The driver's names for complete devices; older drivers omit the brand. Cards of the same chip with other limits (PCIe,
+# NVL, laptops, MIG slices) have other names and other rates.
 _DEVICE_NAMES = {
     "A100-SXM4-40GB": "a100-40",
     "A100-SXM4-80GB": "a100-80",
@@ -59,14 +59,15 @@ _DEVICE_NAMES = {
 
 
 def gpu_of_device(device_name: str) -> GPU | None:
-    """The GPU of the table that `torch.cuda.get_device_name` calls so; None for any other."""
+    """Return the GPU of the table with this `torch.cuda.get_device_name`; None for any other device."""
     return GPUS.get(_DEVICE_NAMES.get(device_name.removeprefix("NVIDIA "), ""))
 
 
 def find_gpu(name: str, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> GPU:
-    """A GPU of the table with its figures replaced where others are given. Raises UserError.
+    """Return a GPU of the table, with the figures that are given instead of its own.
 
-    A GPU outside the table needs memory and rate; its bandwidth is then that of a100-80.
+    A GPU outside the table needs memory and rate; its bandwidth is by default that of a100-80. Raises UserError for an
+    unknown GPU without these.
     """
     known = GPUS.get(name)
     if known is None and (memory_gb is None or tflops is None):

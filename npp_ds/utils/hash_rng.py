@@ -1,9 +1,10 @@
-"""Random numbers as a pure function of integers, the same on every machine, library version and process count.
+"""Random numbers as a pure function of integers: the same on every machine, for any library version or process count.
 
-Everything random in the data order, in dropout seeds and in sampling comes from here: no generator state is ever saved.
+The data order, dropout seeds and sampling take all their random numbers from here, so no generator state is ever saved.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +19,12 @@ def _finalize(x: np.ndarray) -> np.ndarray:
 
 
 def mix64(*words: int | np.ndarray) -> np.ndarray:
-    """uint64 hash of a tuple of integers; integer arrays among `words` broadcast.
+    """Return the uint64 hash of a tuple of integers; integer arrays among `words` broadcast.
 
-    `mix64(seed, epoch, ids)` gives one hash per id. The order and the number of words matter.
+    `mix64(seed, epoch, ids)` has one hash per id. The order and the number of words matter.
     """
-    state, rest = np.uint64(len(words)), words
+    state: Any = np.uint64(len(words))
+    rest = words
     while rest and isinstance(rest[0], (int, np.integer)):
         state, rest = _absorb_integer(state, int(rest[0])), rest[1:]
     for word in rest:
@@ -30,17 +32,17 @@ def mix64(*words: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def _absorb(state: np.ndarray, word: int | np.ndarray) -> np.ndarray:
+def _absorb(state: Any, word: int | np.ndarray) -> np.ndarray:
     if isinstance(word, (int, np.integer)):
         word = int(word) & 0xFFFFFFFFFFFFFFFF
     with np.errstate(over="ignore"):
         return _finalize(state * _GOLDEN + np.asarray(word).astype(np.uint64) + _GOLDEN)
 
 
-# Kept because tuples often begin with the same integers, and numpy's scalar arithmetic costs more than a batch's.
+# Cached because tuples often begin with the same integers, and numpy takes longer for scalars than for a whole batch.
 _absorb_integer = lru_cache(maxsize=1024)(_absorb)
 
 
 def uniform(*words: int | np.ndarray) -> np.ndarray:
-    """float64 in [0, 1) with 53 random bits, a pure function of `words` (see `mix64`)."""
+    """Return float64 in [0, 1) with 53 random bits, a pure function of `words` (see `mix64`)."""
     return (mix64(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53

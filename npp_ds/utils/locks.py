@@ -1,36 +1,62 @@
-"""A lock between processes for the file systems that have one; nothing here may hang on those that do not."""
+"""File locks between processes: on one machine, and between nodes where the file system supports it.
+
+`filelock` cannot replace this. On a file system without locks (ENOSYS) filelock 4.3 creates a marker file instead, and
+a process that is killed leaves its marker behind, which processes on other nodes wait for without end. filelock 3.13
+truncates the file that it locks, and two of ours have content: a run's stalled.txt and the lock of a staged set.
+"""
 
 import fcntl
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
-@contextmanager
-def locked(path: Path, patience: float) -> Iterator[bool]:
-    """Holds flock on the file at `path`, created when absent; yields whether the lock was had.
+def lock(file: TextIO, patience: float | None = None) -> bool:
+    """Lock an open file until it is closed. Return False if another process keeps the lock for `patience` seconds.
 
-    Not had where the file system offers no locks, or when another process (one that was suspended, say) keeps it for
-    more than `patience` seconds.
+    Without `patience` it waits as long as it takes. The kernel releases the lock of a process that dies, however it
+    dies. Raises OSError (ENOLCK, ENOSYS, EOPNOTSUPP) if the file system offers no locks.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        yield _flock(descriptor, patience)
-    finally:
-        os.close(descriptor)  # which also unlocks
-
-
-def _flock(descriptor: int, patience: float) -> bool:
+    if patience is None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return True
     deadline = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.01)
+
+
+@contextmanager
+def locked(path: Path, patience: float | None = None) -> Iterator[bool]:
+    """Hold the lock of the file at `path`, creating file and folder if absent; yield whether it is held.
+
+    It is not held if the file system offers no locks, or if another process (for example a suspended one) keeps it for
+    more than `patience` seconds.
+    """
+    with open_lock(path) as file:
+        try:
+            held = lock(file, patience)
         except OSError:
-            return False
+            held = False
+        yield held
+
+
+def open_lock(path: Path) -> TextIO:
+    """Open a lock file for reading and appending, creating it and its folder if absent.
+
+    Another process that has finished may remove the folder at any moment; then it is created again.
+    """
+    for _ in range(100):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return path.open("a+")
+        except FileNotFoundError:
+            continue
+    return path.open("a+")

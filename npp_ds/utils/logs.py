@@ -5,6 +5,9 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+ANY_RANK = {"any_rank": True}
+"""`extra` of a record that other processes show, too: of work that any one process does for the others."""
+
 
 class ScreenHandler(logging.Handler):
     """Print each record as a plain line, warnings with a prefix; a screen behind a full disk loses them."""
@@ -21,7 +24,10 @@ class ScreenHandler(logging.Handler):
 
 
 def show_logs(rank: int = 0, to_stderr: bool = False) -> None:
-    """Show records of level INFO and above on the first process's screen; the other processes show none."""
+    """Show records of level INFO and above on the first process's screen; the others show those of ANY_RANK only."""
+    handler = ScreenHandler(to_stderr)
+    if rank:
+        handler.addFilter(lambda record: getattr(record, "any_rank", False))
     logger = logging.getLogger("npp_ds")
     logger.setLevel(logging.INFO)
-    logger.handlers = [ScreenHandler(to_stderr) if rank == 0 else logging.NullHandler()]
+    logger.handlers = [handler]

@@ -1,80 +1,75 @@
-"""Progress of long work: a bar on a terminal, a line every few seconds elsewhere, nothing from other processes."""
+"""The progress of long work: a bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
+from npp_ds.utils.format import format_duration
 
-@dataclass(frozen=True)
-class Count:
-    """How far the set is: images and shards done by all processes, and images skipped among them."""
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
-    images: int
-    shards: int
-    skipped: int
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_BARS = 10.0, 0.1
+Item = TypeVar("Item")
 
 
 class Progress:
-    """Context manager; `show(count)` after each batch. `crops` per image only changes what is shown."""
+    """A context manager; call it with (done, total) as the work proceeds. It writes to standard error.
 
-    def __init__(self, total: Count, before: Count, crops: int, shown: bool = True, seconds_between_lines: float = 5.0):
-        self.total, self.before, self.crops, self.shown = total, before, crops, shown
-        self.pause = seconds_between_lines
-        self.bar = None
+    Rate and time left count from the first call, so they leave out work that an earlier start did. Processes other than
+    the first one set `shown` to False.
+    """
+
+    def __init__(self, what: str, shown: bool = True, unit: str = "images"):
+        self.what, self.shown, self.unit = what, shown, unit
+        self._bar: Bar | None = None
+        self._pause = SECONDS_BETWEEN_LINES
+        self._last = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> "Progress":
-        self.started = self.printed = time.monotonic()
         if self.shown and sys.stderr.isatty():
-            self.bar, self.task = _bar(self.total.images, self.before.images)
-            self.bar.start()
+            self._bar, self._pause = _bar(self.what), SECONDS_BETWEEN_BARS
+            self._bar.start()
         return self
 
-    def show(self, count: Count) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=count.images, facts=self.facts(count))
-        elif self.shown and time.monotonic() - self.printed > self.pause:
-            self.printed = time.monotonic()
-            print(f"{count.images}/{self.total.images} images, {self.facts(count)}", file=sys.stderr, flush=True)
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
 
-    def facts(self, count: Count) -> str:
-        rate = (count.images - self.before.images) / max(time.monotonic() - self.started, 1e-9)
-        left = duration((self.total.images - count.images) / rate) if rate > 0 else "?"
-        return (
-            f"{rate:.3g} images/s, {rate * self.crops:.3g} crops/s, {count.shards}/{self.total.shards} shards, "
-            f"{count.skipped} skipped, {left} left"
-        )
-
-    def __exit__(self, *_) -> None:
-        if self.bar:
-            self.bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """12 s, 4:05 min or 13.2 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    def __call__(self, done: int, total: int, facts: str = "") -> None:
+        """Show that `done` of `total` units are done, with the rate, other `facts` and the time left."""
+        now = time.monotonic()
+        self._first = self._first or (done, now)
+        if not self.shown or now - self._last < self._pause:
+            return
+        self._last = now
+        parts = [self.unit, facts]
+        if done > self._first[0]:
+            rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
+            parts = [self.unit, f"{rate:.3g} {self.unit}/s", facts, f"{format_duration((total - done) / rate)} left"]
+        text = ", ".join(filter(None, parts))
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
+        else:
+            print(f"{self.what}: {done}/{total} {text}", file=sys.stderr, flush=True)
 
 
-def size_against(stored: int, images: int | None) -> str:
-    """Size of the shards, and beside it that of the `images` they were made of where it is known."""
-    if not images or not stored:
-        return readable_bytes(stored)
-    times = f"{images / stored:.1f} times less" if images > stored else f"{stored / images:.1f} times more"
-    return f"{readable_bytes(stored)}, {times} than the images' {readable_bytes(images)}"
-
-
-def readable_bytes(number: int) -> str:
-    """6.6 GB, 18.5 MB or 43.0 kB."""
-    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if number >= s or u == "kB")
-    return f"{number / size:,.1f} {unit}"
-
-
-def _bar(total: int, completed: int):
+def _bar(what: str) -> "Bar":
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
-    bar = Bar(*columns, console=Console(stderr=True))
-    return bar, bar.add_task("", total=total, completed=completed, facts="")
+    columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task("", total=None, text="")
+    return bar
+
+
+def track(items: Iterable[Item], what: str, total: int, shown: bool = True) -> Iterator[Item]:
+    """Yield the items, one per unit of the work, and show how many of `total` there have been."""
+    with Progress(what, shown) as progress:
+        progress(0, total)
+        for done, item in enumerate(items, start=1):
+            yield item
+            progress(done, total)

@@ -204,7 +204,7 @@ def test_time_spent_waiting_for_data_is_counted(store, monkeypatch):
         ({"batch_size": 104, "micro_batch_size": 104}, {}, r"103 samples, fewer than one batch \(batch_size 104\)"),
         ({"steps_per_epoch": 9}, {}, "9 steps an epoch, the training set of 103 samples has 8 batches of 12"),
         ({"patch_side": 3}, {}, "patch_side 3 does not divide the grid of the shards, 4"),
-        ({"micro_batch_size": 5}, {}, "batch_size 12 is no multiple of micro_batch_size 5 x 1"),
+        ({"micro_batch_size": 5}, {}, "batch_size 12 is not a multiple of micro_batch_size 5 x 1"),
         ({}, {"world_size": 8}, "micro_batch_size 3 x 8 processes"),
         ({}, {"num_classes": 9}, "training set has 10 classes, num_classes of the model is 9"),
     ],

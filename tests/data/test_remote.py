@@ -1,5 +1,6 @@
-"""Shards behind a URL: fetched once per node, whole or not at all, going on after any interruption."""
+"""Shards behind a URL: fetched once per node, complete or not at all, resumed after any interruption."""
 
+import logging
 import re
 import shutil
 import threading
@@ -11,7 +12,7 @@ import pytest
 
 from npp_ds.data import remote
 from npp_ds.data.shards import Manifest, ShardInfo, verify
-from npp_ds.data.store import load_manifest, manifest_at_hand, stage
+from npp_ds.data.store import available_manifest, load_manifest, stage
 from npp_ds.errors import UserError
 from runs import WATCHED, assert_same, outcome_of, run, tiny_config
 from shard_sets import manifest_of, write_set
@@ -84,8 +85,9 @@ def stall(handler, content):
 
 
 @pytest.fixture
-def published(tmp_path, monkeypatch):
-    """(server, codes, labels) of a set of 90 images in three shards."""
+def published(tmp_path, monkeypatch, caplog):
+    """(server, codes, labels) of a set of 90 images in three shards; `caplog` has what is logged."""
+    caplog.set_level(logging.INFO, "npp_ds")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(remote, "STALL_SECONDS", 1)
@@ -99,17 +101,18 @@ def name_of(tmp_path):
     return Manifest.load(tmp_path / "shards").fingerprint()
 
 
-def test_set_behind_a_url_is_staged_like_one_in_a_folder(tmp_path, published):
+def test_set_behind_a_url_is_staged_like_one_in_a_folder(tmp_path, published, caplog):
     server, codes, labels = published
-    said = []
-    store = stage(f"{server.url}/", tmp_path / "cache", say=said.append)
+    store = stage(f"{server.url}/", tmp_path / "cache")
     assert_holds(store, codes, labels)
     assert store.manifest == Manifest.load(tmp_path / "shards") == load_manifest(server.url)
     assert entries(tmp_path / "cache") == [name_of(tmp_path)]
     assert [server.requests[name] for name in SHARDS] == [1, 1, 1]
-    assert len(said) == 1
-    assert said[0].startswith(f"{server.url}: fetching 3 of 3 shards (")
-    assert_holds(stage(server.url, tmp_path / "cache", say=pytest.fail), codes, labels)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{server.url}: fetching 3 of 3 shards (")
+    assert record.any_rank, "whichever process fetches"
+    assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
+    assert len(caplog.records) == 1
     assert [server.requests[name] for name in SHARDS] == [1, 1, 1]
 
 
@@ -122,7 +125,7 @@ def test_set_behind_a_url_is_staged_like_one_in_a_folder(tmp_path, published):
         (flip, "found SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"),
     ],
 )
-def test_shard_that_arrives_wrong_is_fetched_again_and_then_refused(tmp_path, published, fault, reason):
+def test_shard_that_arrives_wrong_is_fetched_again_and_then_refused(tmp_path, published, caplog, fault, reason):
     server, codes, labels = published
     server.faults[SHARDS[1]] = [fault] * 4
     with pytest.raises(UserError, match=rf"{server.url}/{SHARDS[1]}: .*{reason}, in each of 4 tries; .*run again"):
@@ -132,24 +135,23 @@ def test_shard_that_arrives_wrong_is_fetched_again_and_then_refused(tmp_path, pu
     assert sorted(path.name for path in left.iterdir()) == ["manifest.json", "source.txt", SHARDS[0]]
 
     server.faults[SHARDS[1]] = [fault]
-    said = []
-    assert_holds(stage(server.url, tmp_path / "cache", say=said.append), codes, labels)
+    caplog.clear()
+    assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
     assert [server.requests[name] for name in SHARDS] == [1, 6, 1]
-    assert said[0].startswith(f"{server.url}: fetching 2 of 3 shards")
-    assert re.search(rf"{SHARDS[1]}: .*{reason}; trying again", said[1])
+    assert caplog.messages[0].startswith(f"{server.url}: fetching 2 of 3 shards")
+    assert re.search(rf"{SHARDS[1]}: .*{reason}; trying again", caplog.messages[1])
     assert entries(tmp_path / "cache") == [name_of(tmp_path)]
 
 
-def test_server_that_falls_silent_is_given_up_and_asked_again(tmp_path, published):
+def test_server_that_falls_silent_is_given_up_and_asked_again(tmp_path, published, caplog):
     server, codes, labels = published
     server.faults[SHARDS[1]] = [stall]
-    said = []
-    assert_holds(stage(server.url, tmp_path / "cache", say=said.append), codes, labels)
-    assert f"{SHARDS[1]}: curl ended with exit code 28" in said[1]
+    assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
+    assert f"{SHARDS[1]}: curl ended with exit code 28" in caplog.messages[1]
     assert [server.requests[name] for name in SHARDS] == [1, 2, 1]
 
 
-def test_download_goes_on_from_another_server_when_the_first_one_died(tmp_path, published):
+def test_download_resumes_from_another_server_when_the_first_one_died(tmp_path, published):
     server, codes, labels = published
     dying = Server(tmp_path / "shards")
 
@@ -182,7 +184,7 @@ def test_run_on_shards_behind_a_url_is_the_run_on_the_folder(pair, shards, undis
 
 
 @pytest.mark.processes
-def test_killed_download_goes_on_without_fetching_finished_shards_again(tmp_path, published):
+def test_killed_download_resumes_without_fetching_finished_shards_again(tmp_path, published):
     server, codes, labels = published
     halfway, released = threading.Event(), threading.Event()
 
@@ -232,7 +234,7 @@ def test_what_an_interrupted_download_left_is_checked_before_it_is_used(tmp_path
     assert [server.requests[name] for name in SHARDS] == [2, 1, 5]
 
 
-def test_set_that_changed_behind_its_url_is_fetched_anew_and_that_is_said(tmp_path, published):
+def test_set_that_changed_behind_its_url_is_fetched_anew_and_that_is_logged(tmp_path, published, caplog):
     server, _, _ = published
     stage(server.url, tmp_path / "cache")
     first = name_of(tmp_path)
@@ -243,9 +245,9 @@ def test_set_that_changed_behind_its_url_is_fetched_anew_and_that_is_said(tmp_pa
     abandoned = name_of(tmp_path)
     assert entries(tmp_path / "cache") == sorted([first, f"{abandoned}.download"])
     codes, labels = write_set(tmp_path / "shards", 80, num_shards=3, seed=2)
-    said = []
-    assert_holds(stage(server.url, tmp_path / "cache", say=said.append), codes, labels)
-    assert said[0].startswith(f"{server.url}: the shards have changed since they were staged in")
+    caplog.clear()
+    assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
+    assert caplog.messages[0].startswith(f"{server.url}: the shards have changed since they were staged in")
     assert entries(tmp_path / "cache") == sorted([first, name_of(tmp_path)])
 
 
@@ -331,10 +333,10 @@ def test_room_is_needed_for_shards_and_arrays_less_what_has_been_fetched(tmp_pat
     assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
 
 
-def test_manifest_of_a_staged_url_is_at_hand_without_the_network(tmp_path):
+def test_manifest_of_a_staged_url_is_available_without_the_network(tmp_path):
     write_set(tmp_path / "shards", 20)
     source = f"pipe:cat {tmp_path}/shards/{{file}}"
-    assert manifest_at_hand(source, tmp_path / "cache") is None
+    assert available_manifest(source, tmp_path / "cache") is None
     manifest = stage(source, tmp_path / "cache").manifest
     shutil.rmtree(tmp_path / "shards")
-    assert manifest_at_hand(source, tmp_path / "cache") == manifest
+    assert available_manifest(source, tmp_path / "cache") == manifest

@@ -103,7 +103,6 @@ def test_shard_appears_only_when_it_is_whole(tmp_path):
         for key, codes in zip(KEYS, CODES, strict=True):
             writer.write(key, codes, 0)
             assert list(tmp_path.glob("*.tar")) == []
-        assert writer.info is None
     assert os.listdir(tmp_path) == ["train-000000.tar"]
 
 
@@ -242,19 +241,20 @@ def test_reading_is_strict_and_names_file_and_key(tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-def test_verify_finds_nothing_wrong_with_a_sound_set(tmp_path):
+def test_verify_finds_nothing_wrong_with_a_sound_set(tmp_path, monkeypatch, capsys):
     write_set(tmp_path, 20, num_shards=3)
-    seen = []
-    assert verify(tmp_path, progress=lambda *counts: seen.append(counts)) == []
-    assert seen == [(7, 20), (14, 20), (20, 20)]
+    monkeypatch.setattr("npp_ds.utils.progress.SECONDS_BETWEEN_LINES", 0.0)
+    assert verify(tmp_path, show_progress=True) == []
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"verifying: {done}/20 images" for done in range(21)]
 
 
 def test_verify_names_the_file_of_any_flipped_byte(tmp_path):
     write_set(tmp_path, 4, num_shards=2)
     path = tmp_path / "train-000001.tar"
     content = path.read_bytes()
-    for place in range(0, len(content), 97):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+    for at in range(0, len(content), 97):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
         problems = verify(tmp_path)
         assert problems
         assert all("train-000001.tar" in problem for problem in problems)
@@ -372,7 +372,7 @@ def test_wrong_manifest_is_refused_and_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "\udcff"])
-def test_missing_or_torn_manifest_is_refused(tmp_path, content):
+def test_missing_or_incomplete_manifest_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"manifest\.json"):

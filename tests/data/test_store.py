@@ -1,5 +1,6 @@
 """Staging: once per node, by many processes at once, never half, never stale, never writable."""
 
+import logging
 import os
 import shutil
 import stat
@@ -11,10 +12,21 @@ import pytest
 
 from npp_ds.data import store as store_module
 from npp_ds.data.shards import Manifest
-from npp_ds.data.store import manifest_at_hand, stage
+from npp_ds.data.store import available_manifest, stage
 from npp_ds.errors import UserError
 from shard_sets import files_limited_to, manifest_of, write_set
-from staging import PATIENCE, SPAWN, assert_holds, entries, finish, hang_halfway, kill, stage_and_report, start
+from staging import (
+    PATIENCE,
+    SPAWN,
+    assert_holds,
+    each_shard_read,
+    entries,
+    finish,
+    hang_halfway,
+    kill,
+    stage_and_report,
+    start,
+)
 
 
 def test_mapped_array_equals_the_shards_and_is_read_only(tmp_path):
@@ -87,11 +99,14 @@ def test_changed_manifest_restages_and_leaves_old_maps_alone(tmp_path):
     assert_holds(old, old_codes, old_labels)
 
 
-def test_restaging_of_changed_shards_is_said_once_by_whoever_does_it(tmp_path, monkeypatch):
+def test_restaging_of_changed_shards_is_logged_once_by_the_process_that_does_it(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "npp_ds")
+
     def said_while_staging(name):
-        said = []
-        stage(name, tmp_path / "cache", say=said.append)
-        return said
+        caplog.clear()
+        stage(name, tmp_path / "cache")
+        assert all(record.any_rank for record in caplog.records)
+        return caplog.messages
 
     write_set(tmp_path / "shards", 40)
     write_set(tmp_path / "others", 40, seed=2)
@@ -108,34 +123,36 @@ def test_restaging_of_changed_shards_is_said_once_by_whoever_does_it(tmp_path, m
     assert len(said_while_staging("shards")) == 1, "the earlier copy is still there"
 
 
-def test_damaged_copy_of_unchanged_shards_is_no_change(tmp_path):
+def test_damaged_copy_of_unchanged_shards_is_no_change(tmp_path, caplog):
     write_set(tmp_path / "shards", 40)
     (stage(tmp_path / "shards", tmp_path / "cache").folder / "codes.npy").unlink()
-    stage(tmp_path / "shards", tmp_path / "cache", say=pytest.fail)
+    caplog.set_level(logging.INFO, "npp_ds")
+    stage(tmp_path / "shards", tmp_path / "cache")
+    assert caplog.messages == []
 
 
-def test_manifest_at_hand_is_that_of_the_folder_else_of_the_copy_staged_last(tmp_path):
+def test_available_manifest_is_that_of_the_folder_else_of_the_copy_staged_last(tmp_path):
     write_set(tmp_path / "shards", 40)
     stage(tmp_path / "shards", tmp_path / "cache")
     write_set(tmp_path / "shards", 30)
-    assert manifest_at_hand(tmp_path / "shards", tmp_path / "cache").num_samples == 30
+    assert available_manifest(tmp_path / "shards", tmp_path / "cache").num_samples == 30
     (tmp_path / "shards" / "manifest.json").unlink()
-    assert manifest_at_hand(tmp_path / "shards", tmp_path / "cache").num_samples == 40
-    assert manifest_at_hand(tmp_path / "others", tmp_path / "cache") is None
+    assert available_manifest(tmp_path / "shards", tmp_path / "cache").num_samples == 40
+    assert available_manifest(tmp_path / "others", tmp_path / "cache") is None
 
 
 def test_variables_in_paths_are_those_of_the_machine_that_reads_them(tmp_path, monkeypatch):
     codes, labels = write_set(tmp_path / "node-7" / "shards", 20, num_shards=1)
     monkeypatch.setenv("NODE", "node-7")
-    place, cache = f"{tmp_path}/$NODE/shards", f"{tmp_path}/${{NODE}}/cache"
-    assert_holds(stage(place, cache), codes, labels)
+    path, cache = f"{tmp_path}/$NODE/shards", f"{tmp_path}/${{NODE}}/cache"
+    assert_holds(stage(path, cache), codes, labels)
     assert stage(tmp_path / "node-7" / "shards", tmp_path / "node-7" / "cache").folder.is_relative_to(
         tmp_path / "node-7"
     )
-    assert manifest_at_hand(place) == Manifest.load(tmp_path / "node-7" / "shards")
+    assert available_manifest(path) == Manifest.load(tmp_path / "node-7" / "shards")
     monkeypatch.setenv("NODE", "node-8")
     with pytest.raises(UserError, match="node-8/shards"):
-        stage(place, cache)
+        stage(path, cache)
 
 
 def test_staged_set_is_opened_without_reading_the_shards(tmp_path):
@@ -196,35 +213,36 @@ def test_failure_is_shared_by_those_who_waited_and_not_by_later_starts(tmp_path)
     write_set(tmp_path / "shards", 40, num_shards=2)
     content = (tmp_path / "shards" / "train-000001.tar").read_bytes()
     os.truncate(tmp_path / "shards" / "train-000001.tar", 9000)
-    halfway, go_on, told, read = threading.Event(), threading.Event(), [], []
+    halfway, resume, errors, read = threading.Event(), threading.Event(), [], []
 
-    def wait(done, total):
-        halfway.set()
-        assert go_on.wait(timeout=PATIENCE)
-
-    def call(progress):
+    def call():
         with pytest.raises(UserError) as error:
-            stage(tmp_path / "shards", tmp_path / "cache", progress)
-        told.append(str(error.value))
+            stage(tmp_path / "shards", tmp_path / "cache")
+        errors.append(str(error.value))
 
-    def note(done, total):
-        read.append(done)
+    def first_one_waits(done):
+        if threading.current_thread() is not calls[0]:
+            read.append(done)
+            return
+        halfway.set()
+        assert resume.wait(timeout=PATIENCE)
 
-    calls = [threading.Thread(target=call, args=[progress]) for progress in (wait, note, note)]
-    calls[0].start()
-    assert halfway.wait(timeout=PATIENCE)
-    for thread in calls[1:]:
-        thread.start()
-        thread.join(timeout=0.2)
-    go_on.set()
-    for thread in calls:
-        thread.join(timeout=PATIENCE)
-    assert len(told) == 3
-    assert len(set(told)) == 1
-    assert "train-000001.tar: found 9000 bytes" in told[0]
-    assert read == []
-    call(note)
-    assert read == [20]
+    calls = [threading.Thread(target=call) for _ in range(3)]
+    with each_shard_read(first_one_waits):
+        calls[0].start()
+        assert halfway.wait(timeout=PATIENCE)
+        for thread in calls[1:]:
+            thread.start()
+            thread.join(timeout=0.2)
+        resume.set()
+        for thread in calls:
+            thread.join(timeout=PATIENCE)
+        assert len(errors) == 3
+        assert len(set(errors)) == 1
+        assert "train-000001.tar: found 9000 bytes" in errors[0]
+        assert read == []
+        call()
+        assert read == [20]
     (tmp_path / "shards" / "train-000001.tar").write_bytes(content)
     assert len(stage(tmp_path / "shards", tmp_path / "cache")) == 40
 
@@ -256,26 +274,26 @@ def test_too_small_disk_is_refused_before_unpacking(tmp_path, monkeypatch):
 
 def test_disk_that_another_process_filled_with_the_same_set_is_not_too_small(tmp_path, monkeypatch):
     write_set(tmp_path / "shards", 40)
-    cache, halfway, go_on, stores = tmp_path / "cache", threading.Event(), threading.Event(), []
+    cache, halfway, resume, stores = tmp_path / "cache", threading.Event(), threading.Event(), []
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if any(cache.glob("*/codes.npy")) else 4160)
     )
 
-    def wait(done, total):
+    def wait(done):
         halfway.set()
-        assert go_on.wait(timeout=PATIENCE)
+        assert resume.wait(timeout=PATIENCE)
 
-    def call(*progress):
-        stores.append(stage(tmp_path / "shards", cache, *progress))
-
-    first, second = threading.Thread(target=call, args=[wait]), threading.Thread(target=call)
-    first.start()
-    assert halfway.wait(timeout=PATIENCE)
-    second.start()
-    second.join(timeout=0.3)
-    go_on.set()
-    for thread in (first, second):
-        thread.join(timeout=PATIENCE)
+    first, second = (
+        threading.Thread(target=lambda: stores.append(stage(tmp_path / "shards", cache))) for _ in range(2)
+    )
+    with each_shard_read(wait):
+        first.start()
+        assert halfway.wait(timeout=PATIENCE)
+        second.start()
+        second.join(timeout=0.3)
+        resume.set()
+        for thread in (first, second):
+            thread.join(timeout=PATIENCE)
     assert [len(store) for store in stores] == [40, 40]
 
 

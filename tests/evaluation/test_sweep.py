@@ -19,7 +19,7 @@ from image_sets import save_tiny_tokenizer
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.cli import app
 from npp_ds.distributed.environment import ProcessInfo
-from npp_ds.distributed.work_queue import Claims
+from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images
 from npp_ds.evaluation.images import open_images
@@ -152,9 +152,9 @@ def test_a_sweep_waits_for_samples_of_other_processes_and_samples_the_parts_they
     expected, _ = run_sweep(open_sweep(tmp_path / "run of one process", "cfg=1,2", SETTINGS), reference, Projection(16))
     sweep, places = open_sweep(run_dir, "cfg=1,2", SETTINGS), [ProcessInfo(rank, rank, 2) for rank in range(2)]
     other = sweep.sampling(sweep.points[0])
-    with Claims(other.work, 1, 2) as claims:
-        assert list(islice(claims.take(1, lambda part: False), 1)) == [0]
-        died = threading.Timer(0.5, claims.release, [0])
+    with WorkQueue(other.work, 1, 2) as queue:
+        assert list(islice(queue.take(1, lambda part: False), 1)) == [0]
+        died = threading.Timer(0.5, queue.release, [0])
         died.start()
         first, _ = run_sweep(replace(sweep, points=sweep.points[:1]), reference, Projection(16), place=places[0])
         died.join()

@@ -1,8 +1,11 @@
 """Processes that stage sets of shards at once, hang in the middle, are killed; what they leave in the cache folder."""
 
+import logging
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -30,21 +33,42 @@ def entries(cache):
     return sorted(name for name in os.listdir(cache) if not name.endswith(".lock"))
 
 
+@contextmanager
+def each_shard_read(action: Callable[[int], None]) -> Iterator[None]:
+    """Meanwhile, a thread that has read a shard calls `action(samples read so far)`."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            action(record.args[1])
+
+    logger, handler = logging.getLogger("npp_ds.data.shards"), Handler()
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def stage_and_report(shards, cache, barrier, results):
     unpacked = []
     barrier.wait(timeout=PATIENCE)
-    store = stage(shards, cache, progress=lambda done, total: unpacked.append(done))
+    with each_shard_read(unpacked.append):
+        store = stage(shards, cache)
     results.put((int(store.codes.sum(dtype=np.int64)), store.labels.tolist(), unpacked))
 
 
 def stage_and_hang(shards, cache, halfway):
-    """Stages until the first shard is unpacked, then waits for its death."""
+    """Stages until the first shard is read, then waits to be killed."""
 
-    def hang(done, total):
+    def hang(done):
         halfway.set()
         signal.pause()
 
-    stage(shards, cache, progress=hang)
+    with each_shard_read(hang):
+        stage(shards, cache)
 
 
 def hang_halfway(shards, cache):

@@ -14,7 +14,7 @@ import pytest
 
 from npp_ds.checkpoint.export import export_weights
 from npp_ds.checkpoint.open import open_weights
-from npp_ds.distributed.work_queue import Claims
+from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.sampling.folder import load_samples
 from npp_ds.sampling.job import Sampling
 from npp_ds.sampling.logits_processing import Options
@@ -154,8 +154,8 @@ def test_kill_9_at_six_random_moments_ends_with_the_bytes_of_an_uninterrupted_ru
 
 def test_no_process_waits_for_another_and_the_last_one_assembles_the_parts(run_dir, expected, tmp_path):
     early, late = (sampling(run_dir, tmp_path) for _ in range(2))
-    with Claims(tmp_path / ".unfinished", 0, 2) as claims:
-        assert [part for _, part in zip(range(2), claims.take(9, lambda part: False), strict=False)] == [0, 1]
+    with WorkQueue(tmp_path / ".unfinished", 0, 2) as queue:
+        assert [part for _, part in zip(range(2), queue.take(9, lambda part: False), strict=False)] == [0, 1]
         assert early.run(0, 2) == COUNT - 2 * PART_SIZE
         assert early.finish() is None and not (tmp_path / "samples.npz").exists()
     assert late.run(1, 2) == 2 * PART_SIZE
@@ -167,15 +167,15 @@ def test_no_process_waits_for_another_and_the_last_one_assembles_the_parts(run_d
 def test_a_process_that_starts_after_the_end_samples_nothing(run_dir, expected, tmp_path, monkeypatch):
     late = sampling(run_dir, tmp_path)
     done = sampling(run_dir, tmp_path)
-    claim = Claims._claim
+    take = WorkQueue._take
 
-    def others_finish_first(claims: Claims, part: int) -> bool:
-        monkeypatch.setattr(Claims, "_claim", claim)
+    def others_finish_first(queue: WorkQueue, part: int) -> bool:
+        monkeypatch.setattr(WorkQueue, "_take", take)
         done.run()
         done.finish()
-        return claim(claims, part)
+        return take(queue, part)
 
-    monkeypatch.setattr(Claims, "_claim", others_finish_first)
+    monkeypatch.setattr(WorkQueue, "_take", others_finish_first)
     assert late.run() == 0 and late.finish()["count"] == COUNT
     assert contents(tmp_path) == expected
 

@@ -1,4 +1,4 @@
-"""Every kind of source lists every image in a fixed order; what is damaged or ambiguous is refused or named."""
+"""Every variant of source lists every image in a fixed order; what is damaged or ambiguous is refused or named."""
 
 import gzip
 import io
@@ -11,7 +11,8 @@ from PIL import Image
 
 from image_sets import UNREADABLE, WRITERS, add, encoded, image_files, write_image_shards, write_tree
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.sources import ImageReader, UnreadableImage, decode, load_images, open_source
+from npp_ds.tokenizer.images import ImageReader, UnreadableImage, decode
+from npp_ds.tokenizer.sources import load_images, open_source
 
 IDS = [f"n{label:08d}" for label in range(10)]
 
@@ -23,15 +24,15 @@ def files():
 
 @pytest.fixture(scope="module")
 def sources(files, tmp_path_factory):
-    return {kind: write(tmp_path_factory.mktemp(kind), files) for kind, write in WRITERS.items()}
+    return {variant: write(tmp_path_factory.mktemp(variant), files) for variant, write in WRITERS.items()}
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("variant", WRITERS)
 @pytest.mark.parametrize("asked", ["auto", "named"])
-def test_each_kind_is_found_and_lists_every_image_with_its_class(kind, asked, sources, files):
-    source = open_source([sources[kind]], "train", kind=kind if asked == "named" else asked)
-    assert source.kind == kind and source.num_classes == 10
-    assert source.class_names == ([] if kind == "webdataset" else IDS)
+def test_each_variant_is_found_and_lists_every_image_with_its_class(variant, asked, sources, files):
+    source = open_source([sources[variant]], "train", variant=variant if asked == "named" else asked)
+    assert source.variant == variant and source.num_classes == 10
+    assert source.class_names == ([] if variant == "webdataset" else IDS)
     names = sorted(files)
     assert [item.label for item in source.items] == [int(name[1:9]) for name in names]
     keys = [name.rpartition(".")[0] for name in names]
@@ -41,11 +42,11 @@ def test_each_kind_is_found_and_lists_every_image_with_its_class(kind, asked, so
     assert source.bytes == source.describe()["bytes"] == sum(map(len, files.values()))
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_images_are_read_in_any_order_as_they_were_stored(kind, sources, files):
+@pytest.mark.parametrize("variant", WRITERS)
+def test_images_are_read_in_any_order_as_they_were_stored(variant, sources, files):
     names = sorted(files)
     order = [i for i in np.random.default_rng(0).permutation(len(names)) if files[names[i]]]
-    items = open_source([sources[kind]], "train").items
+    items = open_source([sources[variant]], "train").items
     reader = ImageReader()
     assert [reader.read(items[i]) for i in order] == [files[names[i]] for i in order]
 
@@ -58,7 +59,7 @@ def test_a_folder_with_the_tar_of_tars_is_enough_whatever_else_lies_there(source
     keys = [item.key for item in open_source([tar], "train").items]
     assert [item.key for item in open_source([tmp_path], "train").items] == keys
     write_tree(tmp_path, {"n00000000/x.png": files[min(files)]})
-    assert open_source([tmp_path], "train").kind == "imagefolder"
+    assert open_source([tmp_path], "train").variant == "imagefolder"
 
 
 def test_other_image_formats_in_class_folders_are_not_passed_over(tmp_path):
@@ -134,21 +135,21 @@ def test_a_file_that_changed_after_listing_stops_the_run(tmp_path):
         ImageReader().read(source.items[0])
 
 
-@pytest.mark.parametrize("kind", ["imagenet-tar", "webdataset"])
-def test_a_tar_cut_or_damaged_anywhere_is_refused_and_never_silently_shorter(kind, files, tmp_path):
+@pytest.mark.parametrize("variant", ["imagenet-tar", "webdataset"])
+def test_a_tar_cut_or_damaged_anywhere_is_refused_and_never_silently_shorter(variant, files, tmp_path):
     few = {name: files[name] for name in sorted(files)[:6] + sorted(files)[-4:]}
-    path = WRITERS[kind](tmp_path, few)
+    path = WRITERS[variant](tmp_path, few)
     path = path if path.is_file() else path / "train-000000.tar"
     whole = path.read_bytes()
     used = len(whole.rstrip(b"\0"))
     for size in range(0, used + 512, 1536):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=path.name):
-            open_source([path], "train", kind=kind)
+            open_source([path], "train", variant=variant)
     for at in [at for at in range(0, used, 512) if whole[at + 257 : at + 262] == b"ustar"]:
         path.write_bytes(whole[: at + 1] + bytes([whole[at + 1] ^ 1]) + whole[at + 2 :])
         with pytest.raises(UserError, match=path.name):
-            open_source([path], "train", kind=kind)
+            open_source([path], "train", variant=variant)
 
 
 def test_a_damaged_gzip_shard_is_refused(tmp_path, files):
@@ -200,8 +201,8 @@ def test_images_beside_the_class_tars_are_refused_because_their_class_is_unknown
 def test_a_class_list_with_ids_gives_names(form, sources, tmp_path):
     text = "\n".join(form.format(id=label, n=n) for n, label in enumerate(IDS))
     (tmp_path / "list.txt").write_text(text)
-    for kind in WRITERS:
-        names = open_source([sources[kind]], "train", tmp_path / "list.txt").class_names
+    for variant in WRITERS:
+        names = open_source([sources[variant]], "train", tmp_path / "list.txt").class_names
         assert names == [line[9:].strip() or line for line in text.splitlines()]
 
 
@@ -219,9 +220,9 @@ def test_a_class_list_with_ids_gives_names(form, sources, tmp_path):
 )
 def test_a_class_list_that_disagrees_with_the_folders_is_refused_with_the_difference(lines, message, sources, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    for kind in ("imagefolder", "imagenet-tar"):
+    for variant in ("imagefolder", "imagenet-tar"):
         with pytest.raises(UserError, match=message):
-            open_source([sources[kind]], "train", tmp_path / "list.txt")
+            open_source([sources[variant]], "train", tmp_path / "list.txt")
 
 
 def test_small_sets_are_loaded_whole_and_name_what_cannot_be_read(tmp_path, files):

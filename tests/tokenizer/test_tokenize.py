@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import runpy
@@ -23,9 +24,10 @@ from npp_ds.data.store import stage
 from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import VQConfig, VQModel, load_tokenizer, to_input
+from npp_ds.tokenizer.contents import estimate
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
-from npp_ds.tokenizer.estimate import estimate
-from npp_ds.tokenizer.sources import decoded_images, open_source
+from npp_ds.tokenizer.images import decoded_images
+from npp_ds.tokenizer.sources import open_source
 from shard_sets import manifest_of
 
 ROOT = Path(__file__).parents[2]
@@ -348,8 +350,9 @@ def test_a_manifest_of_an_earlier_version_keeps_its_fingerprint_and_its_shards(
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_another_precision_states_its_agreement_with_fp32(
-    precision, codes, image_shards, tokenizer_file, tmp_path, capsys
+    precision, codes, image_shards, tokenizer_file, tmp_path, caplog
 ):
+    caplog.set_level(logging.INFO, "npp_ds")
     job = encoding(image_shards, tmp_path, tokenizer_file, precision=precision)
     job.run()
     tokenizer = job.finish().tokenizer
@@ -359,7 +362,7 @@ def test_another_precision_states_its_agreement_with_fp32(
     assert 0.5 < tokenizer.agreement.equal / tokenizer.agreement.codes < 1
     first = [codes for path in (tmp_path, codes) for _, codes, _ in list(read_shard(path / "train-000000.tar"))[:5]]
     assert tokenizer.agreement.equal == sum((a == b).sum() for a, b in zip(first[:5], first[5:], strict=True))
-    assert "% of 640 codes of the first 5 images are those of fp32" in capsys.readouterr().out
+    assert "% of 640 codes of the first 5 images are those of fp32" in caplog.messages[0]
     assert stored.shape == exact.shape
 
 
@@ -397,14 +400,13 @@ def test_a_dry_run_foretells_shards_and_bytes_and_writes_nothing(
 def test_progress_and_summary_tell_rates_shards_skipped_and_compression(
     image_shards, tokenizer_file, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("npp_ds.utils.progress.Progress.__init__.__defaults__", (True, 0.0))
+    monkeypatch.setattr("npp_ds.utils.progress.SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(image_shards, tmp_path / "out", tokenizer_file)])
     assert runpy.run_path(str(SCRIPT))["main"]() == 0
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
-    assert re.fullmatch(r"60/60 images, [\d.e+]+ images/s, [\d.e+]+ crops/s, 3/4 shards, 0 skipped, 0 s left", last), (
-        last
-    )
+    facts = r"2 crops each, 3/4 shards, 0 skipped, 0\.0 s left"
+    assert re.fullmatch(rf"tokenizing: 60/60 images, [\d.e+]+ images/s, {facts}", last), last
     images = sum(item.size for item in open_source([image_shards], "train").items)
     stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
     assert f"60 images x 2 crops x 64 codes in 4 shards, {stored / 1e3:,.1f} kB" in out

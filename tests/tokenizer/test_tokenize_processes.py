@@ -20,7 +20,7 @@ from test_tokenize import digests
 
 from image_sets import WRITERS, image_files, save_tiny_tokenizer, write_tree
 from npp_ds.data.shards import Manifest, verify
-from npp_ds.distributed.work_queue import Claims
+from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.decoding import DecodePool, Task, tasks_of
@@ -35,10 +35,10 @@ TOKEN = "NPP_TEST_TOKENIZE"
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """(source by kind, tokenizer file)."""
+    """(source by variant, tokenizer file)."""
     folder = tmp_path_factory.mktemp("material")
     files = image_files()
-    sources = {kind: write(folder / kind, files) for kind, write in WRITERS.items()}
+    sources = {variant: write(folder / variant, files) for variant, write in WRITERS.items()}
     return sources, save_tiny_tokenizer(folder / "tiny.safetensors")
 
 
@@ -75,15 +75,15 @@ def shards_in(contents: dict[str, str]) -> dict[str, str]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 3])
-@pytest.mark.parametrize("kind", WRITERS)
-def test_every_source_gives_the_same_shards(kind, workers, material, expected, tmp_path):
+@pytest.mark.parametrize("variant", WRITERS)
+def test_every_source_gives_the_same_shards(variant, workers, material, expected, tmp_path):
     sources, tokenizer = material
-    job = encoding(sources[kind], tokenizer, tmp_path, workers=workers)
+    job = encoding(sources[variant], tokenizer, tmp_path, workers=workers)
     assert job.run() == 65
     manifest = job.finish()
     assert shards_in(digests(tmp_path)) == shards_in(expected)
     assert (manifest.num_samples, len(manifest.skipped), manifest.source["images"]) == (62, 3, 65)
-    assert manifest.source["kind"] == kind and verify(tmp_path) == []
+    assert manifest.source["kind"] == variant and verify(tmp_path) == []
 
 
 @pytest.mark.processes
@@ -115,7 +115,7 @@ def run_script(rank: int, world_size: int, token: str, line: list[str]) -> None:
 
 def start(world_size: int, token: str, line: list[str]) -> list[multiprocessing.Process]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "npp_ds.tokenizer.encode", "npp_ds.tokenizer.estimate"])
+    context.set_forkserver_preload(["torch", "npp_ds.tokenizer.contents"])
     processes = [context.Process(target=run_script, args=(r, world_size, token, line)) for r in range(world_size)]
     for process in processes:
         process.start()
@@ -189,7 +189,7 @@ def test_a_full_disk_stops_with_one_line_leaves_no_half_shard_and_is_no_obstacle
     with files_limited_to(size):
         assert runpy.run_path(str(SCRIPT))["main"]() == 2
     error = capsys.readouterr().err
-    assert "File too large; the shards that are finished are kept" in error and len(error.splitlines()) == 1
+    assert "File too large; finished shards are kept" in error and len(error.splitlines()) == 1
     assert all(expected[name] == digest for name, digest in shards_in(digests(out)).items())
     assert not list(out.rglob("*.tmp")) and not (out / "manifest.json").exists()
     assert runpy.run_path(str(SCRIPT))["main"]() == 0
@@ -199,8 +199,8 @@ def test_a_full_disk_stops_with_one_line_leaves_no_half_shard_and_is_no_obstacle
 def test_a_process_waits_for_nobody_and_the_last_one_writes_the_manifest(material, expected, tmp_path):
     sources, tokenizer = material
     early, late = (encoding(sources["imagenet-tar"], tokenizer, tmp_path) for _ in range(2))
-    with Claims(tmp_path / ".unfinished", 0, 2) as claims:
-        held = [shard for _, shard in zip(range(2), claims.take(9, lambda shard: False), strict=False)]
+    with WorkQueue(tmp_path / ".unfinished", 0, 2) as queue:
+        held = [shard for _, shard in zip(range(2), queue.take(9, lambda shard: False), strict=False)]
         assert held == [0, 1]
         assert early.run(0, 2) == 65 - 2 * 8
         assert early.finish() is None and not (tmp_path / "manifest.json").exists()
@@ -237,7 +237,7 @@ def test_a_killed_decoding_process_is_one_clear_error(material):
     items = open_source([material[0]["imagefolder"]], "train").items
     with DecodePool(32, (), workers=2, ahead=32) as pool, pytest.raises(UserError, match="exit code -9"):
         for _ in pool.map(tasks_of(0, items * 20)):
-            os.kill(pool._workers[1].process.pid, signal.SIGKILL)
+            os.kill(pool.workers[1].process.pid, signal.SIGKILL)
 
 
 @pytest.mark.processes

@@ -1,6 +1,7 @@
 """The tokenizer computes what the published one does, from any file that holds its weights, and refuses the others."""
 
 import json
+import logging
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import VQ8, VQ16, VQConfig, VQModel, load_tokenizer, save_tokenizer, to_input, to_uint8
-from npp_ds.tokenizer.loading import SHIPPED, training_facts
+from npp_ds.tokenizer.loading import METADATA_KEY, SHIPPED
 from npp_ds.tokenizer.sources import load_images, open_source
 from npp_ds.tokenizer.training import SMALL_VQ, SphericalCodebook, TokenizerTraining, measure, train
 from reference_weights import fill
@@ -109,29 +111,29 @@ class Surprise:
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "empty", "text", "cut", "foreign", "no tensors", "pickle", "partial", "shape", "narrow"]
+    "fault", ["missing", "empty", "text", "cut", "foreign", "no tensors", "pickle", "partial", "shape", "narrow"]
 )
-def test_wrong_tokenizer_files_are_refused_with_the_file_named(kind, tiny, tmp_path):
+def test_wrong_tokenizer_files_are_refused_with_the_file_named(fault, tiny, tmp_path):
     path = tmp_path / "wrong.pt"
     state = tiny.state_dict()
-    if kind == "empty":
+    if fault == "empty":
         path.touch()
-    elif kind == "text":
+    elif fault == "text":
         path.write_text("<html>404</html>")
-    elif kind == "cut":
+    elif fault == "cut":
         torch.save(state, path)
         path.write_bytes(path.read_bytes()[:-2000])
-    elif kind == "foreign":
+    elif fault == "foreign":
         torch.save({"model": {"tok_embeddings.weight": torch.zeros(3, 3)}}, path)
-    elif kind == "no tensors":
+    elif fault == "no tensors":
         torch.save({"model": {"step": 3}}, path)
-    elif kind == "pickle":
+    elif fault == "pickle":
         path.write_bytes(pickle.dumps({"model": Surprise()}, protocol=2))
-    elif kind == "partial":
+    elif fault == "partial":
         torch.save({name: value for name, value in state.items() if not name.startswith("decoder.")}, path)
-    elif kind == "narrow":
+    elif fault == "narrow":
         torch.save(VQModel(VQConfig(8, (1, 2), norm_groups=8, codebook_size=16)).state_dict(), path)
-    elif kind == "shape":
+    elif fault == "shape":
         torch.save({**state, "decoder.conv_out.bias": torch.zeros(4)}, path)
     with pytest.raises(UserError, match=r"wrong\.pt"):
         load_tokenizer(path)
@@ -168,22 +170,24 @@ def test_the_shipped_tokenizer_uses_its_codes_and_reconstructs_the_shipped_valid
     measured = measure(model, validation_images)
     assert measured["mean_absolute_error"] <= 0.03
     assert measured["codes_used"] >= 0.9
-    recorded = training_facts("fashion_mnist")["validation"]
+    with safe_open(SHIPPED["fashion_mnist"], "pt") as file:
+        recorded = json.loads(file.metadata()[METADATA_KEY])["training"]["validation"]
     assert measured["mean_absolute_error"] == pytest.approx(recorded["mean_absolute_error"], rel=1e-3)
     assert SHIPPED["fashion_mnist"].stat().st_size < 1.5e6
 
 
-def test_training_lowers_the_error_spreads_the_codes_and_is_reproducible(validation_images):
+def test_training_lowers_the_error_spreads_the_codes_and_is_reproducible(validation_images, caplog):
     config = replace(SMALL_VQ, channels=8, channel_multipliers=(1, 1, 2), z_channels=8, codebook_size=32)
     settings = TokenizerTraining(steps=40, batch_size=16, warmup_steps=5, autoencoder_steps=10, precision="fp32")
-    images, reports = validation_images[:64], []
+    images = validation_images[:64]
+    caplog.set_level(logging.INFO, "npp_ds")
     untrained = measure(VQModel(config), images)
-    model = train(images, config, settings, reports.append, every=20)
+    model = train(images, config, settings, log_every=20)
     measured = measure(model, images)
     assert measured["mean_absolute_error"] < 0.6 * untrained["mean_absolute_error"]
     assert measured["codes_used"] == 1.0 and measured["perplexity"] > 8
-    assert [facts["step"] for facts in reports] == [20, 40]
-    again = train(images, config, settings, lambda facts: None)
+    assert [text.split(",")[0] for text in caplog.messages] == ["step 20", "step 40"]
+    again = train(images, config, settings)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 

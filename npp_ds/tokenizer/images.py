@@ -1,0 +1,142 @@
+"""Encoded images: where each one is stored, how it is read and decoded. Needs no torch."""
+
+import gzip
+import io
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+
+from PIL import Image, UnidentifiedImageError
+
+from npp_ds.errors import UserError
+
+MAX_SIDE = 20_000
+"""Longest side in pixels of an image that is scaled to a short side of 256. Larger ones are damaged and fill memory."""
+MAX_KEY_LENGTH = 72
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be read or decoded; the text is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageItem:
+    """One encoded image: `size` bytes at `offset` of the (decompressed) file at `path`.
+
+    `name` is its name in that file, if the file is an archive; `problem` is the reason if it is known to be unreadable.
+    """
+
+    key: str
+    label: int
+    path: str
+    size: int
+    offset: int = 0
+    name: str = ""
+    problem: str = ""
+
+    @property
+    def where(self) -> str:
+        """The path for messages: that of the archive, then the name in it."""
+        return f"{self.path}/{self.name}" if self.name else self.path
+
+
+class ImageReader:
+    """Reads items. The file of the last one stays open, because consecutive items mostly share it."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._file: BinaryIO | None = None
+
+    def read(self, item: ImageItem) -> bytes:
+        """Return the encoded image.
+
+        Raises UnreadableImage if it is unreadable, UserError if the source has changed since it was listed.
+        """
+        if item.problem or not item.size:
+            raise UnreadableImage(item.problem or "empty: 0 bytes")
+        try:
+            file = self._open(item.path)
+            file.seek(item.offset)
+            data = file.read(item.size if item.name else -1)
+        except PermissionError as error:
+            raise UnreadableImage(error.strerror) from error
+        except (OSError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{item.where}: could not be read ({reason}); rerun the same command") from error
+        if len(data) != item.size:
+            raise UserError(
+                f"{item.where}: {len(data)} bytes now, {item.size} when the images were listed; rerun the same command"
+            )
+        return data
+
+    def close(self) -> None:
+        """Close the file that is open; the reader can be used again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self, path: str) -> BinaryIO:
+        if self._file is None or path != self._path:
+            self.close()
+            self._file, self._path = open_decompressed(path), path
+        return self._file
+
+
+def open_decompressed(path: str | Path) -> BinaryIO:
+    """Open a file for reading; one whose name ends in .gz is decompressed."""
+    return cast(BinaryIO, gzip.open(path)) if str(path).endswith(".gz") else open(path, "rb")
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image to RGB. EXIF rotation is ignored, as in the published pipeline. Raises UnreadableImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            short, long = sorted(image.size)
+            if long * 256 > MAX_SIDE * short:
+                raise UnreadableImage(f"{image.width} x {image.height} pixels: too long for a centre crop")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"not an image: begins with {data[:8]!r}") from error
+    except Exception as error:  # for damaged data, the decoders of Pillow 11 raise exceptions of many types
+        text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the data", str(error)).replace("\n", " ")
+        raise UnreadableImage(text or type(error).__name__) from error
+
+
+def decoded_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, Image.Image]]:
+    """Yield the items with their RGB images, in order. Raises UserError for an unreadable one."""
+    with closing(ImageReader()) as reader:
+        for item in items:
+            try:
+                yield item, decode(reader.read(item))
+            except UnreadableImage as error:
+                raise UserError(f"{item.where}: {error}") from error
+
+
+def with_unique_keys(items: Iterable[ImageItem]) -> list[ImageItem]:
+    """Make keys that any tar reader accepts, numbered where two images have the same one (`a.png` and `a.jpg`)."""
+    seen: set[str] = set()
+    result = []
+    for item in items:
+        key = base = _portable(item.key)
+        number = 1
+        while key in seen:
+            number += 1
+            key = f"{base}-{number}"
+        seen.add(key)
+        result.append(item if key == item.key else replace(item, key=key))
+    return result
+
+
+def _portable(key: str) -> str:
+    path = PurePosixPath(key.lstrip("/_") or "image")
+    key = (path.parent / path.name.replace(".", "_")).as_posix()
+    return "".join(c if c.isascii() and c.isprintable() else "_" for c in key)[-MAX_KEY_LENGTH:].lstrip("/_")

@@ -1,0 +1,49 @@
+"""What results record about their origin: the source commit, and how settings differ from those of an earlier start."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeGuard
+
+
+def git_commit() -> str | None:
+    """Return the commit of this source tree, with "+" if files differ from it; None outside of a git work tree."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a text for each setting that was `found` with another value than the `wanted` one.
+
+    Names that are missing in `found`, because an earlier version did not record them, count as equal.
+    """
+    for name in sorted(found):
+        left, right = found[name], wanted.get(name)
+        if _are_sections(left) and _are_sections(right) and len(left) == len(right):
+            left, right = (dict(zip(map(str, range(len(v))), v, strict=True)) for v in (left, right))
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from differences(left, right, f"{prefix}{name}.")
+        elif left != right and isinstance(left, list) and isinstance(right, list):
+            yield f"{prefix}{name}: it has {_shortened(left, right)}, asked for {_shortened(right, left)}"
+        elif left != right:
+            yield f"{prefix}{name}: it has {left!r}, asked for {right!r}"
+
+
+def _are_sections(value: Any) -> TypeGuard[list[dict]]:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _shortened(values: list, others: list, shown: int = 3) -> str:
+    """Return the length of a long list and its values from the first one that differs."""
+    if len(values) <= shown and len(others) <= shown:
+        return repr(values)
+    first = next((i for i, pair in enumerate(zip(values, others, strict=False)) if pair[0] != pair[1]), len(others))
+    return f"{len(values)} entries, number {first} on: {values[first : first + shown]!r}"
