@@ -1,4 +1,4 @@
-"""Memory that a process on CPUs has freed: kept for its next tensors, as PyTorch does by itself on a GPU."""
+"""Memory that a process on CPUs has freed, kept for its next tensors, as PyTorch does on a GPU."""
 
 import ctypes
 import os
@@ -11,11 +11,11 @@ OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESH
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
-    """Lets glibc's allocator keep what tensors have freed, for the rest of this process; says whether it does.
+    """Let glibc's allocator keep what tensors free, for the rest of this process; return whether it does.
 
-    By default a tensor of some size goes back to the system when it is freed, and the system clears every page of the
-    next one: a good part of a short step. The process then stays as large as it has been.
-    Nothing is changed under settings of the user's own, or another C library.
+    By default the memory of a large tensor goes back to the system when it is freed, and the system clears every page
+    of the next one, which takes a good part of a short step. The process then stays as large as it has been.
+    Changes nothing under settings of the user's own, or with another C library.
     """
     if any(name in environment for name in OF_THE_USER) or "glibc.malloc." in environment.get("GLIBC_TUNABLES", ""):
         return False

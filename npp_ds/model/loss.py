@@ -60,11 +60,11 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
             z = torch.mm(h, w.T, out=logits[: len(h)])
             loss, grad = loss_and_gradient(z, t, differentiate)
             total += loss
-            if need_hidden:
+            if grad_hidden is not None:
                 grad_hidden[part] = grad @ w
-            if need_weight and dtype == torch.float32:
+            if grad_weight is not None and dtype == torch.float32:
                 grad_weight.addmm_(grad.T, h, beta=min(start, 1))
-            elif need_weight:
+            elif grad_weight is not None:
                 grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.rows, ctx.weight_dtype = rows, weight.dtype

@@ -1,4 +1,4 @@
-"""What the config's `performance` section asks for, checked and applied to the model of a run."""
+"""The config's `performance` section, checked and applied to the model of a run."""
 
 import os
 from importlib.util import find_spec
@@ -18,9 +18,9 @@ from npp_ds.training.deepspeed_config import read_settings
 
 
 def apply_performance(model: Transformer, config: RunConfig, device: torch.device) -> None:
-    """Prepares the model, before DeepSpeed takes it, for what the config asks for. Raises UserError.
+    """Apply the section to a model that DeepSpeed does not have yet. Raises UserError.
 
-    Nothing is to be done at a change of stage: shapes are compiled and captured as they first come.
+    A change of stage needs no call: a shape is compiled and captured when it first occurs.
     """
     check_performance(config)
     if config.performance.compile:
@@ -32,7 +32,7 @@ def apply_performance(model: Transformer, config: RunConfig, device: torch.devic
 
 
 def check_performance(config: RunConfig) -> None:
-    """Raises UserError with everything that keeps this machine or this config from what `performance` asks for."""
+    """Raise UserError that lists all that this machine or this config lacks for the section."""
     asked, mode = config.performance, config.model.activation_checkpointing
     zero: dict[str, Any] = read_settings(config.deepspeed.config)["zero_optimization"]
     problems = []
@@ -40,7 +40,7 @@ def check_performance(config: RunConfig) -> None:
         if getattr(asked, key) and zero["stage"] == 3:
             problems.append(
                 f"performance.{key}: ZeRO-3 (deepspeed.config {config.deepspeed.config}) gathers weights by hooks "
-                f"around every layer, which it cannot take in; set deepspeed.config=zero2, or performance.{key}=false"
+                f"around every layer, which it cannot include; set deepspeed.config=zero2, or performance.{key}=false"
             )
     if asked.compile and (lack := _compiler_lacks()):
         problems.append(f"performance.compile: {lack}; install it, or set performance.compile=false")
@@ -72,7 +72,7 @@ def check_performance(config: RunConfig) -> None:
 
 
 def _compiler_lacks() -> str | None:
-    """What PyTorch's compiler misses on this machine; None when nothing."""
+    """Return what PyTorch's compiler lacks on this machine; None when nothing."""
     if torch.cuda.is_available():
         if find_spec("triton") is None:
             return "needs the package triton, found none"
@@ -83,7 +83,7 @@ def _compiler_lacks() -> str | None:
 
 
 def _check_attention_kernels(config: RunConfig, device: torch.device) -> None:
-    """Chooses the kernel of every stage now: an error while a block is compiled would be hard to read."""
+    """Choose the kernel of every stage now: an error while a block is compiled would be hard to read."""
     shape = config.model.shape()
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     heads, kv_heads = shape["n_heads"], config.model.n_kv_heads or shape["n_heads"]
