@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-full bench bench-baseline gpu-check lint format
+.PHONY: help install quickstart test test-full test-oldest test-lower-bounds test-torch-2.11 bench bench-baseline gpu-check lint format
 
 help:
 	@echo "make quickstart   from shipped images to trained samples, about 6 minutes on 2 cores; DEVICE=gpu: on all GPUs"
 	@echo "make test         the tests that need no GPU"
 	@echo "make test-full    the slow tests too"
+	@echo "make test-oldest  tests with the oldest versions that setup.py allows, and with PyTorch 2.11: about 12 minutes"
 	@echo "make bench        what was measured to be faster than something else still is, about 6 minutes on 2 cores"
 	@echo "make lint         ruff, mypy, and shellcheck over the job scripts"
 	@echo "make gpu-check    everything that needs a GPU, checked and measured on the first one, in two calls of minutes"
@@ -63,6 +64,33 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# Tests of model, data, training and weights with other versions (docs/versions.md), each in an environment of its own of
+# up to 8 GB: with every lower bound of setup.py, and with PyTorch 2.11. Not part of CI.
+PYTHON_OLDEST ?= python3.10
+PYTHON_RECENT ?= python3.12
+VERSIONS := .venv-oldest
+VERSION_TESTS := tests/model tests/config tests/data tests/checkpoint $(patsubst %,tests/training/test_%.py,initial_weights \
+	compile cuda_graphs training ema metrics loss_checks)
+
+test-oldest: test-lower-bounds test-torch-2.11
+test-lower-bounds test-torch-2.11: test-%: $(VERSIONS)/%/.installed
+	OMP_NUM_THREADS=1 $(VERSIONS)/$*/bin/python -m pytest -q -m "not slow and not gpu" $(VERSION_TESTS)
+
+$(VERSIONS)/lower-bounds/.installed: INTERPRETER = $(PYTHON_OLDEST)
+$(VERSIONS)/torch-2.11/.installed: INTERPRETER = $(PYTHON_RECENT)
+$(VERSIONS)/%/.installed: $(VERSIONS)/%.txt
+	$(INTERPRETER) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --editable '.[dev]' --constraint $<
+	@touch $@
+
+$(VERSIONS)/lower-bounds.txt: setup.py
+	@mkdir -p $(@D)
+	grep -oE '"[A-Za-z][A-Za-z-]*>=[0-9.]+"' setup.py | tr -d '"' | sed 's/>=/==/' > $@
+$(VERSIONS)/torch-2.11.txt: setup.py
+	@mkdir -p $(@D)
+	printf '%s\n' torch==2.11.0 deepspeed==0.19.8 > $@
 
 # Ratios within one run, never times, beside benchmarks/baseline.json; the second measures that file anew.
 bench: $(STAMP)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common import command_line, machine, made_by, publish, require_gpu
 from npp_ds.errors import UserError
-from npp_ds.model.attention_kernels import KERNELS, causal_attention, check_attention
+from npp_ds.model.attention import KERNELS, causal_attention, check_attention
 
 HEAD_DIM = 64
 HEADS = {"B": 12, "XXL": 24}

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
-from npp_ds.distributed.host_memory import keep_freed_memory
-from npp_ds.distributed.process_group import join_processes
+from npp_ds.distributed.process_group import join_processes, keep_freed_memory
 from npp_ds.sizes import num_positions
 from npp_ds.training.compile import compile_blocks
 from npp_ds.training.engine import TrainingEngine, initial_model, parameter_groups
@@ -56,7 +55,7 @@ class BareLoop:
         self.steps += 1
         for micro_step, (codes, labels) in enumerate(batches):
             if not self.graphs:  # the engine's masks of dropout
-                torch.manual_seed(int(mix64(self.seed, self.steps, micro_step, 0) >> 1))
+                torch.manual_seed(int(mix64(self.seed, self.steps, micro_step, 0)) >> 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 loss = self.model(codes, labels) / len(batches)
             loss.backward()

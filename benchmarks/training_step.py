@@ -39,7 +39,7 @@ from benchmarks.common import (
 )
 from benchmarks.own_processes import own_processes
 from npp_ds.config.schema import ModelSection
-from npp_ds.distributed.host_memory import keep_freed_memory
+from npp_ds.distributed.process_group import keep_freed_memory
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.sizes import num_positions
 from npp_ds.training.engine import parameter_groups

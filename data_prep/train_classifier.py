@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from npp_ds.cli.exit_codes import exit_code_of
-from npp_ds.evaluation.classifier import Classifier, load_classifier, predict, save_classifier
+from npp_ds.evaluation.extractors import Classifier, load_classifier, predict, save_classifier
 from npp_ds.tokenizer.sources import load_images, open_source
 from npp_ds.tokenizer.vq import VQModel, load_tokenizer, to_input, to_uint8
 

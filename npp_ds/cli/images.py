@@ -11,7 +11,7 @@ from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from npp_ds.evaluation.features import Extractor
+    from npp_ds.evaluation.extractors import Extractor
     from npp_ds.evaluation.reference import Reference
     from npp_ds.evaluation.sweep import Sweep
     from npp_ds.sampling.job import Sampling
@@ -285,7 +285,7 @@ def likelihood(
         return
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.evaluation.likelihood import likelihood_of
-    from npp_ds.reporting.likelihood import write_likelihood
+    from npp_ds.reporting.plot import write_likelihood
     from npp_ds.utils.files import check_writable, explain_os_errors
 
     opened = open_weights(source, step=step, variant=weights)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npp_ds.cli import images, runs, shards, weights
+from npp_ds.cli import files, images, runs
 from npp_ds.cli.exit_codes import exit_code_of
 
 app = typer.Typer(
@@ -22,11 +22,11 @@ for command in (
     images.sample,
     images.evaluate,
     images.likelihood,
-    weights.export,
+    files.export,
 ):
     app.command()(command)
-app.command("import")(weights.import_)
-app.add_typer(shards.shards, name="shards")
+app.command("import")(files.import_)
+app.add_typer(files.shards, name="shards")
 
 
 @app.callback()

@@ -10,7 +10,7 @@ import numpy as np
 
 from npp_ds import __version__
 from npp_ds.errors import UserError
-from npp_ds.evaluation.features import INCEPTION, Extractor, Measurement, Progress, measure
+from npp_ds.evaluation.extractors import INCEPTION, Extractor, Measurement, Progress, measure
 from npp_ds.evaluation.images import IMAGES_KEY, ImageSet, open_images
 from npp_ds.evaluation.metrics import Statistics, class_agreement
 from npp_ds.utils.files import check_writable, explain_os_errors, sha256, write_atomic

@@ -13,7 +13,7 @@ from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.distributed.environment import ProcessInfo, choose_device, choose_dtype
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
-from npp_ds.evaluation.features import Extractor, Progress
+from npp_ds.evaluation.extractors import Extractor, Progress
 from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.reference import Reference
 from npp_ds.sampling.job import Sampling

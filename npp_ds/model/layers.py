@@ -16,8 +16,7 @@ def init_normal(weight: Tensor) -> None:
     memory for one copy of it in float32 on the host.
     """
     device = "meta" if weight.is_meta else "cpu"
-    with torch.no_grad():
-        weight.copy_(torch.empty_like(weight, dtype=torch.float32, device=device).normal_(std=0.02))
+    weight.data = torch.empty_like(weight, dtype=torch.float32, device=device).normal_(std=0.02).to(weight)
 
 
 class Linear(nn.Linear):

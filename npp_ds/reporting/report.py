@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from npp_ds.config.schedule import Schedule
 from npp_ds.errors import UserError
 from npp_ds.reporting.plot import plot_run
-from npp_ds.reporting.summary import RunSummary, summarize
-from npp_ds.reporting.table import STAGE_COLUMNS, print_summary, result_rows, stage_rows
+from npp_ds.reporting.summary import STAGE_COLUMNS, RunSummary, print_summary, result_rows, stage_rows, summarize
 from npp_ds.training.metrics import Event, events_named, read_events, stages_begun
 from npp_ds.utils.files import write_atomic, write_text_atomic
 

@@ -20,10 +20,10 @@ from npp_ds.checkpoint.open import Weights
 from npp_ds.distributed.work_queue import Claims, locked
 from npp_ds.errors import UserError
 from npp_ds.model import Transformer
+from npp_ds.sampling.decode import worth_capturing
 from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, write_npy, write_pngs, write_samples
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
-from npp_ds.sampling.steps import worth_capturing
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.utils.differences import differences
 from npp_ds.utils.files import write_atomic, write_json_atomic

@@ -11,9 +11,8 @@ from npp_ds.checkpoint import safetensors_io
 from npp_ds.checkpoint.open import Weights
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.sampling.decode import generate
+from npp_ds.sampling.decode import generate, worth_capturing
 from npp_ds.sampling.logits_processing import Options
-from npp_ds.sampling.steps import worth_capturing
 from npp_ds.tokenizer import vq
 from npp_ds.utils.hash_rng import mix64
 

@@ -19,10 +19,10 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
 from npp_ds.model import ModelConfig, Transformer
+from npp_ds.training.compile import apply_performance
 from npp_ds.training.cuda_graphs import free_gradient_nodes
 from npp_ds.training.deepspeed_config import engine_settings, import_deepspeed
 from npp_ds.training.partitions import EMA, MOMENTS, Partitions, ShardedEMA
-from npp_ds.training.performance import apply_performance
 from npp_ds.utils.hash_rng import mix64
 
 
@@ -55,7 +55,7 @@ def initial_model(config: RunConfig) -> Transformer:
 
     Under `zero.Init` they are partitioned and in the engine's precision, otherwise in float32 on the CPU.
     """
-    torch.manual_seed(int(mix64(config.seed) >> 1))
+    torch.manual_seed(int(mix64(config.seed)) >> 1)
     return Transformer(ModelConfig(**config.model.arguments()))
 
 
@@ -103,7 +103,7 @@ class TrainingEngine:
         self.engine.train()
         device, losses = self.processes.device, []
         for micro_step, (codes, labels) in enumerate(micro_batches):
-            torch.manual_seed(int(mix64(self.seed, step, micro_step, self.processes.rank) >> 1))
+            torch.manual_seed(int(mix64(self.seed, step, micro_step, self.processes.rank)) >> 1)
             self.engine.set_gradient_accumulation_boundary(micro_step == len(micro_batches) - 1)
             with record_function("forward"):
                 loss = self.engine(codes.to(device, non_blocking=True), labels.to(device, non_blocking=True))

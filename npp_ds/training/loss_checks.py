@@ -11,9 +11,8 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StepBatch
 from npp_ds.distributed.process_group import Processes
 from npp_ds.training.engine import StepResult
-from npp_ds.training.hooks import Hook
+from npp_ds.training.hooks import FinishedStep, Hook
 from npp_ds.training.run_log import RunLog
-from npp_ds.training.step_results import FinishedStep
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from npp_ds.data.shards import Manifest
 from npp_ds.data.store import load_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig
-from npp_ds.model.attention_kernels import check_attention
+from npp_ds.model.attention import check_attention
 from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import SHIPPED
+from npp_ds.training.compile import check_performance
 from npp_ds.training.deepspeed_config import engine_settings
 from npp_ds.training.evaluation import evaluation_problems
-from npp_ds.training.performance import check_performance
 from npp_ds.utils.files import sha256
 
 

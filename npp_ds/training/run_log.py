@@ -19,9 +19,8 @@ from npp_ds.data.loader import StepBatch
 from npp_ds.distributed.process_group import Processes
 from npp_ds.training.deepspeed_config import zero_stage_of
 from npp_ds.training.engine import TrainingEngine
-from npp_ds.training.hooks import Hook, Logged
+from npp_ds.training.hooks import FinishedStep, Hook, Logged
 from npp_ds.training.metrics import Event, MetricsLog, StepLog, events_named
-from npp_ds.training.step_results import FinishedStep
 from npp_ds.training.throughput import Clock, peak_tflops, speed, take_peak_memory_gb
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from npp_ds.training import run_folder
 from npp_ds.training.checkpointing import Checkpointing
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.evaluation import Evaluation
-from npp_ds.training.hooks import Context, Hook, Logged, StopAgreed, next_due
+from npp_ds.training.hooks import Context, Hook, Logged, StepResults, StopAgreed, next_due
 from npp_ds.training.lease import Lease
 from npp_ds.training.loss_checks import LossChecks, NonFinitePolicy
 from npp_ds.training.preemption import Preempted, StopRequests
@@ -23,7 +23,6 @@ from npp_ds.training.preflight import fitting_schedule, initial_weights
 from npp_ds.training.profiler import StepProfiler
 from npp_ds.training.run_log import RunLog
 from npp_ds.training.stages import StageManager, stage_data
-from npp_ds.training.step_results import StepResults
 from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
 from npp_ds.utils.logs import show_logs

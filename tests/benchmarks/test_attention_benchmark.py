@@ -5,7 +5,7 @@ import json
 import torch
 
 from benchmarks import attention as benchmark
-from npp_ds.model.attention_kernels import causal_attention
+from npp_ds.model.attention import causal_attention
 
 
 def row(model, positions, kernel, seconds):

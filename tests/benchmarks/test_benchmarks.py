@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def _results(name: str, out: Path, *arguments: str) -> tuple[dict, dict]:
     """(what a small run of a benchmark printed and wrote, what is committed)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ def test_the_published_way_draws_by_chance():
 
 @pytest.mark.processes
 def test_sampling_benchmark_measures_every_way(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     small = ["--grid-size", "3", "--vocab-size", "64", "--batch", "2", "--repeats", "2", "--threads", "1"]
     command = [sys.executable, "-m", "benchmarks.sampling", *small, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

@@ -64,7 +64,7 @@ def test_a_profile_counts_every_operation_in_one_group():
 
 def results(out: Path, name: str, *arguments: str) -> tuple[dict, str]:
     """(what a small run of the benchmark printed and wrote, its table)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     small = {"batch": 2, "layers": 1, "vocab-size": 64, "repeats": 2, "threads": 1, "turn-seconds": 0.02}
     words = [f"--{name}={value}" for name, value in small.items()]
     command = [sys.executable, "-m", "benchmarks.training_step", *words, *arguments, "--out", str(out)]

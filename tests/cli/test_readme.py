@@ -39,14 +39,14 @@ def run(command: str, folder: Path) -> str:
 
 
 @pytest.mark.processes
-def test_the_road_goes_from_images_to_a_report(tmp_path):
+def test_the_pipeline_goes_from_images_to_a_report(tmp_path):
     for split, count in (("train", 96), ("val", 32)):
         few_images(tmp_path / "data_prep/fashion_mnist", split, count)
     (tmp_path / "data_prep/fashion_mnist/classes.txt").symlink_to(ROOT / "data_prep/fashion_mnist/classes.txt")
     (tmp_path / "data_prep/tokenize_imagenet.py").symlink_to(ROOT / "data_prep/tokenize_imagenet.py")
-    road = commands("The road")
-    assert road[0] == "source .venv/bin/activate"
-    for command in road[1:]:
+    pipeline = commands("The pipeline")
+    assert pipeline[0] == "source .venv/bin/activate"
+    for command in pipeline[1:]:
         if "npp_ds train" in command:
             command = " ".join([command, f"data.cache_dir={tmp_path}/cache", *TINY])
         out = run(command, tmp_path)

@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 
-from npp_ds.distributed.host_memory import OF_THE_USER, keep_freed_memory
+from npp_ds.distributed.process_group import OF_THE_USER, keep_freed_memory
 
 PAGES_OF_TENSORS = """
 import resource, sys
 import torch
-from npp_ds.distributed.host_memory import keep_freed_memory
+from npp_ds.distributed.process_group import keep_freed_memory
 
 def faults_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -10,7 +10,7 @@ import torch
 
 from extractors import fidelity_distance, statistics
 from npp_ds.errors import UserError
-from npp_ds.evaluation.classifier import (
+from npp_ds.evaluation.extractors import (
     SHIPPED,
     ClassifierExtractor,
     load_classifier,

@@ -18,9 +18,8 @@ from typer.testing import CliRunner
 from extractors import Projection, random_images
 from npp_ds.cli import app
 from npp_ds.errors import UserError
-from npp_ds.evaluation.classifier import ClassifierExtractor
 from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor, open_extractor, write_result
-from npp_ds.evaluation.features import Features, measure
+from npp_ds.evaluation.extractors import ClassifierExtractor, Features, measure
 from npp_ds.evaluation.images import open_images, shard_paths
 from npp_ds.evaluation.reference import check_reference, load_reference, make_reference, recorded_extractor
 from npp_ds.sampling.folder import write_pngs, write_samples

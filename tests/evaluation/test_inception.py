@@ -16,10 +16,10 @@ from torch_fidelity import calculate_metrics
 
 from extractors import random_inception, statistics
 from npp_ds.errors import UserError
-from npp_ds.evaluation import inception
+from npp_ds.evaluation import extractors
 from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor
+from npp_ds.evaluation.extractors import Inception, find_weights
 from npp_ds.evaluation.images import open_images
-from npp_ds.evaluation.inception import Inception, find_weights
 from npp_ds.evaluation.metrics import precision_recall
 from npp_ds.evaluation.reference import load_reference
 from npp_ds.tokenizer.sources import load_images, open_source
@@ -47,7 +47,7 @@ def hub(tmp_path, monkeypatch) -> Path:
     """The folder where torch-fidelity's download would lie, empty, and no server to fetch from."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(inception, "WEIGHTS_URL", f"http://127.0.0.1:9/{inception.WEIGHTS_FILE}")
+    monkeypatch.setattr(extractors, "WEIGHTS_URL", f"http://127.0.0.1:9/{extractors.WEIGHTS_FILE}")
     return tmp_path / "torch/hub/checkpoints"
 
 
@@ -161,7 +161,7 @@ def test_a_reference_file_of_adm_gives_distances_by_its_statistics_and_precision
 def test_weights_that_cannot_be_fetched_are_an_error_with_name_address_hash_and_place(hub, tmp_path):
     with pytest.raises(UserError) as caught:
         load_extractor("inception")
-    for part in (inception.WEIGHTS_FILE, inception.WEIGHTS_URL, "SHA-256 6726825d", str(hub), "--inception-weights"):
+    for part in (extractors.WEIGHTS_FILE, extractors.WEIGHTS_URL, "SHA-256 6726825d", str(hub), "--inception-weights"):
         assert part in str(caught.value)
     with pytest.raises(UserError, match=r"other\.pth: not found; expected weights-inception.*github|127"):
         load_extractor("inception", tmp_path / "other.pth")
@@ -170,8 +170,8 @@ def test_weights_that_cannot_be_fetched_are_an_error_with_name_address_hash_and_
 def test_the_address_and_hash_are_torch_fidelity_s():
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    assert inception.WEIGHTS_URL == URL_INCEPTION_V3
-    assert f"-{inception.WEIGHTS_SHA256}." in URL_INCEPTION_V3
+    assert extractors.WEIGHTS_URL == URL_INCEPTION_V3
+    assert f"-{extractors.WEIGHTS_SHA256}." in URL_INCEPTION_V3
 
 
 @pytest.fixture
@@ -184,7 +184,9 @@ def server(tmp_path, hub, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
         thread = threading.Thread(target=served.serve_forever, daemon=True)
         thread.start()
-        monkeypatch.setattr(inception, "WEIGHTS_URL", f"http://127.0.0.1:{served.server_port}/{inception.WEIGHTS_FILE}")
+        monkeypatch.setattr(
+            extractors, "WEIGHTS_URL", f"http://127.0.0.1:{served.server_port}/{extractors.WEIGHTS_FILE}"
+        )
         yield folder
         served.shutdown()
         thread.join()
@@ -192,15 +194,15 @@ def server(tmp_path, hub, monkeypatch):
 
 def test_fetched_weights_are_checked_and_kept_where_torch_fidelity_looks(server, hub, monkeypatch):
     content = os.urandom(1000)
-    (server / inception.WEIGHTS_FILE).write_bytes(content)
+    (server / extractors.WEIGHTS_FILE).write_bytes(content)
     with pytest.raises(UserError, match="the fetched file has another SHA-256"):
         find_weights()
     assert not hub.exists()
-    monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest()[:8])
+    monkeypatch.setattr(extractors, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest()[:8])
     path, digest = find_weights()
-    assert path == hub / inception.WEIGHTS_FILE and path.read_bytes() == content
+    assert path == hub / extractors.WEIGHTS_FILE and path.read_bytes() == content
     assert digest == hashlib.sha256(content).hexdigest()
-    (server / inception.WEIGHTS_FILE).unlink()
+    (server / extractors.WEIGHTS_FILE).unlink()
     assert find_weights()[0] == path
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match="damaged, its SHA-256 begins with"):

@@ -20,7 +20,7 @@ from npp_ds.errors import UserError
 from npp_ds.evaluation import likelihood
 from npp_ds.evaluation.likelihood import likelihood_by_position, likelihood_of, mean_nll
 from npp_ds.model import ModelConfig, Transformer, patches
-from npp_ds.reporting.likelihood import likelihood_picture
+from npp_ds.reporting.plot import likelihood_picture
 from npp_ds.reporting.report import report_run
 from runs import metrics_of, run, tiny_config
 from shard_sets import write_set

@@ -11,7 +11,7 @@ from torch_fidelity import FeatureExtractorBase, calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as ported
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from npp_ds.evaluation.features import Extractor, Features
+from npp_ds.evaluation.extractors import Extractor, Features
 from npp_ds.evaluation.metrics import Moments, Statistics
 
 

@@ -14,7 +14,7 @@ from test_loss import by_definition, problem, value_and_gradients
 
 from npp_ds.model import ModelConfig, Transformer, patch_cross_entropy
 from npp_ds.model import loss as loss_module
-from npp_ds.training import performance
+from npp_ds.training import compile as compiling
 from runs import tiny_config
 
 pytestmark = [
@@ -135,11 +135,11 @@ def test_the_config_key_reaches_the_loss(shards, tmp_path, monkeypatch):
         return loss_module._loss_and_gradient(torch.empty_like(logits), logits, targets, differentiate)
 
     monkeypatch.setattr(triton_loss, "loss_and_gradient", stand_in)
-    monkeypatch.setattr(performance, "check_performance", lambda config: None)
+    monkeypatch.setattr(compiling, "check_performance", lambda config: None)
     for kernel, expected in (("torch", []), ("triton", [(8, 4)])):
         config = tiny_config(shards, tmp_path, performance={"loss_kernel": kernel})
         model = Transformer(ModelConfig(**config.model.arguments()))
-        performance.apply_performance(model, config, torch.device("cpu"))
+        compiling.apply_performance(model, config, torch.device("cpu"))
         model(torch.randint(1000, (2, 4, 4)), torch.tensor([3, 4])).backward()
         assert called == expected
 

@@ -12,9 +12,8 @@ from test_watchful import _break_loss
 
 from npp_ds.distributed.process_group import Processes
 from npp_ds.training.engine import TrainingEngine
-from npp_ds.training.hooks import Hook
+from npp_ds.training.hooks import FinishedStep, Hook
 from npp_ds.training.preemption import Preempted
-from npp_ds.training.step_results import FinishedStep
 from npp_ds.training.trainer import Trainer
 from runs import WATCHED, Outcome, assert_same, outcome_of, run, tiny_config, told
 

@@ -70,7 +70,7 @@ def test_a_block_keeps_what_is_expected_on_a_gpu(precision, dtype, monkeypatch):
 
 def ratios(folder: Path, name: str, *arguments: str, timeout: float = 300) -> list[float]:
     """Expected over measured peak of the benchmark's cases."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.memory", "--fast", *arguments, "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr

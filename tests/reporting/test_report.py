@@ -19,8 +19,7 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.reporting.plot import plot_run, smooth
 from npp_ds.reporting.report import report_run
-from npp_ds.reporting.summary import summarize
-from npp_ds.reporting.table import print_summary
+from npp_ds.reporting.summary import print_summary, summarize
 from npp_ds.training.metrics import read_events, stages_begun
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,8 @@ from torch._dynamo.utils import counters
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.training import compile as compiling
-from npp_ds.training import performance
+from npp_ds.training.compile import check_performance
 from npp_ds.training.hooks import Hook
-from npp_ds.training.performance import check_performance
 from npp_ds.training.trainer import Trainer
 from runs import WATCHED, assert_same, metrics_of, outcome_of, run, run_and_stop_after, tiny_config
 
@@ -156,7 +155,7 @@ def problems(shards, tmp_path, **sections) -> str:
 
 def test_pairs_that_cannot_work_are_refused_together(shards, tmp_path, monkeypatch):
     both = {"performance": {"compile": True, "cuda_graphs": True, "loss_kernel": "triton"}}
-    monkeypatch.setattr(performance, "which", lambda name: None)
+    monkeypatch.setattr(compiling, "which", lambda name: None)
     text = problems(
         shards,
         tmp_path,
@@ -183,10 +182,10 @@ def test_pairs_that_cannot_work_are_refused_together(shards, tmp_path, monkeypat
 )
 def test_the_triton_loss_is_refused_where_triton_cannot_compile(shards, tmp_path, monkeypatch, missing, lack):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(performance, "find_spec", lambda name: True)
-    monkeypatch.setattr(performance, "which", lambda name: name)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: True)
+    monkeypatch.setattr(compiling, "which", lambda name: name)
     check_performance(tiny_config(shards, tmp_path, performance={"loss_kernel": "triton"}))
-    monkeypatch.setattr(performance, missing, lambda name: None)
+    monkeypatch.setattr(compiling, missing, lambda name: None)
     text = problems(shards, tmp_path, performance={"loss_kernel": "triton"})
     assert text == f"performance.loss_kernel: triton needs {lack}; install it, or set performance.loss_kernel=torch"
 
@@ -194,6 +193,6 @@ def test_the_triton_loss_is_refused_where_triton_cannot_compile(shards, tmp_path
 def test_an_attention_kernel_that_cannot_is_told_before_anything_is_compiled(shards, tmp_path):
     config = tiny_config(shards, tmp_path, **COMPILED, model={"attention": "sdpa_cudnn"})
     with pytest.raises(UserError, match=r"attention: sdpa_cudnn needs a CUDA device, found torch\.float32 on cpu"):
-        performance.apply_performance(
+        compiling.apply_performance(
             Transformer(ModelConfig(dim=32, n_layers=1, n_heads=2)), config, torch.device("cpu")
         )

@@ -20,7 +20,7 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.data.shards import Manifest, ShardWriter, TokenizerInfo, shard_name
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.evaluation.classifier import ClassifierExtractor
+from npp_ds.evaluation.extractors import ClassifierExtractor
 from npp_ds.evaluation.metrics import Moments, frechet_distance
 from npp_ds.evaluation.reference import load_reference, make_reference
 from npp_ds.reporting.report import report_run
