@@ -7,6 +7,7 @@ are at hand: never do more than a chunk of logits exist, and the backward pass h
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, differentiate: bool, kernel: str
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, differentiate: bool, kernel: str
     ) -> Tensor:
         rows = len(targets)
         need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])
@@ -71,7 +72,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
         return total / rows
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_loss / ctx.rows
         if grad_hidden is not None:
