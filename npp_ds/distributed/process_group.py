@@ -97,7 +97,7 @@ def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
     """
     if lacks_srun():
         raise UserError(
-            f"SLURM job {os.environ['SLURM_JOB_ID']} is for {os.environ['SLURM_NTASKS']} tasks, but this process "
+            f"SLURM job {os.environ['SLURM_JOB_ID']} has {os.environ['SLURM_NTASKS']} tasks, but this process "
             "is none of them: it would train alone; start it with srun, or one task per node with torchrun in it"
         )
     os.environ.update(srun_rendezvous())

@@ -71,7 +71,7 @@ def no_launcher(monkeypatch):
 def test_training_in_a_batch_script_without_srun_is_refused(no_launcher):
     for name, value in BATCH.items():
         no_launcher.setenv(name, value)
-    with pytest.raises(UserError, match=r"room for 16 tasks, but this process is none of them.*srun"):
+    with pytest.raises(UserError, match=r"has 16 tasks, but this process is none of them.*srun"):
         process_group.join_processes()
 
 
