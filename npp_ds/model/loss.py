@@ -1,8 +1,8 @@
 """The patch cross-entropy (NPP, arXiv 2412.15321, eq. 4), joined with the output projection.
 
 For logits z at a position and the k codes t_1..t_k of its target patch the loss is `logsumexp(z) - mean_i z[t_i]`, so
-the logits are computed once whatever k is. Rows are taken in chunks and the gradient is formed while a chunk's logits
-are at hand: never do more than a chunk of logits exist, and the backward pass has nothing left to compute.
+the logits are computed once whatever k is. Rows are taken in chunks, and the gradient is formed from the logits of a
+chunk, so only one chunk of logits exists at a time, and the backward pass only scales the gradient.
 `python -m benchmarks.patch_loss` compares this with other ways to compute the same.
 """
 
@@ -83,7 +83,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
 
 
 def patch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, kernel: str = "torch") -> Tensor:
-    """Mean cross-entropy of the target patches' codes, in nats per code, as a float32 scalar.
+    """Return the mean cross-entropy of the target patches' codes, in nats per code, as a float32 scalar.
 
     hidden[..., d] are the decoder's outputs, weight[V, d] the output projection (no bias), targets[..., k] int64 codes
     in [0, V). For k = 1 this is next-token cross-entropy. Under autocast the products run in its dtype; the softmax,
