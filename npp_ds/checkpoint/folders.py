@@ -129,7 +129,7 @@ def read_record(folder: Path) -> CheckpointRecord:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    """A file that cannot be read now may be intact, so falling back to an older checkpoint would be wrong."""
+    """Return the error for a file that cannot be read now: it may be intact, so no older checkpoint replaces it."""
     return UserError(f"{path}: {error.strerror}; fix that, or remove this checkpoint to resume from an older one")
 
 

@@ -31,7 +31,7 @@ class Lease(Protocol):
     """The right to write into the run folder."""
 
     def check(self) -> None:
-        """Raises UserError when another start has taken it."""
+        """Raise UserError when another start has taken it."""
 
 
 class Watchdog(Protocol):

@@ -1,4 +1,4 @@
-"""Reads a run's config from a recipe or file and key=value overrides, and says at once everything wrong with it."""
+"""Read a run's config from a recipe or file and key=value overrides, and report all its problems together."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -26,7 +26,7 @@ def load_config(
     overrides: Iterable[str] = (),
     world_size: int | None = None,
 ) -> RunConfig:
-    """A checked config from a shipped recipe or a YAML file, with `a.b=value` overrides (values in YAML).
+    """Return the checked config of a shipped recipe or a YAML file, with `a.b=value` overrides (values in YAML).
 
     Raises UserError that lists every problem: key, what was found, what is expected, what to do.
     """
@@ -94,7 +94,7 @@ def _laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply(raw: dict[str, Any], override: str) -> list[str]:
-    """Sets one `a.b.0.c=value` in place; returns what is wrong with it."""
+    """Set one `a.b.0.c=value` in `raw`; return the problems with it."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         return [f"{override}: expected key=value, such as schedule.epochs=100"]
@@ -123,7 +123,7 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
 
 
 def _parse(raw: dict[str, Any]) -> tuple[RunConfig | None, list[str], list[str]]:
-    """The config, the problems of single keys, and these keys: they are dropped, so that the rest can be checked."""
+    """Return the config, the problems of single keys, and these keys, dropped so that the rest can be checked."""
     problems: list[str] = []
     dropped: list[str] = []
     for _ in range(2):
@@ -139,7 +139,7 @@ def _parse(raw: dict[str, Any]) -> tuple[RunConfig | None, list[str], list[str]]
 
 
 def _follows_from(problem: str, dropped: list[str]) -> bool:
-    """Whether a problem between keys stems from a key that was dropped because its own value is wrong."""
+    """Return whether a problem between keys stems from a key that was dropped because its own value is wrong."""
     key = problem.split(":")[0]
     return any(
         key == d
@@ -161,7 +161,7 @@ def _describe(item: ErrorDetails) -> str:
 
 
 def _section(location: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The section class that holds the key at `location`."""
+    """Return the section class that holds the key at `location`."""
     section: Any = RunConfig
     for part in location:
         if isinstance(part, int):
@@ -188,7 +188,7 @@ def _meaning(location: tuple[str | int, ...]) -> str:
 
 
 def _drop(raw: Any, location: tuple[str | int, ...]) -> None:
-    """Removes the wrong value; an element of a list takes the whole list with it."""
+    """Remove the wrong value; for an element of a list, remove the whole list."""
     cut = next((i for i, part in enumerate(location) if isinstance(part, int)), len(location))
     for part in location[: cut - 1]:
         raw = raw.get(part) if isinstance(raw, dict) else None
@@ -197,7 +197,7 @@ def _drop(raw: Any, location: tuple[str | int, ...]) -> None:
 
 
 def problems_of(config: RunConfig, world_size: int | None = None, num_samples: int | None = None) -> list[str]:
-    """What is wrong between the keys of a config, and between it, the number of processes and the data."""
+    """Return the problems between the keys of a config, and between it, the number of processes and the data."""
     problems = _model_problems(config) + _stage_problems(config) + _average_problems(config)
     problems += _evaluate_problems(config)
     if world_size is not None:

@@ -1,4 +1,4 @@
-"""Every knob of a run: typed, bounded, described. `npp_ds.config.load` reads it and reports all problems at once.
+"""The keys of a run's config: typed, bounded, described. `npp_ds.config.load` reports all problems together.
 
 Keys made with `_free` may change when a run is resumed. A checkpoint carries all others; they are compared key by key.
 """
@@ -26,7 +26,7 @@ MOST_PROFILED_STEPS = 100
 
 
 def _free(default: Any, description: str, **bounds: Any) -> Any:
-    """A key that may differ between the starts of one run; `...` as its default makes it required."""
+    """Return a key that may differ between the starts of one run; `...` as its default makes it required."""
     return Field(default, description=description, json_schema_extra={"free": True}, **bounds)
 
 
@@ -73,16 +73,16 @@ class ModelSection(_Section):
         return dict(SIZES[self.size]) if self.size else {k: getattr(self, k) for k in ("dim", "n_layers", "n_heads")}
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `npp_ds.model.ModelConfig`."""
+        """Return the keyword arguments of `npp_ds.model.ModelConfig`."""
         return {**self.model_dump(exclude={"size", "dim", "n_layers", "n_heads"}), **self.shape()}
 
     def parameters(self) -> int:
-        """Trainable parameters."""
+        """Return the number of trainable parameters."""
         sizes = ("n_kv_heads", "vocab_size", "num_classes", "ffn_multiple_of")
         return parameter_count(**self.shape(), **{k: getattr(self, k) for k in sizes})
 
     def training_flops(self, positions: int) -> int:
-        """FLOPs of training on one image cut into this many patches."""
+        """Return the FLOPs of training on one image of this many patches."""
         sizes = ("n_kv_heads", "vocab_size", "ffn_multiple_of")
         return training_flops(positions, **self.shape(), **{k: getattr(self, k) for k in sizes})
 
@@ -95,7 +95,7 @@ class DataSection(_Section):
     val: str | None = _free(None, "held-out code shards, likewise; null: no validation")
     tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
     cache_dir: str | None = _free(
-        None, "where shards are staged on each node; null: /dev/shm if it has room, else ~/.cache/npp_ds"
+        None, "where shards are staged on each node; null: /dev/shm if it has space, else ~/.cache/npp_ds"
     )
     class_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
 
@@ -195,7 +195,7 @@ class CheckpointSection(_Section):
     keep_last: int = _free(3, "newest checkpoints to keep, besides those at the ends of stages", ge=1)
     keep_every: int = _free(0, "also keep checkpoints of steps that are multiples of this; 0: none", ge=0)
     asynchronous: bool = _free(
-        False, "copy to host memory, then write in a thread while training goes on; takes that much host memory"
+        False, "copy to host memory, then write in a thread while training continues; takes that much host memory"
     )
 
 
@@ -241,7 +241,7 @@ class ProfileSection(_Section):
         return str(value)
 
     def numbers(self) -> range:
-        """The steps to profile, counted from 1."""
+        """Return the steps to profile, counted from 1."""
         first, _, last = (self.steps or "1-0").partition("-")
         return range(int(first), int(last or first) + 1)
 
@@ -261,7 +261,7 @@ class PerformanceSection(_Section):
     cuda_graphs: bool = _free(
         False,
         "capture forward and backward pass of a micro-batch as CUDA graphs in each stage, for steps so short that "
-        "starting kernels limits them; takes the room of another set of gradients; on GPUs, not with ZeRO-3",
+        "starting kernels limits them; takes the memory of another set of gradients; on GPUs, not with ZeRO-3",
     )
     loss_kernel: Literal["torch", "triton"] = _free(
         "torch",
@@ -303,11 +303,11 @@ class RunConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def hash(self) -> str:
-        """SHA-256 over every key that must not change when the run is resumed, as hexadecimal digits."""
+        """Return the SHA-256 over all keys that must not change when the run is resumed, as hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.bound_keys(), sort_keys=True).encode()).hexdigest()
 
     def bound_keys(self) -> dict[str, Any]:
-        """The keys that must not change when the run is resumed, as JSON values."""
+        """Return the keys that must not change when the run is resumed, as JSON values."""
         return _bound_keys(type(self), self.model_dump(mode="json"))
 
     def differences_from(self, saved: dict[str, Any]) -> list[str]:
@@ -374,7 +374,7 @@ class RunConfig(_Section):
 
 
 def _micro_batch_size(rows: int, most: int | None) -> int:
-    """The largest divisor of a process's rows of a batch that is at most `most`."""
+    """Return the largest divisor of a process's rows of a batch that is at most `most`."""
     return next(size for size in range(min(rows, most or rows), 0, -1) if rows % size == 0)
 
 
@@ -397,7 +397,7 @@ def _bound_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, A
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class in a field's annotation, such as StageSection in `list[StageSection] | None`."""
+    """Return the section class in a field's annotation, such as StageSection in `list[StageSection] | None`."""
     if isinstance(annotation, type) and hasattr(annotation, "model_fields"):  # Python 3.10: list[x] is a type, too
         return annotation
     return next(filter(None, map(section_of, get_args(annotation))), None)

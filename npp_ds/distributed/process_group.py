@@ -1,4 +1,4 @@
-"""Join this process to its peers, as started by torchrun, the deepspeed launcher, SLURM's srun, or alone."""
+"""The process group of a launch by torchrun, the deepspeed launcher or SLURM's srun, or of a lone process."""
 
 import ctypes
 import os
@@ -20,14 +20,14 @@ from npp_ds.distributed.environment import (
 from npp_ds.errors import RendezvousError, UserError
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
-"""Until all processes have met: imports from a shared file system may take one node minutes longer than another."""
+"""Limit for the rendezvous: imports from a shared file system may take one node minutes longer than another."""
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
-"""For one exchange, in which one process may be staging data while the others wait."""
+"""Limit for one exchange, in which one process may be staging data while the others wait."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place: `rank` of `world_size` in all, `local_rank` on its node, and the device it computes on."""
+    """The processes of a run as one of them sees them: its `rank`, its `local_rank` on its node, its device."""
 
     rank: int
     local_rank: int
@@ -45,28 +45,31 @@ class Processes:
         return values.tolist()
 
     def largest(self, values: list[float]) -> list[float]:
-        """The largest of each of some numbers over all processes; waits for the device."""
+        """Return the largest value over all processes of each number; waits for the device."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process passed, by rank; small plain values."""
+        """Return what each process passed, by rank; small plain values."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def on_first(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Result of `action(*arguments)` on the first process, for all; what a person can mend is raised on all."""
-        outcome = [_attempt(action, *arguments) if self.is_first else None]
-        dist.broadcast_object_list(outcome, device=self.device)
-        result, problem = outcome[0]
+        """Return the result of `action(*arguments)` on the first process, on all.
+
+        A UserError or an OSError of the action is raised as a UserError on all.
+        """
+        shared: list[Any] = [_attempt(action, *arguments) if self.is_first else None]
+        dist.broadcast_object_list(shared, device=self.device)
+        result, problem = shared[0]
         if problem is not None:
             raise UserError(problem, on_all_ranks=True)
         return result
 
     def on_all(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """This process's result of `action(*arguments)`; what a person can mend on any process is raised on all."""
+        """Return this process's result of `action(*arguments)`; errors are raised as by `on_first`."""
         result, problem = _attempt(action, *arguments)
         found = self.gather(problem and (problem, f"rank {self.rank}, host {host_name()}"))
         if problems := [p for p in found if p is not None]:
@@ -76,52 +79,52 @@ class Processes:
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """(result, None), or (None, what a person can mend): wrong input, or files that cannot be read or written."""
+    """Return (result, None), or (None, text of the error) after a UserError or an OSError."""
     try:
         return action(*arguments), None
     except UserError as error:
         return None, str(error)
     except OSError as error:
-        return None, f"{error.filename}: {error.strerror}; mend that or name another place"
+        return None, f"{error.filename}: {error.strerror}; fix that, or name another path"
 
 
 def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
-    """Joins the process group of this launch (NCCL on GPUs, gloo on CPUs), alone when no launcher started us.
+    """Join the process group of this launch (NCCL on GPUs, gloo on CPUs), a group of one without a launcher.
 
-    `timeout` is for one exchange; to meet, each waits RENDEZVOUS_TIMEOUT. Raises UserError when there are more
-    processes on the node than GPUs, RendezvousError when the others do not come. On CPUs the process keeps from then on
-    what its tensors free.
+    `timeout` is for one exchange; the rendezvous waits for RENDEZVOUS_TIMEOUT. Raises UserError when there are more
+    processes on the node than GPUs, RendezvousError when the others do not arrive. On CPUs the process keeps the
+    memory that its tensors free from then on.
     """
     if lacks_srun():
         raise UserError(
-            f"SLURM job {os.environ['SLURM_JOB_ID']} has room for {os.environ['SLURM_NTASKS']} tasks, but this process "
+            f"SLURM job {os.environ['SLURM_JOB_ID']} has {os.environ['SLURM_NTASKS']} tasks, but this process "
             "is none of them: it would train alone; start it with srun, or one task per node with torchrun in it"
         )
     os.environ.update(srun_rendezvous())
-    place = read_environment()
-    for name, value in {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size}.items():
-        os.environ[name] = str(value)  # DeepSpeed reads them, whoever launched us
+    us = read_environment()
+    for name, value in {"RANK": us.rank, "LOCAL_RANK": us.local_rank, "WORLD_SIZE": us.world_size}.items():
+        os.environ[name] = str(value)  # DeepSpeed reads them, with any launcher
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", _gpu_of(place.local_rank, torch.cuda.device_count()))
+        device = torch.device("cuda", _gpu_of(us.local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     if not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if cuda else "gloo",
-            store=_meet(place, RENDEZVOUS_TIMEOUT, timeout),
-            rank=place.rank,
-            world_size=place.world_size,
+            store=_rendezvous(us, RENDEZVOUS_TIMEOUT, timeout),
+            rank=us.rank,
+            world_size=us.world_size,
             timeout=timeout,
             device_id=device if cuda else None,
         )
-    return Processes(place.rank, place.local_rank, place.world_size, device)
+    return Processes(us.rank, us.local_rank, us.world_size, device)
 
 
 def _gpu_of(local_rank: int, visible: int) -> int:
-    """The GPU of a process: the one of its number on the node, or the only one that it sees where each sees its own."""
+    """Return the index of a process's GPU: its local rank, or 0 where each process sees only its own GPU."""
     if local_rank < visible:
         return local_rank
     on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
@@ -132,17 +135,17 @@ def _gpu_of(local_rank: int, visible: int) -> int:
     )
 
 
-def _meet(place: ProcessInfo, patience: timedelta, timeout: timedelta) -> dist.Store:
-    """The store through which the processes of this launch find each other, once all have come within `patience`."""
-    if place.world_size == 1:
+def _rendezvous(us: ProcessInfo, patience: timedelta, timeout: timedelta) -> dist.Store:
+    """Return the store that the processes of this launch share, once all have arrived within `patience`."""
+    if us.world_size == 1:
         return dist.HashStore()
     try:
-        url = f"env://?rank={place.rank}&world_size={place.world_size}"
+        url = f"env://?rank={us.rank}&world_size={us.world_size}"
         store, _, _ = next(dist.rendezvous(url, timeout=patience))
     except (RuntimeError, ValueError) as error:  # ValueError: a variable is missing
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RendezvousError(
-            f"rank {place.rank} on {host_name()} did not meet all {place.world_size} processes at {where} "
+            f"rank {us.rank} on {host_name()} did not meet all {us.world_size} processes at {where} "
             f"(MASTER_ADDR:MASTER_PORT) within {patience}: {str(error).splitlines()[0]}"
         ) from error
     store.set_timeout(timeout)
@@ -161,11 +164,11 @@ OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESH
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
-    """Lets glibc's allocator keep what tensors have freed, for the rest of this process; says whether it does.
+    """Let glibc's allocator keep what tensors free, for the rest of this process; return whether it does.
 
-    By default a tensor of some size goes back to the system when it is freed, and the system clears every page of the
-    next one: a good part of a short step. The process then stays as large as it has been.
-    Nothing is changed under settings of the user's own, or another C library.
+    By default the memory of a large tensor goes back to the system when it is freed, and the system clears every page
+    of the next one, which takes a good part of a short step. The process then stays as large as it has been.
+    Changes nothing under settings of the user's own, or with another C library.
     """
     if any(name in environment for name in OF_THE_USER) or "glibc.malloc." in environment.get("GLIBC_TUNABLES", ""):
         return False

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -17,7 +18,7 @@ SAVED_BY_SELECTIVE = {
 """Operations whose results the mode `selective` saves: matrix products and attention, nearly all FLOPs of a block."""
 
 
-def _policy(_context, operation, *_args, **_kwargs) -> CheckpointPolicy:
+def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if str(operation) in SAVED_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 

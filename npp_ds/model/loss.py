@@ -1,12 +1,13 @@
 """The patch cross-entropy (NPP, arXiv 2412.15321, eq. 4), joined with the output projection.
 
 For logits z at a position and the k codes t_1..t_k of its target patch the loss is `logsumexp(z) - mean_i z[t_i]`, so
-the logits are computed once whatever k is. Rows are taken in chunks and the gradient is formed while a chunk's logits
-are at hand: never do more than a chunk of logits exist, and the backward pass has nothing left to compute.
+the logits are computed once whatever k is. Rows are taken in chunks, and the gradient is formed from the logits of a
+chunk, so only one chunk of logits exists at a time, and the backward pass only scales the gradient.
 `python -m benchmarks.patch_loss` compares this with other ways to compute the same.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, differentiate: bool, kernel: str
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, differentiate: bool, kernel: str
     ) -> Tensor:
         rows = len(targets)
         need_hidden, need_weight = (differentiate and need for need in ctx.needs_input_grad[:2])
@@ -60,18 +61,18 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
             z = torch.mm(h, w.T, out=logits[: len(h)])
             loss, grad = loss_and_gradient(z, t, differentiate)
             total += loss
-            if need_hidden:
+            if grad_hidden is not None:
                 grad_hidden[part] = grad @ w
-            if need_weight and dtype == torch.float32:
+            if grad_weight is not None and dtype == torch.float32:
                 grad_weight.addmm_(grad.T, h, beta=min(start, 1))
-            elif need_weight:
+            elif grad_weight is not None:
                 grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.rows, ctx.weight_dtype = rows, weight.dtype
         return total / rows
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_loss / ctx.rows
         if grad_hidden is not None:
@@ -82,7 +83,7 @@ class _LinearPatchCrossEntropy(torch.autograd.Function):
 
 
 def patch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, kernel: str = "torch") -> Tensor:
-    """Mean cross-entropy of the target patches' codes, in nats per code, as a float32 scalar.
+    """Return the mean cross-entropy of the target patches' codes, in nats per code, as a float32 scalar.
 
     hidden[..., d] are the decoder's outputs, weight[V, d] the output projection (no bias), targets[..., k] int64 codes
     in [0, V). For k = 1 this is next-token cross-entropy. Under autocast the products run in its dtype; the softmax,

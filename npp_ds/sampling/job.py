@@ -86,7 +86,7 @@ class Sampling:
 
     @property
     def finished(self) -> bool:
-        """Whether all samples and their record exist; PNGs may be missing."""
+        """True if all samples and their record exist; PNGs may be missing."""
         return (self.out / RECORD_FILE).is_file()
 
     @property

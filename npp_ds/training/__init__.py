@@ -1,4 +1,4 @@
-"""The training loop and what it stands on: processes, DeepSpeed, stages, checkpoints, metrics.
+"""The training loop and what it uses: DeepSpeed's engine, stages, checkpoints, metrics, signals.
 
-The only room that imports DeepSpeed; nothing below it (model, data, config, schedule, tokenizer) imports it.
+The only package that imports DeepSpeed.
 """

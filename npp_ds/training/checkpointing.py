@@ -1,4 +1,4 @@
-"""When a run saves checkpoints, what they say, and what happens when one cannot be written."""
+"""The checkpoints of a run: when they are saved, what they record, and what follows if one cannot be written."""
 
 import logging
 from pathlib import Path
@@ -82,7 +82,7 @@ class Checkpointing(Hook):
         if self.saver.pending is None:
             return
         step = self.saver.pending.step
-        self.log.sync()  # whoever finds the checkpoint finds in the logs how it came about
+        self.log.sync()  # a checkpoint never exists without the log lines of its steps
         try:
             saved = self.saver.finish()
         except SaveFailed as error:

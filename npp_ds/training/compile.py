@@ -24,9 +24,9 @@ from npp_ds.training.deepspeed_config import read_settings
 
 
 def apply_performance(model: Transformer, config: RunConfig, device: torch.device) -> None:
-    """Prepares the model, before DeepSpeed takes it, for what the config asks for. Raises UserError.
+    """Apply the section to a model that DeepSpeed does not have yet. Raises UserError.
 
-    Nothing is to be done at a change of stage: shapes are compiled and captured as they first come.
+    A change of stage needs no call: a shape is compiled and captured when it first occurs.
     """
     check_performance(config)
     if config.performance.compile:
@@ -38,7 +38,7 @@ def apply_performance(model: Transformer, config: RunConfig, device: torch.devic
 
 
 def check_performance(config: RunConfig) -> None:
-    """Raises UserError with everything that keeps this machine or this config from what `performance` asks for."""
+    """Raise UserError that lists all that this machine or this config lacks for the section."""
     asked, mode = config.performance, config.model.activation_checkpointing
     zero: dict[str, Any] = read_settings(config.deepspeed.config)["zero_optimization"]
     problems = []
@@ -46,7 +46,7 @@ def check_performance(config: RunConfig) -> None:
         if getattr(asked, key) and zero["stage"] == 3:
             problems.append(
                 f"performance.{key}: ZeRO-3 (deepspeed.config {config.deepspeed.config}) gathers weights by hooks "
-                f"around every layer, which it cannot take in; set deepspeed.config=zero2, or performance.{key}=false"
+                f"around every layer, which it cannot include; set deepspeed.config=zero2, or performance.{key}=false"
             )
     if asked.compile and (lack := _compiler_lacks()):
         problems.append(f"performance.compile: {lack}; install it, or set performance.compile=false")
@@ -78,7 +78,7 @@ def check_performance(config: RunConfig) -> None:
 
 
 def _compiler_lacks() -> str | None:
-    """What PyTorch's compiler misses on this machine; None when nothing."""
+    """Return what PyTorch's compiler lacks on this machine; None when nothing."""
     if torch.cuda.is_available():
         if find_spec("triton") is None:
             return "needs the package triton, found none"
@@ -89,7 +89,7 @@ def _compiler_lacks() -> str | None:
 
 
 def _check_attention_kernels(config: RunConfig, device: torch.device) -> None:
-    """Chooses the kernel of every stage now: an error while a block is compiled would be hard to read."""
+    """Choose the kernel of every stage now: an error while a block is compiled would be hard to read."""
     shape = config.model.shape()
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     heads, kv_heads = shape["n_heads"], config.model.n_kv_heads or shape["n_heads"]
@@ -100,31 +100,32 @@ def _check_attention_kernels(config: RunConfig, device: torch.device) -> None:
 
 
 MOST_SHAPES = 64
-"""Shapes that may be compiled in one process; beyond its own limit (8 in torch 2.15) PyTorch goes on uncompiled."""
+"""Shapes that may be compiled in one process; beyond its own limit (8 in torch 2.15) PyTorch stops compiling."""
 
 
 def compile_blocks(model: Transformer) -> None:
-    """From now on the model's blocks run compiled in forward passes that are trained on; parameter names stay.
+    """Make the model's blocks run compiled in forward passes that are trained on; parameter names stay.
 
-    A stage's first forward and backward pass compile for its shape, no later one does.
+    The first forward and backward pass of a stage compile for its shape; no later one compiles.
     """
     dynamo = torch._dynamo.config
     limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
     setattr(dynamo, limit, max(MOST_SHAPES, getattr(dynamo, limit)))
     torch.compiler.assume_constant_result(chosen_kernel)  # compiled code holds its answer
-    compiled = torch.compile(Block.forward, dynamic=False, **how_to_compile())
+    compiled: Callable[..., Tensor] = torch.compile(Block.forward, dynamic=False, **how_to_compile())
     for block in model.layers:
-        block.forward = partial(_forward, compiled, block)
+        block.forward = partial(_forward, partial(compiled, block), block.forward)
 
 
 def how_to_compile() -> dict[str, Any]:
-    """Inductor's options: no kernel is chosen by a clock where that shows in the result, so a resumed run finds the
-    same ones. PyTorch before 2.10 or so has no such option, and chooses anew unless its cache on disk was kept.
+    """Return the options of `torch.compile` under which a resumed run uses the same kernels.
+
+    Inductor then chooses no kernel by its time where the result depends on it. PyTorch before 2.10 or so has no such
+    option; it chooses again unless its cache on disk was kept.
     """
     has_option = "deterministic" in torch._inductor.list_options()
     return {"options": {"deterministic": True}} if has_option else {}
 
 
-def _forward(compiled: Callable[..., Tensor], block: Block, x: Tensor, rotary: Tensor) -> Tensor:
-    forward = compiled if torch.is_grad_enabled() else Block.forward
-    return forward(block, x, rotary)
+def _forward(compiled: Callable[..., Tensor], eager: Callable[..., Tensor], x: Tensor, rotary: Tensor) -> Tensor:
+    return (compiled if torch.is_grad_enabled() else eager)(x, rotary)

@@ -27,7 +27,7 @@ WARM_UP_PASSES = 3
 
 def use_cuda_graphs(model: Transformer) -> None:
     """Make `model(codes, labels)` replay CUDA graphs in passes that are trained on."""
-    model.forward = GraphedForward(model)
+    model.forward = GraphedForward(model)  # type: ignore[method-assign]  # calls and hooks of the module stay
 
 
 def free_gradient_nodes(parameters: Iterable[nn.Parameter]) -> None:
@@ -68,18 +68,18 @@ class GraphedForward:
         return _Replay.apply(self._captured, codes, labels, *self._parameters)
 
     def _key_of(self, codes: Tensor, labels: Tensor) -> tuple[Any, ...]:
-        """What a CUDA graph is bound to: shapes, precision, and the addresses of the weights."""
+        """Return what a CUDA graph is bound to: shapes, precision, and the addresses of the weights."""
         device = codes.device.type
         precision = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return codes.shape, labels.shape, codes.device, precision, tuple(p.data_ptr() for p in self._parameters)
 
     def _keep_gradients(self) -> None:
         """Copy gradients that ZeRO-1 accumulates over micro-batches out of the memory that a replay overwrites."""
-        kept = [p for p in self._parameters if p.grad is not None]
-        if kept and kept[0].grad is not self._own_gradient:
-            for parameter in kept:
-                parameter.grad = parameter.grad.clone()
-            self._own_gradient = kept[0].grad
+        kept = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        if kept and kept[0][1] is not self._own_gradient:
+            for parameter, gradient in kept:
+                parameter.grad = gradient.clone()
+            self._own_gradient = kept[0][0].grad
 
 
 class CapturedPass:

@@ -1,4 +1,4 @@
-"""One DeepSpeed engine for the whole run: built once, told each stage's batch sizes, stepped by whole batches."""
+"""One DeepSpeed engine for the whole run: built once, set to each stage's batch sizes, stepped by whole batches."""
 
 import math
 import warnings
@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from npp_ds.checkpoint.open import Weights
+from npp_ds.checkpoint.open import STATES, Weights
 from npp_ds.checkpoint.rank_files import MASTER, SavedState
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
@@ -27,10 +28,10 @@ from npp_ds.utils.hash_rng import mix64
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: this rank's mean loss in nats per code and the global gradient norm, scalars on the device.
+    """The result of a step: this rank's mean loss in nats per code and the global gradient norm, scalars on the device.
 
-    The norm is that before clipping; `was_applied` says whether the weights changed: they do not when the loss of any
-    rank or the norm is no finite number.
+    The norm is that before clipping. `was_applied` is whether the weights changed: they do not when the loss of a rank
+    or the norm is not finite.
     """
 
     loss: Tensor
@@ -38,9 +39,9 @@ class StepResult:
     was_applied: bool
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on tensors of two and more dimensions, none on the rest (as published)."""
-    groups = {True: [], False: []}
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups: weight decay on tensors of two and more dimensions, none on the rest (as published)."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in model.parameters():
         groups[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
     return [
@@ -88,12 +89,12 @@ class TrainingEngine:
         self.ema = ShardedEMA(self.partitions, decay) if decay else None
 
     def set_batch_sizes(self, stage: Stage) -> None:
-        """Takes on the batch size and micro-batch size of a stage; between two steps only."""
+        """Set the batch size and micro-batch size of a stage; between two steps only."""
         self.engine.set_train_micro_batch_size(stage.micro_batch_size)
         self.engine.set_train_batch_size(stage.batch_size)
 
     def step(self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]], learning_rate: float) -> StepResult:
-        """One optimizer step over this rank's micro-batches of (codes[b, N, k], labels[b]).
+        """Make one optimizer step over this rank's micro-batches of (codes[b, N, k], labels[b]).
 
         Dropout is a pure function of (seed, step, micro-step, rank).
         """
@@ -119,24 +120,24 @@ class TrainingEngine:
         return StepResult(torch.stack(losses).mean(), torch.as_tensor(norm), was_applied)
 
     def state(self) -> dict[str, list[Tensor]]:
-        """Everything that a checkpoint holds of this rank, kind by kind, shaped like the flat partitions."""
-        kinds = {MASTER: self.partitions.masters, **{m: self.partitions.moments(m) for m in MOMENTS}}
-        return {**kinds, EMA: self.ema.partitions} if self.ema else kinds
+        """Return this rank's part of every state of a checkpoint, by name, shaped like the flat partitions."""
+        states = {MASTER: self.partitions.masters, **{m: self.partitions.moments(m) for m in MOMENTS}}
+        return {**states, EMA: self.ema.partitions} if self.ema else states
 
     def read(self, folder: Path, files: Iterable[str], optimizer_steps: int) -> None:
-        """Takes on the state in a checkpoint's files, whichever processes in whichever ZeRO stage wrote them.
+        """Load the state in a checkpoint's files, written by any number of processes in any ZeRO stage.
 
         Each rank reads by itself; the model computes with it after `partitions.publish()`, called by all together.
         Raises UserError when the files are not of this model.
         """
         with SavedState(folder, files, self.partitions.shapes) as saved:
-            for kind, partitions in self.state().items():
+            for state, partitions in self.state().items():
                 for fragment in self.partitions.fragments:
-                    saved.copy_to(fragment.of(partitions), kind, fragment.name, fragment.start)
+                    saved.copy_to(fragment.of(partitions), state, fragment.name, fragment.start)
         self.partitions.optimizer_steps = optimizer_steps
 
     def start_from(self, weights: Weights) -> None:
-        """Takes on whole weights, and the average with them; the optimizer stays fresh. Otherwise like `read`."""
+        """Copy whole weights into the weights and their average; the optimizer stays fresh. Otherwise like `read`."""
         targets = [self.partitions.masters, *([self.ema.partitions] if self.ema else [])]
         with weights.reading() as tensor:
             for name, fragments in groupby(self.partitions.fragments, lambda fragment: fragment.name):
@@ -145,24 +146,25 @@ class TrainingEngine:
                     fragment.of(target).copy_(values[fragment.start : fragment.start + fragment.numel])
 
     @contextmanager
-    def weights(self, kind: str) -> Iterator[nn.Module]:
-        """What validation calls, with its own weights ("raw") or their moving average ("ema").
+    def weights(self, variant: str) -> Iterator[nn.Module]:
+        """Yield the model that validation calls, with its weights ("raw") or their moving average ("ema").
 
-        model(codes, labels) goes through DeepSpeed's hooks and precision.
+        model(codes, labels) uses DeepSpeed's hooks and precision.
         """
-        if kind == EMA:
+        if variant == EMA:
+            assert self.ema is not None  # the config is refused otherwise
             with self.ema.in_place_of_weights():
                 yield self.engine
         else:
             yield self.engine
 
-    def copy_of_model(self, kind: str, dtype: torch.dtype) -> Transformer:
-        """A plain model on this rank's device, in eval mode, with all weights ("raw") or their moving average ("ema").
+    def copy_of_model(self, variant: str, dtype: torch.dtype) -> Transformer:
+        """Return a plain model on this rank's device, in eval mode, with the weights ("raw") or their average ("ema").
 
-        Called by all ranks together; training takes no notice of it. Beside the copy itself it takes room for the
+        Called by all ranks together; training is not affected. Beside the copy itself it takes the memory of the
         largest parameter in float32.
         """
-        partitions = self.ema.partitions if kind == EMA else self.partitions.masters
+        partitions = self.state()[STATES[variant]]
         with torch.device("meta"):
             model = Transformer(self.model_config)
         device = self.processes.device
@@ -171,7 +173,7 @@ class TrainingEngine:
         return model.requires_grad_(False).eval()
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        """(name, value, step) to the monitors that the config asked for; one that fails is given up."""
+        """Write (name, value, step) to the monitors that the config asks for; after an error they get no more."""
         if self.monitor:
             try:
                 self.monitor.write_events(events)

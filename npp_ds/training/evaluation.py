@@ -2,8 +2,10 @@
 
 import logging
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 
 from npp_ds.config.schedule import Schedule, Stage
-from npp_ds.config.schema import RunConfig
+from npp_ds.config.schema import EvaluateSection, RunConfig
 from npp_ds.data.shards import TokenizerInfo
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
@@ -38,7 +40,7 @@ SHOWN, SHOWN_PER_ROW = 40, 8  # most images in a picture
 
 
 class Result(NamedTuple):
-    """What an evaluation found and cost; `share_of_time` is `seconds` over those of training since the one before."""
+    """The result of an evaluation; `share_of_time` is `seconds` over those of training since the last evaluation."""
 
     frechet_distance: float
     images: int
@@ -50,7 +52,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """What turns codes into a distance on this process: tokenizer and extractor on its device, and the real images."""
+    """All that turns codes into a distance: tokenizer and extractor on this process's device, and the real images."""
 
     tokenizer: VQModel
     extractor: Extractor
@@ -63,17 +65,12 @@ def load_judge(config: RunConfig, made_by: TokenizerInfo, device: torch.device) 
     One black image takes the whole way, so that what would refuse samples refuses it now. Raises UserError with
     everything that is missing or does not fit, one line each.
     """
-    evaluate, problems, parts = config.evaluate, [], []
-    for key, load in (
-        ("data.tokenizer", lambda: tokenizer_of(made_by, config.data.tokenizer)),
-        ("evaluate", lambda: _extractor_and_reference(evaluate.reference, evaluate.inception_weights, device)),
-    ):
-        try:
-            parts.append(load())
-        except UserError as error:
-            problems.append(f"{key}, for evaluate.every: {error}")
+    problems: list[str] = []
+    with _collected("data.tokenizer", problems):
+        tokenizer = tokenizer_of(made_by, config.data.tokenizer)
+    with _collected("evaluate", problems):
+        extractor, reference = _extractor_and_reference(config.evaluate, device)
     if not problems:
-        tokenizer, (extractor, reference) = parts
         judge = Judge(tokenizer.to(device), extractor, reference)
         problems = _misfits(judge, config.model.grid_size, device)
     if problems:
@@ -81,14 +78,24 @@ def load_judge(config: RunConfig, made_by: TokenizerInfo, device: torch.device) 
     return judge
 
 
-def _extractor_and_reference(path: str, inception_weights: str | None, device: torch.device):
+@contextmanager
+def _collected(key: str, problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems.append(f"{key}, for evaluate.every: {error}")
+
+
+def _extractor_and_reference(settings: EvaluateSection, device: torch.device) -> tuple[Extractor, Reference]:
+    path = settings.reference
+    assert path is not None  # the config is refused otherwise
     name = recorded_extractor(path)
     if name is None:
         raise UserError(
             f"{path} holds no statistics; make some of these images with "
             f"`npp evaluate --reference {path} --make-reference FILE.npz`"
         )
-    extractor = load_extractor(name, inception_weights, device)
+    extractor = load_extractor(name, settings.inception_weights, device)
     return extractor, load_reference(path, extractor, with_features=False)
 
 
@@ -121,7 +128,8 @@ class Budget:
 
     def __init__(self, max_share: float, last: Event | None):
         self.max_share = max_share
-        self._made_at, self._seconds = (last["elapsed_seconds"], last["seconds"]) if last else (0.0, 0.0)
+        self._made_at: float = last["elapsed_seconds"] if last else 0.0
+        self._seconds: float = last["seconds"] if last else 0.0
 
     def share(self, elapsed: float, seconds: float | None = None) -> float:
         """Return `seconds`, by default those of the last evaluation, over the training seconds since then."""
@@ -169,7 +177,7 @@ class Evaluation(Hook):
         return is_time and not {EVALUATION, PUT_OFF} & {event for event, _ in already_logged}
 
     def run(self, context: Context) -> None:
-        """Raises StopAgreed on all ranks when one is asked to stop meanwhile."""
+        """Evaluate, or postpone it. Raises StopAgreed on all ranks when one is asked to stop meanwhile."""
         stage, done, elapsed = context.stage, context.done, self.log.clock.elapsed
         where = {"stage": stage.index, "patch_side": stage.patch_side, "elapsed_seconds": elapsed}
         if not self.processes.on_first(self._is_affordable, done, elapsed):
@@ -209,14 +217,14 @@ class Evaluation(Hook):
         moments = Moments(center=judge.reference.pool[0])
         options = Options(seed=s.seed, cfg_scale=s.cfg_scale, patch_side=context.stage.patch_side)
         classes = range(self.config.model.num_classes)
-        how = {"batch_size": s.batch_size, "capture": worth_capturing(model, s.images, s.batch_size)}
+        sample = partial(sample_images, batch_size=s.batch_size, capture=worth_capturing(model, s.images, s.batch_size))
         for turn in range(ceil(s.images / (s.batch_size * self.processes.world_size))):
             context.check_stop()
             first = (turn * self.processes.world_size + self.processes.rank) * s.batch_size
             indices = np.arange(first, min(first + s.batch_size, s.images))
             if len(indices):
                 labels = labels_of(indices, classes, "balanced", s.seed)
-                images = sample_images(model, judge.tokenizer.decode, labels, indices, options, **how)
+                images = sample(model, judge.tokenizer.decode, labels, indices, options)
                 moments.add(judge.extractor(images).pool)
             if first == 0:
                 self._show(images[:SHOWN], context.done)

@@ -40,7 +40,7 @@ class FinishedStep:
 
     @property
     def done(self) -> int:
-        """Steps that are done with this one."""
+        """The number of steps that are done with this one."""
         return self.batch.step + 1
 
 

@@ -149,7 +149,7 @@ class Lease:
             owner = self._read()
             if owner is None or watched is None or owner.token != watched.token:
                 watched, quiet = owner, 0.0
-            lives = owner is not None and owner.beat != watched.beat
+            lives = owner != watched
             reason = self._reason_to_take(owner, 0.0 if lives else quiet)
             if reason is not None:
                 if self._take(owner):
@@ -160,6 +160,7 @@ class Lease:
                     f"{self.path.parent}: another run trains in this folder ({owner}); stop it, or set run_dir to "
                     "another folder"
                 )
+            assert owner is not None  # a free folder has been taken
             if quiet == 0:
                 logger.info(
                     f"{self.path}: held by {owner}; watching for up to {self._patience(owner):g} s whether it lives"

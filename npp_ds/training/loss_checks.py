@@ -71,7 +71,7 @@ class LossChecks(Hook):
         self._rule = SpikeRule(self.config.watch.spike_window, self.config.watch.spike_threshold)
 
     def after_step(self, step: FinishedStep) -> None:
-        """Raises RuntimeError when the first loss of a fresh run shows that weights, codes or loss do not fit."""
+        """Check one loss. Raises RuntimeError when the first one of a fresh run is not ln(vocabulary)."""
         if step.result is None:
             return
         expected = math.log(self.config.model.vocab_size)

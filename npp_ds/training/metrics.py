@@ -65,7 +65,7 @@ class StepLog:
         self.kept: list[Event] = []
         self._waiting: list[bytes] = []  # whole lines; the first `_sent` bytes of the first one are in the file
         self._sent = 0
-        self._descriptor: int | None = None
+        self._descriptor = -1
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
@@ -94,10 +94,10 @@ class StepLog:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        if self._descriptor is not None:
+        if self._descriptor >= 0:
             self._flush()
             os.close(self._descriptor)
-            self._descriptor = None
+            self._descriptor = -1
 
     def _flush(self) -> None:
         try:
@@ -120,5 +120,5 @@ class MetricsLog(StepLog):
 
     @property
     def elapsed_before(self) -> float:
-        """Seconds of training in the kept lines."""
+        """Return the seconds of training in the kept lines."""
         return max((line.get("elapsed_seconds", 0.0) for line in self.kept), default=0.0)

@@ -44,7 +44,7 @@ class Partitions:
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device=master.device))
 
     def _fragments_of_stage_1_and_2(self) -> list[Fragment]:
-        """Derive from addresses where the parameters lie in a group's flat buffer.
+        """Derive the ranges of the parameters in a group's flat buffer from their addresses.
 
         DeepSpeed's own mapping (`_hp_mapping`, 0.19.8) is wrong with round_robin_gradients.
         """
@@ -128,7 +128,7 @@ class ShardedEMA:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Inside, the model computes with the averages; afterwards training continues as if nothing had happened."""
+        """Let the model compute with the averages inside the block; the weights are restored afterwards."""
         self._swap()
         try:
             yield

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_settings(config: RunConfig) -> None:
-    """Raises UserError when the run folder belongs to a run with other settings."""
+    """Raise UserError when the run folder belongs to a run with other settings."""
     path = config.directory / "config.yaml"
     if path.is_file() and (different := config.differences_from(read_yaml(path))):
         raise UserError(
@@ -115,7 +115,7 @@ def _set_aside_later_than(checkpoints: Path, step: int) -> None:
 
 
 def _check_saved_config(folder: Path, record: CheckpointRecord, config: RunConfig) -> None:
-    """Raises UserError when a checkpoint was saved with other settings."""
+    """Raise UserError when a checkpoint was saved with other settings."""
     if record.config is None:  # format 2: only config.yaml holds them, which `check_settings` has compared
         if not (path := config.directory / "config.yaml").is_file():
             raise UserError(f"{path}: missing, and {folder.name} was saved without its settings; restore that file")
@@ -127,7 +127,7 @@ def _check_saved_config(folder: Path, record: CheckpointRecord, config: RunConfi
 
 
 def _environment(processes: Processes) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "deepspeed", "numpy", "flash-attn"):
         try:
             versions[package] = version(package)

@@ -17,7 +17,7 @@ from npp_ds.utils.gpu_specs import gpu_of_device
 
 @dataclass(frozen=True)
 class Lap:
-    """What happened since the last lap, in seconds of training; `data_wait_share` is the part of these seconds."""
+    """Work since the last lap, in seconds of training; `data_wait_share` is the part of them spent waiting for data."""
 
     seconds: float
     steps: int
@@ -44,7 +44,7 @@ class Clock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training since the run's first start, validation, evaluation and saving apart."""
+        """Seconds of training since the run's first start, without validation, evaluation and saving."""
         return self._before + (self._paused_since or time.perf_counter()) - self._started
 
     def lap(self, data_waited: float) -> Lap:

@@ -41,7 +41,7 @@ class Validation(Hook):
         return self.store is not None and is_time and bool(self._missing(stage, already_logged))
 
     def run(self, context: Context) -> None:
-        """Raises StopAgreed on all ranks when one is asked to stop meanwhile."""
+        """Validate what is due. Raises StopAgreed on all ranks when one is asked to stop meanwhile."""
         missing = self._missing(context.stage, context.already_logged)
         for variant, of_variant in groupby(missing, itemgetter(0)):
             with context.engine.weights(variant) as model:

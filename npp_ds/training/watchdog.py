@@ -44,7 +44,7 @@ class Watchdog:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Inside, the process never counts as stalled: for slow work that cannot report progress."""
+        """Never count the process as stalled inside the block: for slow work that cannot report progress."""
         self._patient = True
         try:
             yield

@@ -71,7 +71,7 @@ def no_launcher(monkeypatch):
 def test_training_in_a_batch_script_without_srun_is_refused(no_launcher):
     for name, value in BATCH.items():
         no_launcher.setenv(name, value)
-    with pytest.raises(UserError, match=r"room for 16 tasks, but this process is none of them.*srun"):
+    with pytest.raises(UserError, match=r"has 16 tasks, but this process is none of them.*srun"):
         process_group.join_processes()
 
 
@@ -95,7 +95,7 @@ def test_a_rendezvous_that_fails_names_rank_and_address(no_launcher):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         no_launcher.setenv(name, value)
     with pytest.raises(RendezvousError, match=rf"rank 0 on \S+ did not meet all 2 processes at 127\.0\.0\.1:{port} "):
-        process_group._meet(ProcessInfo(0, 0, 2), timedelta(seconds=1), timedelta(minutes=1))
+        process_group._rendezvous(ProcessInfo(0, 0, 2), timedelta(seconds=1), timedelta(minutes=1))
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_crash_safe_one_rank_that_cannot_read_ends_all_with_one_error(pair, shar
     config = tiny_config(shards, tmp_path / "run", deepspeed={"config": f"zero{zero_stage}"})
     pair.run(run_and_stop_after, config, 3)
     texts = pair.run(_unreadable_on_one_rank, config, timeout=30)
-    problem = "rank-00001-of-00002.safetensors: Input/output error; mend that or name another place"
+    problem = "rank-00001-of-00002.safetensors: Input/output error; fix that, or name another path"
     assert texts == [f"rank 1, host {host_name()}: {problem}"] * 2
 
 
