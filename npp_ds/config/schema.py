@@ -396,7 +396,7 @@ def _bound_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, A
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class in a field's annotation, such as StageSection in `list[StageSection] | None`."""
+    """The section class in a field's annotation, such as StageSection in `list[StageSection] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(section_of, get_args(annotation))), None)
