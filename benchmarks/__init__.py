@@ -1,1 +1,1 @@
-"""Measurements anyone can repeat: `python -m benchmarks.NAME` prints a table and one line of JSON."""
+"""Repeatable benchmarks: `python -m benchmarks.NAME` prints a table and the same figures as one line of JSON."""

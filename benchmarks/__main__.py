@@ -1,10 +1,11 @@
-"""Runs the benchmarks one after the other and sums up what they found beside what is wanted.
+"""Run the benchmarks one after the other and compare each ratio with its required minimum.
 
     python -m benchmarks                                     # all that need no GPU
-    python -m benchmarks --gpu --out benchmarks/results      # all that measure a GPU, on the first one
-    python -m benchmarks --only loader sampling --fast       # some of them, in their short forms
+    python -m benchmarks --gpu --out benchmarks/results      # all that have a GPU mode, on the first GPU
+    python -m benchmarks --only loader sampling --fast       # these two, in their short forms
 
-Each runs in a process of its own. One that fails or takes too long is told, and the rest goes on; it ends with 1 then.
+Each benchmark runs in a separate process with a time limit. If one fails or exceeds its limit, the command reports it,
+runs the others, and exits with code 1.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from npp_ds.errors import UserError
 
 
 def listing() -> str:
-    """All benchmarks with their minutes, for --help."""
+    """Return a line for each benchmark with its expected minutes, for --help."""
     lines = [
-        f"minutes on two CPU cores, and with --gpu on an H100; a benchmark is ended after {PATIENCE} times as long:"
+        f"expected minutes on two CPU cores, and with --gpu on an H100; the time limit is {PATIENCE} times as long:"
     ]
     for b in BENCHMARKS:
         gpu = "-" if b.gpu_minutes is None else f"{b.gpu_minutes:g}"
@@ -29,8 +30,8 @@ def listing() -> str:
 
 
 def summary(outcomes: Sequence[Outcome], fast: bool = False) -> str:
-    """Every ratio beside what is wanted, what failed, and where all of it was measured."""
-    lines = ["# Summary", "", "| benchmark | ratio | measured | wanted | |", "|---|---|---|---|---|"]
+    """Return Markdown: each ratio beside its required minimum, the benchmarks that failed, and the machines."""
+    lines = ["# Summary", "", "| benchmark | ratio | measured | required | |", "|---|---|---|---|---|"]
     for outcome in outcomes:
         rows = [("", "", "", "**failed**")] if outcome.result is None else ratio_rows(outcome.result)
         lines += ["| " + " | ".join((outcome.benchmark.name, *row)) + " |" for row in rows]
@@ -38,12 +39,12 @@ def summary(outcomes: Sequence[Outcome], fast: bool = False) -> str:
     failed = [o.benchmark.name for o in outcomes if o.result is None]
     lines += ["", f"Larger is better. {verdicts.count('met')} of {len(verdicts)} bounds met."]
     if fast:
-        lines.append("These were the short forms; what is wanted is stated for the full ones.")
+        lines.append("These were the short forms; the required minimums apply to the full ones.")
     machines: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.result:
             machines.setdefault(where(outcome.result["machine"]), []).append(outcome.benchmark.name)
-    lines += [f"Measured on {place}: {', '.join(names)}." for place, names in machines.items()]
+    lines += [f"Measured on {name}: {', '.join(names)}." for name, names in machines.items()]
     if failed:
         lines.append(f"Failed: {', '.join(failed)}.")
     return "\n".join(lines) + "\n"
@@ -56,10 +57,10 @@ def main() -> None:
         epilog=listing(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--gpu", action="store_true", help="those that measure a GPU, on the first one")
-    parser.add_argument("--fast", action="store_true", help="their short forms")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone")
-    parser.add_argument("--out", type=Path, help="folder for every NAME.md and NAME.json (with --gpu NAME_gpu.*)")
+    parser.add_argument("--gpu", action="store_true", help="run the benchmarks that have a GPU mode, on the first GPU")
+    parser.add_argument("--fast", action="store_true", help="run their short forms")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these benchmarks")
+    parser.add_argument("--out", type=Path, help="folder for each NAME.md and NAME.json (with --gpu: NAME_gpu.*)")
     options = parser.parse_args()
     try:
         benchmarks = chosen(options.only, options.gpu)

@@ -1,4 +1,4 @@
-"""What PyTorch allocates on a CPU: every allocation, those inside an operation too, as its profiler tells them."""
+"""CPU memory that PyTorch allocates, inside operations too, as its profiler records it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def allocations(work: Callable[[], Any]) -> list[tuple[int, int]]:
-    """(nanoseconds as `time.time_ns` counts them, bytes) of each in `work()`, in order; freed bytes are negative."""
+    """Return (time in ns on the clock of `time.time_ns`, bytes) of each allocation in `work()`, in order.
+
+    Freed memory has a negative number of bytes.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()
@@ -15,7 +18,7 @@ def allocations(work: Callable[[], Any]) -> list[tuple[int, int]]:
 
 
 def peak_bytes(changes: Sequence[tuple[int, int]], since: int = 0) -> int:
-    """The most bytes allocated at one time, at or after the nanosecond `since`."""
+    """Return the largest number of bytes allocated at any one time, at or after `since` in nanoseconds."""
     held = peak = 0
     for when, change in changes:
         held += change

@@ -1,4 +1,4 @@
-"""Compare all kernels of causal attention, forward and backward: 4 to 576 positions, heads of 64 features.
+"""Time all kernels of causal attention, forward and backward, for 4 to 576 positions and heads of 64 features.
 
     python -m benchmarks.attention --out benchmarks/results
     python -m benchmarks.attention --gpu --out benchmarks/results
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def inputs_of(case: Case) -> tuple[list[Tensor], Tensor]:
-    """Return ([q, k, v], gradient of the output)."""
+    """Return ([q, k, v], gradient of the output), each of the case's shape and dtype."""
     generator = torch.Generator(case.device).manual_seed(0)
     shape = case.images, case.positions, case.heads, HEAD_DIM
     tensors = [torch.randn(shape, generator=generator, device=case.device).to(case.dtype) for _ in range(4)]
@@ -76,7 +76,7 @@ def seconds_of(run: Callable[[], list[Tensor]], device: str) -> float:
 
 
 def measure(case: Case, repeats: int) -> list[dict]:
-    """Return a row for each kernel: its seconds, and the largest difference of its results from float64."""
+    """Return a row for each kernel: its seconds, and the largest difference of its results from those in float64."""
     qkv, gradient = inputs_of(case)
     expected = exact(qkv, gradient)
     rows, passes, seconds = {}, {}, {}
@@ -117,7 +117,7 @@ def exact(qkv: list[Tensor], gradient: Tensor) -> list[Tensor]:
 
 
 def ratios_of(rows: list[dict]) -> dict[str, float]:
-    """Return how many times as long PyTorch's choice takes as the fastest kernel, by model and positions."""
+    """Return the time of PyTorch's choice of kernel over that of the fastest kernel, by model and positions."""
     seconds = {(r["model"], r["positions"], r["kernel"]): r["seconds"]["median"] for r in rows if "seconds" in r}
     ratios = {}
     for model, positions, kernel in seconds:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: their command line, measuring in turn, which machine it was, and where figures go."""
+"""Shared code of the benchmarks: command line, timing in turns, facts about the machine, and output files."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ NO_GPU = "--gpu: PyTorch finds no CUDA device on this machine; run it where ther
 
 
 def machine(*packages: str, gpu: bool = False) -> dict[str, str | int | None]:
-    """What figures depend on: processor, cores that were used, versions of `packages`, the first GPU where it was."""
+    """Return the processor, the number of cores, the versions of `packages`, and with `gpu` the first GPU's name."""
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line]
     versions = {package: version(package) for package in packages}
     facts = {"processor": names[0] if names else platform.machine(), "cores": len(os.sched_getaffinity(0)), **versions}
@@ -31,19 +31,22 @@ def machine(*packages: str, gpu: bool = False) -> dict[str, str | int | None]:
 def command_line(
     description: str, fast: str, gpu: str | None = None, repeats: int | None = None
 ) -> argparse.ArgumentParser:
-    """An argument parser with the options of all benchmarks; `repeats` is the default of measured turns."""
+    """Return a parser with the options of all benchmarks; `repeats` is the default number of measured turns."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help=fast)
     if gpu:
         parser.add_argument("--gpu", action="store_true", help=gpu)
     if repeats:
         parser.add_argument("--repeats", type=int, default=repeats, help="measured turns (%(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for the table (.md) and the figures (.json)")
+    parser.add_argument("--out", type=Path, help="folder for the table (NAME.md) and the figures (NAME.json)")
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser, **modes: Mapping[str, Any]) -> argparse.Namespace:
-    """The options; `modes` are other defaults for each of --fast and --gpu. --gpu without a GPU ends the program."""
+    """Parse the command line; `modes` holds the defaults that --fast and --gpu replace.
+
+    Ends the program with exit code 2 if --gpu is given and there is no GPU.
+    """
     first = parser.parse_args()
     for mode, defaults in modes.items():
         if getattr(first, mode):
@@ -55,24 +58,24 @@ def parsed(parser: argparse.ArgumentParser, **modes: Mapping[str, Any]) -> argpa
 
 
 def require_gpu() -> None:
-    """Ends the program with one line where there is no GPU."""
+    """End the program with a one-line error if PyTorch finds no GPU."""
     if not import_module("torch").cuda.is_available():
         give_up(NO_GPU)
 
 
 def give_up(error: str) -> NoReturn:
-    """Ends the program as `npp` ends with what a person can mend: one text, exit code 2."""
+    """Print the error and end the program with exit code 2, as `npp` does for an error that the user can fix."""
     print(error, file=sys.stderr)
     sys.exit(2)
 
 
 def waiting_for(gpu: bool) -> Callable[[], None]:
-    """What waits until the device has done its work; on a CPU there is nothing to wait for."""
+    """Return a function that waits until the GPU has finished its work, or does nothing on a CPU."""
     return import_module("torch").cuda.synchronize if gpu else lambda: None
 
 
 def seconds_each(work: Callable[[], Any], times: int, wait: Callable[[], None]) -> tuple[float, Any]:
-    """(seconds of each of `times` calls in a row, what the last one returned); `wait` waits for the device."""
+    """Return (mean seconds of `times` consecutive calls, the last call's result); `wait` waits for the device."""
     wait()
     began = time.perf_counter()
     for _ in range(times):
@@ -82,9 +85,9 @@ def seconds_each(work: Callable[[], Any], times: int, wait: Callable[[], None]) 
 
 
 def rates_in_turn(ways: Mapping[str, Callable[[], int]], repeats: int, gpu: bool = False) -> dict[str, list[float]]:
-    """Things a second of each way, `repeats` times in turn (A B C, A B C, ..), after one unmeasured round.
+    """Return the items per second of each way in each of `repeats` turns (A B C, A B C, ..), after an unmeasured one.
 
-    A way does its work and returns how many things it made; with `gpu` the clock stops when the GPU has made them.
+    A way does its work and returns the number of items it produced. With `gpu`, the clock stops when the GPU is done.
     """
     wait = waiting_for(gpu)
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -103,23 +106,23 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def in_the_same_turn(ours: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """The spread of ours / others, turn by turn: what slows a whole turn down cancels out."""
+    """Return the spread of ours / others over turns. A slow turn slows both, so it hardly changes the ratio."""
     return spread([a / b for a, b in zip(ours, others, strict=True)])
 
 
 def where(facts: Mapping[str, Any]) -> str:
-    """The machine of a result in words, without versions."""
+    """Return the machine of a result as text, without versions."""
     cores = f"{facts['cores']} core{'s' * (facts['cores'] > 1)}"
     return ", ".join([facts["processor"], cores, *([facts["gpu"]] if "gpu" in facts else [])])
 
 
 def versions(facts: Mapping[str, Any]) -> str:
-    """The rest of a machine's facts."""
+    """Return the versions in a machine's facts as text."""
     return ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("processor", "cores", "gpu"))
 
 
 def made_by(result: Mapping[str, Any], how: str = "", options: str = "") -> str:
-    """A table's last line: the machine, `how` it was used, and the command, with its `options`, that made the table."""
+    """Return a table's last line: the machine, `how` it was used, and the command with its `options`."""
     facts, name = result["machine"], result["benchmark"]
     flags = [" --gpu"] * name.endswith("_gpu") + [" --fast"] * bool(result.get("fast"))
     command = f"python -m benchmarks.{name.removesuffix('_gpu')}{''.join(flags)}{options}"
@@ -127,8 +130,10 @@ def made_by(result: Mapping[str, Any], how: str = "", options: str = "") -> str:
 
 
 def ratio_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(name, measured, wanted, verdict) of each ratio of a result. Larger is better; a ratio that is null was not
-    measured."""
+    """Return (name, measured value, required minimum, verdict) of each ratio of a result.
+
+    Larger is better. A ratio that is None was not measured.
+    """
     rows = []
     for name, ratio in result.get("ratios", {}).items():
         wanted = result.get("wanted", {}).get(name)
@@ -139,13 +144,13 @@ def ratio_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def bounds(result: Mapping[str, Any]) -> list[str]:
-    """Lines of a table: each ratio of a result, beside what is wanted where a bound is named."""
+    """Return the lines of a table with each ratio of a result and its required minimum, if it has one."""
     rows = ("| " + " | ".join(row) + " |" for row in ratio_rows(result))
-    return ["| ratio | measured | wanted | |", "|---|---|---|---|", *rows]
+    return ["| ratio | measured | required | |", "|---|---|---|---|", *rows]
 
 
 def publish(result: dict, table: str, out: Path | None) -> None:
-    """Prints the table and the result as one JSON line; with `out` also writes <benchmark>.md and .json there."""
+    """Print the table and the result as one JSON line. With `out`, also write <benchmark>.md and .json there."""
     print(table)
     print(json.dumps(result))
     if out:

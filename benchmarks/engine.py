@@ -1,10 +1,10 @@
-"""What DeepSpeed's engine costs: steps of `TrainingEngine` in ZeRO-1, 2 and 3 beside a bare PyTorch loop.
+"""Compare steps of `TrainingEngine` (DeepSpeed ZeRO-1, 2 and 3) with a bare PyTorch loop.
 
     python -m benchmarks.engine --out benchmarks/results          # on a CPU, about 6 minutes
     python -m benchmarks.engine --gpu --out benchmarks/results    # on one GPU: B in autocast
 
-Every way has a process of its own, because ZeRO-3 changes functions of PyTorch for its whole process. They take turns;
-one works while the others wait. All of them train the same weights on the same codes and must come to the same loss.
+Each way runs in a separate process, because ZeRO-3 replaces functions of PyTorch in its whole process. The ways take
+turns: one works while the others wait. All train the same weights on the same codes and must reach the same loss.
 """
 
 import math
@@ -36,12 +36,12 @@ WAYS = {BARE: None, "ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 WANTED = {"ZeRO-1": 0.95, "ZeRO-2": 0.95, "ZeRO-3": 0.90}
 SIDES = (1, 2, 4, 8)
 SAME_LOSS = {"fp32": 1e-5, "autocast_bf16": 1e-2}
-"""How far the losses of two ways may be apart after the same number of steps."""
+"""Largest relative difference between the losses of two ways after the same number of steps."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained: a model, a batch, a precision; `seconds` is about how long a turn at one side lasts."""
+    """Model, batch size, precision and device; `seconds` is the approximate length of a turn at one side."""
 
     model: dict
     batch: int
@@ -56,7 +56,7 @@ GPU = Setting({"size": "B"}, 256, "autocast_bf16", "cuda", 1.0)
 
 
 def config_of(setting: Setting, deepspeed: str) -> RunConfig:
-    """A run with one stage for each side."""
+    """Return the config of a run with one stage for each side."""
     stages = [{"patch_side": side, "epochs": 1} for side in SIDES]
     return RunConfig.model_validate(
         {
@@ -76,7 +76,7 @@ def config_of(setting: Setting, deepspeed: str) -> RunConfig:
 
 @contextmanager
 def at_work(way: str, setting: Setting) -> Iterator[Callable[[int, int], tuple[float, float]]]:
-    """What one way's process does: (number of the side, steps) -> (seconds a step, the last loss)."""
+    """Yield the function of one way's process: (index of the side, steps) -> (seconds per step, the last loss)."""
     device = torch.device(setting.device)
     config = config_of(setting, WAYS[way] or "zero2")
     stages = config.build_schedule(setting.batch).stages
@@ -95,7 +95,7 @@ def at_work(way: str, setting: Setting) -> Iterator[Callable[[int, int], tuple[f
 
 
 def turns(setting: Setting, repeats: int) -> Iterator[tuple[int, dict[str, tuple[float, float]]]]:
-    """(side, way -> (seconds a step, loss)) of every turn; the first of each side is not measured."""
+    """Yield (side, way -> (seconds per step, loss)) of every turn, after a warm-up at each side."""
     with own_processes(at_work, {way: (way, setting) for way in WAYS}) as ask:
         for number, side in enumerate(SIDES):
             seconds = {way: ask(way, number, 2)[0] for way in WAYS}[BARE]
@@ -105,9 +105,9 @@ def turns(setting: Setting, repeats: int) -> Iterator[tuple[int, dict[str, tuple
 
 
 def run(setting: Setting, repeats: int) -> list[dict]:
-    """A row per side: the spread of milliseconds a step of each way, and of each engine's rate over the bare loop's.
+    """Return a row per side: the spread of each way's milliseconds per step, and of its rate over the bare loop's.
 
-    Raises RuntimeError when the ways do not come to the same losses.
+    Raises RuntimeError if the ways do not reach the same losses.
     """
     seconds: dict[int, dict[str, list[float]]] = {side: {way: [] for way in WAYS} for side in SIDES}
     for side, answers in turns(setting, repeats):
@@ -129,10 +129,10 @@ def table(result: dict) -> str:
     s = result["setting"]
     model = s["model"].get("size") or f"{s['model']['n_layers']} layers of width {s['model']['dim']}"
     lines = [
-        "# What DeepSpeed's engine costs",
+        "# Training steps in DeepSpeed's engine and in a bare loop",
         "",
-        f"Milliseconds a step, and in brackets the rate over that of the bare loop, with its range over {s['repeats']} "
-        f"turns: one process, {model}, {s['batch']} images a step, {s['precision']}, dropout 0.1.",
+        f"Milliseconds per step, and in parentheses the rate over that of the bare loop, with its range over "
+        f"{s['repeats']} turns: one process, {model}, {s['batch']} images per step, {s['precision']}, dropout 0.1.",
         "",
         f"| patch side | {' | '.join(WAYS)} |",
         "|" + "---|" * (1 + len(WAYS)),
@@ -148,7 +148,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = command_line(__doc__, fast="4 images a step, short turns", gpu="B on the first GPU", repeats=7)
+    parser = command_line(__doc__, fast="4 images per step and short turns", gpu="B on the first GPU", repeats=7)
     args = parsed(parser)
     setting = GPU if args.gpu else FAST if args.fast else CPU
     rows = run(setting, args.repeats)

@@ -1,14 +1,14 @@
-"""Check and measure everything on one GPU, within minutes: correctness first, then figures, most valuable first.
+"""Check and measure everything on one GPU within minutes: correctness first, then the most valuable figures.
 
     python -m benchmarks.gpu_check                         # first call, at most 6 minutes
-    python -m benchmarks.gpu_check --limit 260             # resumes: what passed is kept, the rest runs
-    python -m benchmarks.gpu_check --only "steps B" zero2  # these parts again, whatever became of them
-    python -m benchmarks.gpu_check --dry                   # short forms on a CPU: does each part still start and end?
-    python -m benchmarks.gpu_check --table                 # committed results as Markdown
+    python -m benchmarks.gpu_check --limit 260             # resumes with the parts that have not passed
+    python -m benchmarks.gpu_check --only "steps B" zero2  # these parts, also if they have passed
+    python -m benchmarks.gpu_check --dry                   # short forms on a CPU, to test that each part runs
+    python -m benchmarks.gpu_check --table                 # the committed results as Markdown
 
-Each part is a process group of its own with a time limit. Results are written after every part to
-benchmarks/results/gpu_DEVICE.json. A call first runs the parts without a result, then again those that failed. On a
-machine without a network, wheels in .whl/ (made by benchmarks/gpu_wheels.sh) are installed where they are missing.
+Each part is a separate process group with a time limit. After each part, the results are written to
+benchmarks/results/gpu_DEVICE.json. A call first runs the parts without a result, then those that failed. Missing
+packages are installed from .whl/ (see benchmarks/gpu_wheels.sh), for machines without a network.
 """
 
 import argparse
@@ -36,20 +36,20 @@ from npp_ds.utils.records import git_commit
 
 CORRECTNESS, FIGURE = "correctness", "figure"
 FIRST_CALL, SECOND_CALL = 345, 260
-"""Seconds of the two calls within which all parts have ended, even when each takes as long as its limit."""
+"""Limits of two calls in seconds; together they suffice even if each part takes as long as its limit."""
 OVERHEAD = 15
-"""Seconds of a call for installing wheels and for asking PyTorch about the machine, at most."""
+"""Most seconds of a call for installing wheels and for querying the machine."""
 TOGETHER = 130
-"""Seconds for the parts of correctness, which run side by side."""
+"""Seconds for all correctness parts, which run in parallel."""
 DRY_PATIENCE = 6
-"""Factor on all time limits in a dry run: it has two cores, perhaps shared ones."""
+"""Factor on all time limits in a dry run, which may have two shared cores."""
 TAIL = 3000
-"""Characters of the output of a part that did not pass which are kept."""
+"""Last characters of a part's output that are kept if it did not pass."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """`limit` in seconds; `command` and `dry` (None: the same) are arguments of the Python interpreter."""
+    """A part with its time `limit` in seconds; `command` and `dry` (None: the same) are arguments of Python."""
 
     name: str
     kind: str
@@ -59,17 +59,17 @@ class Part:
 
 
 def own(name: str, kind: str, limit: int) -> Part:
-    """Return a part of `benchmarks.gpu_parts`, which has its own short form."""
+    """Return a part of `benchmarks.gpu_parts`, which uses its short form on a CPU."""
     return Part(name, kind, limit, ("-m", "benchmarks.gpu_parts", name))
 
 
 def tests(name: str, *selection: str) -> Part:
-    """Return a part of tests that need a GPU. A dry run collects and skips them."""
+    """Return a part that runs tests marked `gpu`. A dry run collects and skips them."""
     return Part(name, CORRECTNESS, TOGETHER, ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *selection))
 
 
 def benchmark(name: str, limit: int, module: str, on_gpu: str, dry: str) -> Part:
-    """Return a part that is another benchmark with these options."""
+    """Return a part that runs another benchmark with these options."""
     commands = (("-m", f"benchmarks.{module}", *options.split()) for options in (on_gpu, dry))
     return Part(name, FIGURE, limit, *commands)
 
@@ -104,16 +104,16 @@ PARTS = (
     own("device rates", FIGURE, 15),
 )  # fmt: skip
 PASSED, FAILED, TIMED_OUT, CUT_OFF = "passed", "failed", "timed out", "cut off"
-"""How a part ended. One that was cut off, by the end of its call, counts as one that was never run."""
+"""How a part ended. A part that the end of its call cut off counts as not yet run."""
 
 
 def next_part(waiting: Sequence[Part], left: float) -> Part | None:
-    """Return the first part whose limit fits the seconds left, else the first that may well take half of it."""
+    """Return the first part whose limit fits into the seconds left, else the first of which half the limit fits."""
     return next((part for share in (1, 2) for part in waiting if part.limit <= share * left), None)
 
 
 class Job:
-    """A part that is running; all that it prints goes to a file of its own."""
+    """A running part. Its output goes to a temporary file."""
 
     def __init__(self, part: Part, dry: bool, limit: float):
         self.part, self.dry, self.limit, self.began = part, dry, limit, time.monotonic()
@@ -138,7 +138,7 @@ class Job:
         return self.process.poll() is not None or self.seconds > self.limit
 
     def outcome(self, own_limit: float) -> tuple[dict[str, Any], str]:
-        """Return (the part's entry in the results, all its output); ends what is left of it."""
+        """Kill the processes that remain. Return (the part's entry in the results, all its output)."""
         seconds, code = self.seconds, self.process.poll()
         end_group(self.process)
         self.log.seek(0)
@@ -160,7 +160,7 @@ class Job:
 
 
 def json_of(output: str) -> Any:
-    """Return the last JSON object that stands on a line of its own, None where there is none."""
+    """Return the last JSON object that is on a line by itself, or None."""
     for line in reversed(output.splitlines()):
         if line.startswith("{"):
             try:
@@ -179,7 +179,7 @@ def counts_of(output: str) -> dict[str, int]:
 
 
 class Results:
-    """What is known of one device, in a file that is replaced after every part."""
+    """The results of one device, in a file that is rewritten after each part."""
 
     def __init__(self, path: Path, copies: Path | None, facts: dict[str, Any], commit: str | None):
         self.path, self.copies, self.commit = path, copies, commit
@@ -195,7 +195,7 @@ class Results:
         return self.content["parts"].get(part.name, {}).get("status", CUT_OFF)
 
     def add(self, part: Part, entry: dict[str, Any], output: str) -> None:
-        """Write the file, and with `copies` also a copy and all output in that folder."""
+        """Add a part's entry and write the file; with `copies`, also write a copy and all output to that folder."""
         self.content["parts"][part.name] = {"kind": part.kind, **entry, "commit": self.commit}
         write_json_atomic(self.path, self.content)
         if self.copies:
@@ -206,7 +206,7 @@ class Results:
 
 
 class Runner:
-    """Runs parts, no longer than until `end` on the monotonic clock."""
+    """Runs parts until `limit` seconds have passed."""
 
     def __init__(self, results: Results, dry: bool, limit: float):
         self.results, self.dry, self.patience = results, dry, DRY_PATIENCE if dry else 1
@@ -214,7 +214,7 @@ class Runner:
         self.end = self.began + limit
 
     def run(self, parts: Sequence[Part]) -> None:
-        """Run correctness side by side, then figures one after the other."""
+        """Run the correctness parts in parallel, then the figures one after the other."""
         correctness = [part for part in parts if part.kind == CORRECTNESS]
         window = time.monotonic() + TOGETHER * self.patience
         self._run(correctness, len(os.sched_getaffinity(0)), min(self.end, window))
@@ -251,7 +251,7 @@ class Runner:
 
 
 def install_wheels(folder: Path = ROOT / ".whl") -> None:
-    """Install what `folder` holds and this Python lacks, or has in an older version; nothing is fetched."""
+    """Install the wheels in `folder` that this Python lacks or has in an older version, without a network."""
     from packaging.utils import parse_wheel_filename
     from packaging.version import Version
 
@@ -267,11 +267,11 @@ def install_wheels(folder: Path = ROOT / ".whl") -> None:
     if missing:
         options = ["-q", "--no-index", "--no-deps", "--no-compile"]
         if subprocess.run([sys.executable, "-m", "pip", "install", *options, *missing]).returncode:
-            give_up(f"pip could not install the wheels of {folder}; make them again with benchmarks/gpu_wheels.sh")
+            give_up(f"pip could not install the wheels in {folder}; collect them again with benchmarks/gpu_wheels.sh")
 
 
 def machine_of(dry: bool) -> dict[str, Any]:
-    """Return device and versions as a process of its own finds them; ends the program where there is no GPU."""
+    """Return the device and the versions, found by a separate process. Ends the program if there is no GPU."""
     job = Job(own("machine", CORRECTNESS, 120), dry, 120 * (DRY_PATIENCE if dry else 1))
     try:
         while not job.ended():
@@ -279,7 +279,7 @@ def machine_of(dry: bool) -> dict[str, Any]:
     finally:
         entry, output = job.outcome(job.limit)
     if entry["status"] != PASSED:
-        give_up(f"PyTorch could not say which machine this is ({entry['status']}):\n{output[-TAIL:]}")
+        give_up(f"the process that queries the machine did not succeed ({entry['status']}):\n{output[-TAIL:]}")
     facts = entry["result"]
     if not dry and facts["device"] is None:
         give_up(NO_GPU.replace("--gpu: ", "").replace("leave --gpu out", "try --dry"))
@@ -287,7 +287,7 @@ def machine_of(dry: bool) -> dict[str, Any]:
 
 
 def file_name(device: str | None) -> str:
-    """Return the name of a device's results: that of the table of GPUs where it has one."""
+    """Return the file name of a device's results, from its name in the table of GPUs if it is listed there."""
     known = gpu_of_device(device) if device else None
     slug = known.name if known else re.sub(r"[^a-z0-9]+", "_", (device or "dry").lower()).strip("_")
     return f"gpu_{slug}.json"
@@ -298,14 +298,14 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--limit", type=float, metavar="SECONDS", help=f"of this call in all ({FIRST_CALL}; with --dry none)")
-    add("--only", nargs="+", metavar="PART", help="run these parts, also those that have passed")
+    add("--limit", type=float, metavar="SECONDS", help=f"time limit of the whole call ({FIRST_CALL}; with --dry: none)")
+    add("--only", nargs="+", metavar="PART", help="run only these parts, also if they have passed")
     add("--dry", action="store_true", help="short forms on a CPU; results go to build/ unless --results is given")
-    add("--results", type=Path, metavar="FOLDER", help="of gpu_DEVICE.json (benchmarks/results)")
-    add("--out", type=Path, metavar="FOLDER", help="for a copy of the results and all output, after every part")
-    add("--commit", default=git_commit(), help="what to record where the tree has no git (%(default)s)")
-    add("--list", action="store_true", help="list all parts with their limits, and end")
-    add("--table", action="store_true", help="print the results in the folder as Markdown, and end")
+    add("--results", type=Path, metavar="FOLDER", help="folder of gpu_DEVICE.json (benchmarks/results)")
+    add("--out", type=Path, metavar="FOLDER", help="folder for a copy of the results and all output, after each part")
+    add("--commit", default=git_commit(), help="commit to note in the results if the tree has no git (%(default)s)")
+    add("--list", action="store_true", help="list all parts with their time limits and exit")
+    add("--table", action="store_true", help="print the results in the folder as Markdown and exit")
     options = parser.parse_args(arguments)
     names = [part.name for part in PARTS]
     if unknown := [name for name in options.only or () if name not in names]:
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = sorted(options.results.glob("gpu_*.json"))
         print("\n".join(table(json.loads(file.read_text())) for file in files) or f"no results in {options.results}")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the parts
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` kills the parts
     began = time.monotonic()
     if not options.dry:
         install_wheels()

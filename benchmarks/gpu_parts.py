@@ -1,7 +1,9 @@
-"""Parts of `benchmarks.gpu_check` that are no test and no other benchmark: `python -m benchmarks.gpu_parts NAME`.
+"""The parts of `benchmarks.gpu_check` that are neither tests nor other benchmarks.
 
-Each prints one JSON object, on a GPU where there is one and else, in a short form, on the CPU. A part that finds a
-wrong number ends with an error.
+    python -m benchmarks.gpu_parts NAME
+
+Each part prints one JSON object. It runs on the GPU if there is one, else in a short form on the CPU. A part that finds
+a wrong number ends with an error.
 """
 
 import gc
@@ -21,13 +23,13 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 PACKAGES = ("torch", "deepspeed", "triton", "flash-attn", "numpy", "pydantic")
 GRADIENT_ERROR = {"fp32": 1e-4, "autocast": 5e-2, "compiled": 5e-2}
-"""Largest relative error, in the 2-norm, that is no fault: fp32 without TF32, and bf16 autocast."""
+"""Largest accepted relative error in the 2-norm: fp32 without TF32, and bf16 autocast."""
 LEAST_AGREEMENT = {"fp32": 0.999, "tf32": 0.98, "fp16": 0.97, "bf16": 0.9}
-"""Least share of a trained tokenizer's codes that equal those of fp32 on the CPU, by precision of the encoder."""
+"""Smallest accepted share of a trained tokenizer's codes that equal those in fp32 on the CPU, by precision."""
 WANTED_CROPS = 1500
-"""Crops a second of VQ-16 in its fastest precision, on one H100 or H200."""
+"""Required crops per second of VQ-16 in its fastest precision, on one H100 or H200."""
 MOST_SCHEDULE_SHARE = 0.60
-"""Wall-clock time of the four-level schedule over that of next-token training, at most."""
+"""Largest accepted ratio of the wall-clock time of the four-level schedule to that of next-token training."""
 
 
 def check(holds: bool, what: object) -> None:
@@ -50,7 +52,7 @@ def version_of(package: str) -> str | None:
 
 
 def machine() -> dict:
-    """Return the device's name and the versions that results depend on; None for what is not there."""
+    """Return the device's name and the versions that results depend on; None for what is not installed."""
     driver = None
     if ON_GPU:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -70,7 +72,7 @@ def machine() -> dict:
 
 
 def patch_losses() -> dict[str, Callable[..., Tensor]]:
-    """Return every way of the package to compute the patch loss on this device, by name."""
+    """Return each implementation of the patch loss in the package that runs on this device, by name."""
     from npp_ds.model import patch_cross_entropy
 
     ways: dict[str, Callable[..., Tensor]] = {"torch": patch_cross_entropy}
@@ -80,7 +82,7 @@ def patch_losses() -> dict[str, Callable[..., Tensor]]:
 
 
 def patch_loss() -> dict:
-    """Compare loss and gradients with float64 on the CPU, for vocabularies that are a power of two and that are not."""
+    """Compare loss and gradients with float64 on the CPU, for vocabularies of 1000 and 4096 codes."""
     results = {}
     for vocabulary in (1000, 4096):
         for k in (1, 4, 16, 64):
@@ -88,7 +90,7 @@ def patch_loss() -> dict:
             hidden = torch.randn(300, 128, generator=generator, requires_grad=True)
             weight = (0.2 * torch.randn(vocabulary, 128, generator=generator)).requires_grad_()
             targets = torch.randint(vocabulary, (300, k), generator=generator)
-            targets[:100, -1] = targets[:100, 0]  # codes that are repeated in a patch
+            targets[:100, -1] = targets[:100, 0]  # codes repeated within a patch
             h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
             logits = F.linear(h, w)
             loss = (logits.logsumexp(1) - logits.gather(1, targets).mean(1)).mean()
@@ -107,9 +109,9 @@ def patch_loss() -> dict:
 
 
 def gradients() -> dict:
-    """Compare a model's loss and gradients at each patch side with float64 on the CPU: plain and with compiled blocks.
+    """Compare a model's loss and gradients at each patch side with float64 on the CPU, plain and with compiled blocks.
 
-    Also say whether a second pass gives the same bits.
+    Also report whether a second pass gives the same bits.
     """
     from npp_ds.model import ModelConfig, Transformer
     from npp_ds.training.compile import compile_blocks
@@ -157,8 +159,9 @@ def gradients() -> dict:
 
 
 def tokenizer_codes() -> dict:
-    """Compare codes in four precisions with those of fp32 on the CPU: of VQ-16 with random weights on ten-crops of
-    noise, and of the shipped trained tokenizer on shipped images. Compare decoded pixels, too.
+    """Compare codes in four precisions, and decoded pixels, with those in fp32 on the CPU.
+
+    The tokenizers are VQ-16 with random weights, on ten-crops of noise, and the shipped trained one, on shipped images.
     """
     import numpy as np
 
@@ -192,9 +195,10 @@ def tokenizer_codes() -> dict:
 
 
 def synchronisations() -> dict:
-    """Count how often the host waits for the device in a step of the engine, at four micro-batches a step.
+    """Count how often the host waits for the device in a step of the engine with four micro-batches.
 
-    DeepSpeed's own waits for the whole device are counted on a CPU, too; there must be none on a GPU.
+    DeepSpeed's calls to synchronize the whole device are counted on a CPU, too. The part fails if there are more than
+    DeepSpeed 0.19.8 makes after backward passes with `overlap_comm`.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -241,7 +245,7 @@ def synchronisations() -> dict:
 
 
 def crops_per_second() -> dict:
-    """Measure VQ-16 with random weights on ten-crops of 256 pixels, by precision: its speed, not its codes."""
+    """Measure the speed of VQ-16 with random weights on ten-crops of 256 pixels, in each precision."""
     from benchmarks.tokenize import encoder_rate
     from npp_ds.tokenizer import VQ16, VQModel, load_tokenizer
     from npp_ds.tokenizer.vq import PRECISIONS
@@ -255,7 +259,7 @@ def crops_per_second() -> dict:
 
 
 def training_steps(size: str, sides: tuple[int, ...], graphs: bool = False) -> dict:
-    """Measure steps of the engine with compiled blocks, and what follows from them for the four-level schedule."""
+    """Measure steps of the engine with compiled blocks, and derive the wall-clock time of the four-level schedule."""
     from benchmarks.mfu import ENGINE, SIDES, Case, ratios_and_wanted, run_case
 
     batch, repeats = (256, 2) if ON_GPU else (16, 1)
@@ -283,8 +287,8 @@ def training_steps(size: str, sides: tuple[int, ...], graphs: bool = False) -> d
 def four_level_schedule(seconds: dict[int, float]) -> dict:
     """Derive the wall-clock time of 300 epochs of ImageNet at sides 8, 4, 2, 1 from the seconds of a step by side.
 
-    It is the sum over the recipe's stages of steps times seconds, and `share` is that over as many steps at side 1.
-    Compiling, loading, validating and saving are not in it.
+    The time is the sum of steps times seconds over the recipe's stages; `share` is its ratio to the time of as many
+    steps at side 1. Compiling, loading, validating and saving are not included.
     """
     from npp_ds.config.load import load_config
     from npp_ds.planning.plan import IMAGENET
@@ -303,7 +307,7 @@ def four_level_schedule(seconds: dict[int, float]) -> dict:
 
 
 def device_rates() -> dict:
-    """Measure what the device itself does: a large bf16 product and a large copy (bytes read and written)."""
+    """Measure the device's rates: a large bf16 matrix product, and a large copy (bytes read and written)."""
     if not ON_GPU:
         return {}
     from triton.testing import do_bench

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_check` found, in words: a summary for the terminal, and tables for docs/performance.md."""
+"""Format the results of `benchmarks.gpu_check`: a summary for the terminal, and tables for docs/performance.md."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 from benchmarks.common import ratio_rows
 
 Content = Mapping[str, Any]
-"""A file benchmarks/results/gpu_DEVICE.json."""
+"""The content of a file benchmarks/results/gpu_DEVICE.json."""
 
 
 def result_of(content: Content, name: str) -> dict[str, Any]:
-    """Return what a part printed, {} where it has not passed."""
+    """Return a part's result, or {} if it has not passed."""
     entry = content["parts"].get(name, {})
     return entry["result"] if entry.get("status") == "passed" else {}
 
 
 def wanted_rows(content: Content) -> list[str]:
-    """Return a line for each figure that has a bound, none of a dry run."""
+    """Return a table line for each figure that has a required minimum; none for a dry run."""
     rows = []
     if content["dry"]:
         return rows
@@ -24,17 +24,17 @@ def wanted_rows(content: Content) -> list[str]:
         result = result_of(content, name)
         if isinstance(result.get("ratios"), dict):
             rows += ["| " + " | ".join(row) + " |" for row in ratio_rows(result) if row[2]]
-    return ["| figure (larger is better) | measured | wanted | |", "|---|---|---|---|", *rows] if rows else []
+    return ["| figure (larger is better) | measured | required | |", "|---|---|---|---|", *rows] if rows else []
 
 
 def versions(content: Content) -> str:
     known = (f"{name} {value}" for name, value in content["versions"].items() if value is not None)
     missing = [name for name, value in content["versions"].items() if value is None]
-    return ", ".join(known) + (f"; not there: {', '.join(missing)}" if missing else "")
+    return ", ".join(known) + (f"; not installed: {', '.join(missing)}" if missing else "")
 
 
 def summary(content: Content, parts: Sequence[Any]) -> str:
-    """Return what became of each part, which bounds hold, and what was not run."""
+    """Return the status of each part, and each figure with its required minimum."""
     lines = ["", f"{content['device'] or 'dry run on a CPU'}: {versions(content)}"]
     for part in parts:
         entry = content["parts"].get(part.name)
@@ -45,7 +45,7 @@ def summary(content: Content, parts: Sequence[Any]) -> str:
     if rows := wanted_rows(content):
         lines += ["", *rows]
     if content["versions"]["flash-attn"] is None:
-        lines += ["", "flash-attn is not installed: its kernel was not run."]
+        lines += ["", "flash-attn is not installed, so its kernel was not run."]
     return "\n".join(lines)
 
 
@@ -63,7 +63,7 @@ def table(content: Content) -> str:
     if others := [f"{name} ({entry['status']})" for name, entry in parts.items() if entry["status"] != "passed"]:
         lines.append(f"Not passed: {', '.join(others)}.")
     if content["versions"]["flash-attn"] is None:
-        lines.append("flash-attn was not installed: its kernel was not run.")
+        lines.append("flash-attn was not installed, so its kernel was not run.")
     return "\n".join(lines) + "\n"
 
 
@@ -89,9 +89,9 @@ def _schedule(content: Content) -> Iterator[str]:
     for name in content["parts"]:
         if schedule := result_of(content, name).get("schedule"):
             yield (
-                f"- Four levels over next-token training, by the clock ({name}): {schedule['share']:.3f}, "
-                f"{schedule['hours']:.1f} h beside {schedule['next_token_hours']:.1f} h on one GPU; {schedule['how']}. "
-                "Compiling, loading, validating and saving are not in it."
+                f"- Wall-clock time of four levels over next-token training ({name}): {schedule['share']:.3f}; "
+                f"{schedule['hours']:.1f} h and {schedule['next_token_hours']:.1f} h on one GPU; {schedule['how']}. "
+                "Compiling, loading, validating and saving are not included."
             )
 
 
@@ -105,7 +105,7 @@ def _crops(content: Content) -> Iterator[str]:
 def _sampling(content: Content) -> Iterator[str]:
     for model in result_of(content, "sampling B").get("models", ()):
         for way, rate in model["images_per_second"].items():
-            yield f"- {model['model']}, images sampled a second, {way}: {rate['median']:.1f}"
+            yield f"- {model['model']}, images sampled per second, {way}: {rate['median']:.1f}"
 
 
 def _attention(content: Content) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _attention(content: Content) -> Iterator[str]:
 def _agreement(content: Content) -> Iterator[str]:
     for name, result in result_of(content, "tokenizer codes").items():
         shares = ", ".join(f"{p} {share:.2%}" for p, share in result["share of codes as on the CPU"].items())
-        yield f"- Codes that equal those of fp32 on the CPU, {name}: {shares}"
+        yield f"- Codes that equal those in fp32 on the CPU, {name}: {shares}"
 
 
 def _waits(content: Content) -> Iterator[str]:

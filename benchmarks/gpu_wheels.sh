@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Collect in .whl/ (about 5 MB, ignored by git) what a GPU machine without a network may lack beside PyTorch, torchvision
-# and their usual companions. `python -m benchmarks.gpu_check` installs from there what is missing.
+# Collect in .whl/ (about 5 MB, ignored by git) the packages that a GPU machine without a network may lack, in addition to
+# PyTorch, torchvision and their dependencies. `python -m benchmarks.gpu_check` installs the missing ones from there.
 #
-#     benchmarks/gpu_wheels.sh                               # versions of .venv, for Python 3.12 on x86-64
+#     benchmarks/gpu_wheels.sh                               # the versions in .venv, for Python 3.12 on x86-64
 #     GPU_PYTHON_VERSION=3.11 PYTHON=python3 benchmarks/gpu_wheels.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ version_of() { "$python" -c 'import sys; from importlib.metadata import version;
 
 rm -rf .whl
 mkdir .whl
-# DeepSpeed is published as source only; without its operators built ahead it is pure Python.
+# DeepSpeed is published as source only. Without prebuilt operators it is pure Python.
 DS_BUILD_OPS=0 "$python" -m pip wheel --quiet --no-deps --wheel-dir .whl "deepspeed==$(version_of deepspeed)"
 pins=()
 for package in "${packages[@]}"; do pins+=("$package==$(version_of "$package")"); done
@@ -25,7 +25,7 @@ for package in "${packages[@]}"; do pins+=("$package==$(version_of "$package")")
   --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
   --dest .whl "${pins[@]}"
 du -ch .whl/*.whl
-# What they need beyond each other: the machine has to have it.
+# Print the dependencies that are not in .whl/; the GPU machine must have them.
 "$python" - .whl <<'PYTHON'
 import re
 import sys

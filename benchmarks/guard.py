@@ -1,16 +1,15 @@
-"""Compares the ratios of the benchmarks with those of benchmarks/baseline.json, and fails where one was lost.
+"""Compare the ratios of the benchmarks with benchmarks/baseline.json, and fail if one of them has dropped.
 
-    python -m benchmarks.guard                             # what `make bench` runs: all, in their --fast forms
+    python -m benchmarks.guard                             # all, in their short forms (`make bench`)
     python -m benchmarks.guard --update                    # measure the baseline anew (`make bench-baseline`)
-    python -m benchmarks.guard --update --only patch_loss  # of one benchmark; the others stay
+    python -m benchmarks.guard --update --only patch_loss  # only that of one benchmark
 
-A ratio compares two things that were measured in turn in one run, so it hardly depends on how fast the machine is;
-seconds and rates are never read. More than 15 % below the baseline is a loss. Machines have bad minutes, so a benchmark
-with a loss runs again, at most twice, and a ratio is lost when two of three runs lose it: a single bad run does not
-fail, and, unlike with the best of three, neither does a single lucky one pass.
+A ratio compares two ways that took turns in one run, so it hardly depends on the speed of the machine. Seconds and
+rates are not compared. A ratio more than 15 % below its baseline is a loss. Timings are noisy, so a benchmark with a
+loss runs again, at most twice, and a ratio counts as lost if two of three runs lose it. One slow run therefore does not
+fail the check, and, unlike with the best of three, one fast run does not pass it.
 
-The baseline of a ratio is the median of several runs, or, where these differ by more than 15 % themselves, the lowest:
-what such a ratio has never fallen below by 15 %.
+The baseline of a ratio is the median of several runs, or the lowest of them if they differ by more than 15 %.
 """
 
 import argparse
@@ -28,9 +27,9 @@ from npp_ds.utils.files import write_json_atomic
 
 BASELINE = ROOT / "benchmarks/baseline.json"
 TOLERANCE = 0.15
-"""Share of a baseline that may be lost; and of its lowest run by which a baseline's runs may differ."""
+"""Largest relative loss that passes, and largest relative difference of runs whose median is the baseline."""
 VOTES = 2
-"""Runs, of three at most, that must lose a ratio."""
+"""Number of runs, of at most three, that decide."""
 
 Ratios = Mapping[str, Mapping[str, float]]
 """benchmark -> ratio -> value."""
@@ -38,8 +37,10 @@ Ratios = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one ratio. `runs` are its values, None where a run did not have it; `baseline` is None for a new
-    one. `verdict` is "kept", "lost", "missing", "new", or "again" while more runs have to tell."""
+    """The verdict on one ratio: "kept", "lost", "missing", "new", or "again" while more runs are needed.
+
+    `runs` holds its value in each run, None where the run did not give it. `baseline` is None for a new ratio.
+    """
 
     benchmark: str
     ratio: str
@@ -50,7 +51,7 @@ class Finding:
     def __str__(self) -> str:
         name = f"{self.verdict.upper():<8}{self.benchmark}.{self.ratio}"
         if self.verdict == "missing":
-            return f"{name}: no such figure came out; the baseline is {self.baseline:.4g}"
+            return f"{name}: not measured; the baseline is {self.baseline:.4g}"
         known = [value for value in self.runs if value is not None]
         if self.verdict == "new":
             return f"{name}: {known[0]:.4g}, not in the baseline: `{update_command(self.benchmark)}` adds it"
@@ -64,7 +65,7 @@ def update_command(benchmark: str) -> str:
 
 
 def verdict(runs: Sequence[float | None], baseline: float) -> str:
-    """Of a ratio's values in one, two or three runs: "kept" if the first does not lose it; else two of three decide."""
+    """Return the verdict on a ratio's values in one to three runs; if the first run loses it, two of three decide."""
     lost = [value is None or value < (1 - TOLERANCE) * baseline for value in runs]
     if not lost[0] or lost.count(False) == VOTES:
         return "kept"
@@ -74,7 +75,7 @@ def verdict(runs: Sequence[float | None], baseline: float) -> str:
 
 
 def compare(baseline: Ratios, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Finding]:
-    """Every ratio of the baseline and of `runs` (benchmark -> the ratios of each of its runs)."""
+    """Return a finding for each ratio of the baseline and of `runs` (benchmark -> the ratios of each of its runs)."""
     findings = []
     for benchmark in dict.fromkeys([*baseline, *runs]):
         guarded, measured = baseline.get(benchmark, {}), runs.get(benchmark, [{}] * VOTES)
@@ -90,7 +91,7 @@ def compare(baseline: Ratios, runs: Mapping[str, Sequence[Mapping[str, float]]])
 def decided(
     baseline: Ratios, measure: Callable[[str], Mapping[str, float]], benchmarks: Iterable[str]
 ) -> list[Finding]:
-    """Measures each benchmark, and those with a loss again until nothing is open."""
+    """Measure each benchmark, and measure those with a loss again until every verdict is final."""
     runs = {name: [measure(name)] for name in benchmarks}
     while True:
         findings = compare(baseline, runs)
@@ -102,7 +103,7 @@ def decided(
 
 
 def entry(values: Sequence[float]) -> dict[str, float | int | str]:
-    """A ratio's place in the baseline, from its values in several runs."""
+    """Return the baseline entry of a ratio, from its values in several runs."""
     low, high = min(values), max(values)
     steady = high <= (1 + TOLERANCE) * low
     ratio = median(values) if steady else low
@@ -110,7 +111,7 @@ def entry(values: Sequence[float]) -> dict[str, float | int | str]:
 
 
 def changes(benchmark: str, old: Mapping[str, float], new: Mapping[str, float]) -> list[str]:
-    """What an update does to the ratios of a benchmark, in words."""
+    """Return a line for each ratio of a benchmark that an update removes, adds, lowers or raises."""
     lines = []
     for ratio in dict.fromkeys([*old, *new]):
         name = f"{benchmark}.{ratio}"
@@ -127,7 +128,7 @@ def changes(benchmark: str, old: Mapping[str, float], new: Mapping[str, float]) 
 
 
 def read_baseline(path: Path) -> dict[str, dict]:
-    """benchmark -> its machine and ratios, {} where there is no file. Raises UserError when it is not as written."""
+    """Return benchmark -> {machine, ratios}, or {} if there is no file. Raises UserError if the file is malformed."""
     if not path.exists():
         return {}
     try:
@@ -148,18 +149,18 @@ def ratios_of(baseline: Mapping[str, dict]) -> dict[str, dict[str, float]]:
 
 
 def measured(benchmark: Benchmark) -> tuple[dict, dict[str, float]]:
-    """(the machine, the ratios) of one fast run; both empty, and the problem told, when it fails."""
+    """Return (machine, ratios) of one run in the short form; print the problem and return empty ones if it fails."""
     outcome = run(benchmark, fast=True)
     print(f"{benchmark.name}: {outcome.problem or 'measured'} ({outcome.seconds:.0f} s)", flush=True)
     return (outcome.result["machine"], outcome.result.get("ratios", {})) if outcome.result else ({}, {})
 
 
 def update(benchmark: Benchmark, baseline: dict[str, dict], runs: int) -> dict[str, dict]:
-    """The baseline with this benchmark measured anew; tells what changes. Raises UserError when a run fails."""
+    """Measure a benchmark's baseline, print the changes and return the new one. Raises UserError if a run fails."""
     found = [measured(benchmark) for _ in range(runs)]
     machine, names = found[0]
     if any(not here or set(ratios) != set(names) or None in ratios.values() for here, ratios in found):
-        raise UserError(f"{benchmark.name}: a run failed or had other ratios than the first; its baseline stays")
+        raise UserError(f"{benchmark.name}: a run failed or had other ratios than the first; its baseline is unchanged")
     entries = {name: entry([ratios[name] for _, ratios in found]) for name in names}
     before = ratios_of(baseline).get(benchmark.name, {})
     baseline = {**baseline, benchmark.name: {"machine": machine, "ratios": entries}}
@@ -168,7 +169,7 @@ def update(benchmark: Benchmark, baseline: dict[str, dict], runs: int) -> dict[s
 
 
 def check(benchmarks: Sequence[Benchmark], baseline: dict[str, dict], all_of_them: bool) -> bool:
-    """Measures, tells what became of each ratio, and whether nothing was lost."""
+    """Measure the benchmarks, print the verdict on each ratio, and return whether no ratio was lost or missing."""
     by_name = {b.name: b for b in benchmarks}
     guarded = {name: r for name, r in ratios_of(baseline).items() if all_of_them or name in by_name}
     machines: dict[str, dict] = {}
@@ -183,22 +184,23 @@ def check(benchmarks: Sequence[Benchmark], baseline: dict[str, dict], all_of_the
         print(finding)
     for name in dict.fromkeys(f.benchmark for f in findings if f.verdict == "lost"):
         if machines[name] != baseline[name]["machine"]:
-            print(f"{name}: the baseline is of {told(baseline[name]['machine'])}; this was {told(machines[name])}")
+            here, there = described(machines[name]), described(baseline[name]["machine"])
+            print(f"{name}: the baseline is of {there}; this was {here}")
     failed = [f for f in findings if f.verdict in ("lost", "missing")]
     print(f"\n{len(findings) - len(failed)} of {len(findings)} ratios kept or new, {len(failed)} lost or missing")
     return not failed
 
 
-def told(machine: Mapping) -> str:
-    """A machine in words; empty where a benchmark failed."""
+def described(machine: Mapping) -> str:
+    """Return a machine and its versions as text, "nothing" if the benchmark failed."""
     return f"{where(machine)}, {versions(machine)}" if machine else "nothing"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="measure the baseline anew; tells what changes")
-    parser.add_argument("--runs", type=int, default=5, help="of each benchmark, for --update (%(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks alone")
+    parser.add_argument("--update", action="store_true", help="measure the baseline again and print the changes")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each benchmark for --update (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these benchmarks")
     options = parser.parse_args()
     try:
         benchmarks, baseline = chosen(options.only, gpu=False), read_baseline(BASELINE)

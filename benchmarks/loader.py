@@ -1,6 +1,6 @@
-"""How many rows of codes a second reach training: the staged array, beside the ways they are usually read.
+"""Compare the rows of codes per second that the staged array delivers with those of common ways to read them.
 
-Writes random codes as shards and as files, reads both warm on one core, and takes turns between the readers:
+Random codes are written as shards and as files. The readers take turns on one core, with all files in the page cache:
 
     python -m benchmarks.loader --out benchmarks/results
 """
@@ -35,7 +35,7 @@ RATIOS = {
 
 
 def write_shards(folder: Path, codes: np.ndarray, labels: np.ndarray, shard_images: int) -> list[Path]:
-    """A set of one crop per image, `shard_images` images a shard; returns the shards."""
+    """Write a data set with one crop per image and `shard_images` images per shard. Return the shards' paths."""
     folder.mkdir()
     infos = []
     for start in range(0, len(codes), shard_images):
@@ -61,7 +61,7 @@ def write_shards(folder: Path, codes: np.ndarray, labels: np.ndarray, shard_imag
 
 
 def write_files(folder: Path, codes: np.ndarray, labels: np.ndarray) -> None:
-    """Two files an image, int64 codes [1, crops, tokens] and label [1], as the published extraction writes them."""
+    """Write two files per image, int64 codes [1, crops, tokens] and label [1], as the published extraction does."""
     for name in ("codes", "labels"):
         (folder / name).mkdir(parents=True)
     for row in range(len(codes)):
@@ -70,7 +70,7 @@ def write_files(folder: Path, codes: np.ndarray, labels: np.ndarray) -> None:
 
 
 def gather(store: CodeStore) -> int:
-    """One epoch of shuffled batches of uint16 rows; returns their number, as all readers here do."""
+    """Read one epoch of shuffled batches of uint16 rows. Return the number of rows, as all readers here do."""
     rows = store.codes.reshape(len(store), -1)
     out = np.empty((BATCH, rows.shape[1]), np.uint16)
     steps = len(store) // BATCH
@@ -80,7 +80,7 @@ def gather(store: CodeStore) -> int:
 
 
 def load(store: CodeStore, patch_side: int) -> int:
-    """One epoch as the trainer reads it: shuffled, prefetched, crops drawn, labels dropped, grouped, int64 tensors."""
+    """Read one epoch as the trainer does: shuffled, random crops, label dropout, grouped, prefetched, int64 tensors."""
     epoch_permutation.cache_clear()
     steps = len(store) // BATCH
     plan = Stage(
@@ -103,7 +103,7 @@ def load(store: CodeStore, patch_side: int) -> int:
 
 
 def stream(shards: list[Path]) -> int:
-    """The same shards through stock WebDataset with a shuffle buffer, as int64 batches."""
+    """Read the same shards through stock WebDataset with a shuffle buffer, as int64 batches."""
     dataset = (
         webdataset.WebDataset([str(path) for path in shards], shardshuffle=len(shards))
         .shuffle(1000)
@@ -115,7 +115,7 @@ def stream(shards: list[Path]) -> int:
 
 
 class _FilePerImage(Dataset):
-    """Reads what `write_files` wrote, drawing a crop, the way the published training code does."""
+    """Reads the files of `write_files` with a random crop of each image, as the published training code does."""
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
@@ -130,12 +130,12 @@ class _FilePerImage(Dataset):
 
 
 def read_files(folder: Path, count: int) -> int:
-    """Shuffled batches of a folder of `write_files`, in this process."""
+    """Read shuffled batches from a folder of `write_files`, in this process."""
     return sum(len(codes) for codes, _ in DataLoader(_FilePerImage(folder, count), BATCH, shuffle=True))
 
 
 def run(folder: Path, images: int, subset: int, repeats: int) -> dict:
-    """Writes the data under `folder` and measures; the result as it is printed in JSON."""
+    """Write the data under `folder`, measure all readers, and return the result that is printed as JSON."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, VOCABULARY, (images, GRID**2), dtype=np.uint16)
     labels = rng.integers(0, CLASSES, images)
@@ -166,9 +166,9 @@ def run(folder: Path, images: int, subset: int, repeats: int) -> dict:
 
 def table(result: dict) -> str:
     lines = [
-        "# Rows of 256 codes a second on one core",
+        "# Rows of 256 codes per second on one core",
         "",
-        f"Batches of {BATCH}, warm, {result['images']:,} images of one crop (for WebDataset and files "
+        f"Batches of {BATCH}, warm, {result['images']:,} images with one crop each (for WebDataset and files "
         f"{result['subset']:,} of them); medians of {result['repeats']} turns.",
         "",
         "| reader | rows/s | lowest .. highest |",
@@ -179,9 +179,9 @@ def table(result: dict) -> str:
         lines.append(f"| {name} | {rate:,} | {low:,} .. {high:,} |")
     lines += [
         "",
-        "StageLoader is what the trainer iterates over: the epoch's permutation, crops, labels, grouping and int64 "
-        "tensors are included, and its thread shares the core with its reader. All but the gather end in int64 "
-        "batches. Verifying and unpacking the shards, once per node, went at "
+        "StageLoader is what the trainer iterates over. It includes the epoch's permutation, crops, labels, grouping "
+        "and int64 tensors, and its thread shares the core with its consumer. All readers but the gather return int64 "
+        "batches. Verifying and unpacking the shards, once per node, processed "
         f"{result['staged_images_per_second']:,} images/s.",
         "",
         made_by(result),

@@ -1,11 +1,11 @@
-"""What a process of a training run holds on its device, measured, beside what `npp plan` expects.
+"""Compare the measured memory of a training process with the estimate of `npp plan`.
 
     python -m benchmarks.memory --out benchmarks/results          # on a CPU, about 4 minutes
     python -m benchmarks.memory --gpu --out benchmarks/results    # on one GPU: B to 2B with the shipped settings
 
-On a CPU the bytes are those of every allocation of PyTorch, as its profiler tells them, so they are the same each time.
-The other processes are stand-ins (PyTorch's fake process group): the one that is measured holds what it would hold
-among real ones. On a GPU it is `torch.cuda.max_memory_allocated` of the third step, one process.
+On a CPU, the bytes are those of all allocations that PyTorch's profiler records, so they are the same each time. The
+other processes are simulated by PyTorch's fake process group, under which the measured process allocates what it would
+allocate in a real one. On a GPU, one process runs, and `torch.cuda.max_memory_allocated` of the third step is reported.
 """
 
 import json
@@ -31,13 +31,13 @@ from npp_ds.sizes import SIZES, num_positions
 from npp_ds.training.deepspeed_config import read_settings, shipped_configs
 from npp_ds.training.engine import TrainingEngine
 
-STEPS = 3  # the first ones build what lives on
-BUCKET = 1_000_000  # elements: in proportion to models of a few million parameters
+STEPS = 3  # the first steps allocate what later ones keep
+BUCKET = 1_000_000  # elements; in proportion to models of a few million parameters
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run to measure; `size` names a published model, which brings the shipped DeepSpeed settings with it."""
+    """A run to measure. With `size`, a published model size, it uses the shipped DeepSpeed settings."""
 
     zero_stage: int = 2
     precision: str = "autocast_bf16"
@@ -54,7 +54,7 @@ class Case:
 
 
 WEIGHTS = Case(micro_batch=4, patch_side=2)
-"""Few positions, so that weights, gradients and the optimizer take the most."""
+"""Few positions, so that weights, gradients and optimizer state take most of the memory."""
 PAIRS = (
     (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "autocast_bf16"), (2, "autocast_bf16"), (3, "autocast_bf16"),
     (2, "bf16"), (3, "bf16"),
@@ -112,7 +112,7 @@ def config_of(case: Case, folder: Path) -> RunConfig:
 
 @contextmanager
 def constant_weights() -> Iterator[None]:
-    """Weights are not drawn: their values change no byte, and two billion of them take a minute on a CPU."""
+    """Replace random initialization by a constant: the values do not affect memory, and two billion take a minute."""
     with ExitStack() as stack:
         for name in ("normal_", "uniform_"):
             stack.enter_context(patch.object(torch.Tensor, name, lambda tensor, *_, **__: tensor.fill_(0.02)))
@@ -120,7 +120,7 @@ def constant_weights() -> Iterator[None]:
 
 
 def steps(config: RunConfig, case: Case, processes: Processes, before_last: Any) -> None:
-    """Trains a few steps on random codes; `before_last` is called before the last one."""
+    """Train `STEPS` steps on random codes; call `before_last` before the last one."""
     model, batch = config.model, case.micro_batch * case.micro_batches * case.world_size
     with constant_weights():
         engine = TrainingEngine(config, config.build_schedule(batch, case.world_size).stages[0], processes)
@@ -137,7 +137,7 @@ def steps(config: RunConfig, case: Case, processes: Processes, before_last: Any)
 
 
 def peak_on_cpu(config: RunConfig, case: Case, processes: Processes) -> int:
-    """The most bytes that PyTorch had allocated at one time in the last step."""
+    """Return the peak of PyTorch's allocated bytes in the last step."""
     began = []
     changes = allocations(lambda: steps(config, case, processes, lambda: began.append(time.time_ns())))
     return peak_bytes(changes, since=began[0])
@@ -149,7 +149,7 @@ def peak_on_gpu(config: RunConfig, case: Case, processes: Processes) -> int:
 
 
 def one_of_many(world_size: int) -> Processes:
-    """This process as the first of `world_size`, the others being stand-ins."""
+    """Make this process rank 0 of a fake process group of `world_size` processes."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
@@ -158,7 +158,7 @@ def one_of_many(world_size: int) -> Processes:
 
 
 def measure(case: Case, on_gpu: bool) -> dict:
-    """A case and its peak in bytes, measured and expected."""
+    """Return a case with its peak memory in bytes, measured and estimated."""
     os.environ.setdefault("LOCAL_SIZE", "1")
     processes = join_processes() if on_gpu else one_of_many(case.world_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +172,7 @@ def measure(case: Case, on_gpu: bool) -> dict:
 
 
 def run(cases: list[Case], on_gpu: bool) -> list[dict]:
-    """Every case in a process of its own, which starts with nothing allocated."""
+    """Measure each case in a new process, which starts with nothing allocated."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["npp_ds.training.engine", "deepspeed"])  # imported once, not once a case
     with context.Pool(1, maxtasksperchild=1) as pool:
@@ -183,7 +183,7 @@ def table(result: dict) -> str:
     lines = [
         "# Memory of a training process, measured and expected",
         "",
-        "The peak of a training step in MB. Rows of a GPU's forward pass: micro-batch x positions of an image.",
+        "Peak memory of a training step in MB. Rows of a GPU's forward pass are micro-batch x positions per image.",
         "",
         "| ZeRO | precision | GPUs | model | rows | accumulated | checkpointing | EMA | measured | expected | ratio |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -201,7 +201,7 @@ def table(result: dict) -> str:
         "",
         *bounds(result),
         "",
-        "agreement: 1 less the largest distance of a ratio from 1.",
+        "`agreement` is 1 minus the largest distance of a ratio from 1.",
         "",
         made_by(result),
     ]
@@ -209,9 +209,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = command_line(
-        __doc__, fast="a few of the cases, those that a test runs", gpu="the published sizes on one GPU"
-    )
+    parser = command_line(__doc__, fast="the few cases that a test runs", gpu="the published sizes on one GPU")
     args = parsed(parser)
     cases = (GPU_CASES, GPU_CASES[:3]) if args.gpu else (CASES, FAST)
     rows = run(cases[args.fast], args.gpu)

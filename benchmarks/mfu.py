@@ -1,13 +1,14 @@
-"""Model FLOPs utilisation and step times of whole training steps: in a bare loop and in DeepSpeed's engine.
+"""Measure step time and model FLOPs utilization (MFU) of training steps in a bare loop and in DeepSpeed's engine.
 
     python -m benchmarks.mfu --out benchmarks/results          # a small model on the CPU, about 2 minutes
     python -m benchmarks.mfu --gpu --out benchmarks/results    # B and XXL on one GPU, at most 8 minutes
 
-A step is forward and backward pass of 256 images, clipping and AdamW, with dropout 0.1, under autocast in bf16 on a
-GPU. Its model FLOPs are 6 per matrix parameter and position and causal attention (`npp_ds.sizes.training_flops`). The
-ways: eager, blocks compiled, and compiled with CUDA graphs; these hold the whole step in the bare loop, and what
-`performance.cuda_graphs` records in the engine. Each way runs in a process of its own, where patch sides take turns: a
-way that fails is told as such and the rest goes on. Ways begin in the order of `GPU_CASES` until --minutes are over.
+A step is the forward and backward pass of 256 images with dropout 0.1, clipping and AdamW; on a GPU in bf16 autocast.
+Its model FLOPs are 6 per matrix parameter and position, plus those of causal attention
+(`npp_ds.sizes.training_flops`). The ways are eager, compiled blocks, and compiled blocks with CUDA graphs. In the bare
+loop a CUDA graph holds the whole step; in the engine, it holds what `performance.cuda_graphs` captures. Each way runs
+in a separate process, in which the patch sides take turns. A way that fails is reported, and the others run. Ways start
+in the order of `GPU_CASES` until --minutes have passed.
 """
 
 import argparse
@@ -36,15 +37,15 @@ BARE, ENGINE = "bare", "engine"
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 512, "grid_size": 8}
 WANTED_MFU = {"B": 0.42, "XXL": 0.50}
 WANTED_SHARES = {BARE: {2: 0.27, 4: 0.09, 8: 0.045}, ENGINE: {2: 0.27, 4: 0.10, 8: 0.08}}
-"""Of the step time at side 1, at most; for B."""
-ROOM = 0.85  # of a GPU's memory, for what the estimate counts
-MOST_SECONDS = 200  # of one case
-MEASURED_SECONDS = 0.5  # the steps of one turn at one side take about this, at least
+"""Largest accepted ratio of the step time at a side to that at side 1, for B."""
+MEMORY_SHARE = 0.85  # largest share of a GPU's memory that the estimate may fill
+MOST_SECONDS = 200  # time limit of one case
+MEASURED_SECONDS = 0.5  # shortest length of a turn at one side, approximately
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way for one model; `most_images` caps a forward pass below what is expected to fit."""
+    """One way for one model; `most_images` limits the images of a forward pass further than the memory estimate."""
 
     size: str
     loop: str
@@ -77,13 +78,13 @@ CPU_CASES = [Case("small", loop, compiled, sides=(4, 2, 1)) for compiled in (Fal
 
 
 def gpu_name() -> str | None:
-    """What `npp plan` calls this GPU."""
+    """Return the name of this GPU in `npp plan`, or None."""
     gpu = gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return gpu.name if gpu else None
 
 
 def config_of(case: Case, batch: int) -> RunConfig:
-    """A run with one stage for each of the case's sides; micro-batches are the largest that are expected to fit."""
+    """Return the config of a run with one stage per side and the largest micro-batches that are estimated to fit."""
     on_gpu = torch.cuda.is_available()
     sizes = SMALL if case.size == "small" else {"size": case.size}
     keys = {
@@ -100,10 +101,10 @@ def config_of(case: Case, batch: int) -> RunConfig:
     for side in case.sides:
         images = min(batch, case.most_images or batch)
         while on_gpu and images > 1:
-            # A graph keeps gradients of its own.
+            # A CUDA graph has its own gradients.
             extra = 4 * config.model.parameters() if case.graphs else 0
             peak = training_memory(config, zero, 1, images, side, images < batch).peak + extra
-            if peak < ROOM * torch.cuda.mem_get_info()[1]:
+            if peak < MEMORY_SHARE * torch.cuda.mem_get_info()[1]:
                 break
             images //= 2
         stages.append({"patch_side": side, "epochs": 1, "micro_batch_size": images})
@@ -112,7 +113,7 @@ def config_of(case: Case, batch: int) -> RunConfig:
 
 
 def run_case(case: Case, batch: int, repeats: int) -> list[dict]:
-    """A row for each side: seconds of a step, the sides having taken turns, and what follows from them."""
+    """Measure steps at all sides in turn. Return a row for each side with its seconds, TFLOP/s and MFU."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = config_of(case, batch)
     stages = config.build_schedule(batch).stages
@@ -122,19 +123,19 @@ def run_case(case: Case, batch: int, repeats: int) -> list[dict]:
     wait = waiting_for(device.type == "cuda")
 
     def seconds_of(stage: Stage, steps: int) -> tuple[float, float]:
-        """(of one step, the last one's loss)"""
+        """Return (seconds per step, loss of the last step)."""
         seconds, loss = seconds_each(lambda: loop.step(stage, batches[stage.index]), steps, wait)
         return seconds, float(loss)
 
     counts, losses, firsts, seconds = {}, {}, {}, {stage.index: [] for stage in stages}
     for stage in stages:
-        firsts[stage.index] = 2 * seconds_of(stage, 2)[0]  # compiles and captures
+        firsts[stage.index] = 2 * seconds_of(stage, 2)[0]  # includes compilation and capture
         once, losses[stage.index] = seconds_of(stage, 1)
         counts[stage.index] = max(1, math.ceil(MEASURED_SECONDS / once)) if device.type == "cuda" else 1
     for _ in range(repeats):
         for stage in stages:
             if case.graphs and not bare:
-                seconds_of(stage, 1)  # the recording of the stage before has given way
+                seconds_of(stage, 1)  # captures again: the engine keeps one stage's CUDA graphs
             seconds_of(stage, 1)
             seconds[stage.index].append(seconds_of(stage, counts[stage.index])[0])
     peak = peak_tflops(device)
@@ -165,9 +166,9 @@ def row_of(case: Case, side: int) -> dict:
 
 
 def run_apart(case: Case, batch: int, repeats: int, seconds: float) -> list[dict]:
-    """`run_case` in a process of its own, which may fail in any way: then every side has its reason in "failed".
+    """Return the rows of `run_case`, run in a separate process. If that fails, each row has the reason in "failed".
 
-    One that runs out of memory has another try with half the images at a time.
+    A case that runs out of memory is tried once more, with an eighth of the batch per forward pass.
     """
     words = ["--case", json.dumps(asdict(case)), "--batch", str(batch), "--repeats", str(repeats)]
     command = [sys.executable, "-m", "benchmarks.mfu", *words]
@@ -187,7 +188,7 @@ def run_apart(case: Case, batch: int, repeats: int, seconds: float) -> list[dict
 
 
 def run_all(cases: list[Case], batch: int, repeats: int, minutes: float) -> list[dict]:
-    """The rows of all cases; those that the time no longer allows have that as their failure."""
+    """Return the rows of all cases; a case for which no time is left has that as its failure."""
     began, rows = time.perf_counter(), []
     for case in cases:
         left = 60 * minutes - (time.perf_counter() - began)
@@ -200,7 +201,7 @@ def run_all(cases: list[Case], batch: int, repeats: int, minutes: float) -> list
 
 
 def shares_of(rows: list[dict]) -> dict[tuple[str, str], dict[int, float]]:
-    """By (size, way) and patch side: the step's time relative to side 1."""
+    """Return the step time relative to that at side 1, by (size, way) and patch side."""
     seconds: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
         if "seconds" in row:
@@ -215,7 +216,7 @@ def short_name(size: str, way: str, figure: str) -> str:
 
 
 def ratios_and_wanted(rows: list[dict]) -> tuple[dict[str, float], dict[str, float]]:
-    """Both larger-is-better. What is wanted is asked of each loop's fastest way over all its sides."""
+    """Return (ratios, required minimums), larger is better. Only the fastest way of each loop has minimums."""
     ratios, wanted = {}, {}
     shares = shares_of(rows)
     for (size, way), by_side in shares.items():
@@ -237,7 +238,7 @@ def ratios_and_wanted(rows: list[dict]) -> tuple[dict[str, float], dict[str, flo
 
 
 def fastest_way(rows: list[dict], size: str, loop: str) -> str | None:
-    """The way of this loop with the least time for a step at each of its sides, among those with the most sides."""
+    """Return the way of this loop with the smallest total step time, among those measured at the most sides."""
     seconds: dict[str, list[float]] = {}
     for row in rows:
         if row["size"] == size and row["way"].startswith(loop) and "seconds" in row:
@@ -270,7 +271,7 @@ def table(result: dict) -> str:
             f"{f'{share:.4f}' if share is not None else ''} | {row['model_tflops']:.2f} | {mfu} | {memory} |"
         )
     if result["wanted"]:
-        lines += ["", "| wanted of each loop's fastest way | at least | found | met |", "|---|---|---|---|"]
+        lines += ["", "| required of each loop's fastest way | at least | found | met |", "|---|---|---|---|"]
         for name, bound in result["wanted"].items():
             found = result["ratios"][name]
             lines.append(f"| {name} | {bound:.3f} | {found:.3f} | {'yes' if found >= bound else 'no'} |")
@@ -279,12 +280,12 @@ def table(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    gpu = "B and XXL, then L and XL, on the first GPU"
+    gpu = "measure B and XXL, then L and XL, on the first GPU"
     parser = command_line(__doc__, "only the uncompiled ways", gpu, repeats=5)
     add = parser.add_argument
-    add("--batch", type=int, help="images in a step (256; on the CPU 16)")
-    add("--minutes", type=float, default=8, help="no way begins after these (%(default)s)")
-    add("--case", help=argparse.SUPPRESS)  # one case, in this process
+    add("--batch", type=int, help="images per step (256; on the CPU 16)")
+    add("--minutes", type=float, default=8, help="start no way after this many minutes (%(default)s)")
+    add("--case", help=argparse.SUPPRESS)  # run one case in this process
     options = parser.parse_args(arguments)
     if options.case:
         keys = json.loads(options.case)

@@ -1,7 +1,7 @@
-"""Ways that are compared, each in a process of its own: one works while the others wait.
+"""Run each of the compared ways in a separate process; one works while the others wait.
 
-For ways that change their whole process: DeepSpeed's ZeRO-3 replaces functions of PyTorch, and what memory costs
-depends on what was allocated before.
+This is for ways that affect their whole process: DeepSpeed's ZeRO-3 replaces functions of PyTorch, and the time of an
+allocation depends on earlier allocations.
 """
 
 import multiprocessing
@@ -21,10 +21,11 @@ def _serve(worker: Worker, arguments: tuple, orders: Connection) -> None:
 
 @contextmanager
 def own_processes(worker: Worker, ways: Mapping[str, tuple]) -> Iterator[Callable[..., Any]]:
-    """Starts `worker(*arguments)` for each way, a context manager of a module that yields what carries out orders.
+    """Start a process for each way that enters `worker(*arguments)`, a context manager defined in a module.
 
-    Yields ask(way, *order): its answer. Raises RuntimeError when a way's process has ended; its own error is on
-    stderr. On the way out all processes end.
+    Yield `ask(way, *order)`, which calls the function that the worker yields in that process and returns its result.
+    `ask` raises RuntimeError if the process has ended, after an error that it has printed on stderr. All processes end
+    with the context.
     """
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}

@@ -1,14 +1,14 @@
-"""Time and memory of the patch loss, forward and backward, beside other ways to compute the same.
+"""Compare time and memory of the patch loss, forward and backward, with other ways to compute the same.
 
 The published way computes the logits once and repeats them for each of a patch's k codes. "this software" is the loss
-with `performance.loss_kernel: torch`, "triton" that with the other kernel, on a GPU only. The ways take turns:
+with `performance.loss_kernel: torch`; "triton" is the loss with that kernel, on a GPU only. The ways take turns:
 
     python -m benchmarks.patch_loss --out benchmarks/results          # on a CPU in float32, about 5 minutes
-    python -m benchmarks.patch_loss --gpu --out benchmarks/results    # on one GPU, bf16 autocast, a step of B and XXL
+    python -m benchmarks.patch_loss --gpu --out benchmarks/results    # on one GPU in bf16 autocast, B and XXL
 
-Memory is the most that one forward and backward pass allocates above its inputs at one time. On a CPU these are all
-allocations of PyTorch as its profiler tells them, those inside an operation too, in the round before the measured ones;
-on a GPU it is `torch.cuda.max_memory_allocated`. Matrix libraries have small buffers of their own, which neither sees.
+Memory is the peak of what one forward and backward pass allocates in addition to its inputs. On a CPU it is computed
+from all allocations that PyTorch's profiler records, in the unmeasured round; on a GPU it is
+`torch.cuda.max_memory_allocated`. Neither includes the small buffers inside matrix libraries.
 """
 
 import importlib
@@ -33,37 +33,37 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def published(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Every position's logits repeated for each code of its patch, then cross-entropy."""
+    """Repeat each position's logits for each code of its patch, then compute the cross-entropy."""
     logits = F.linear(hidden, weight).float()
     return F.cross_entropy(logits.repeat_interleave(targets.shape[1], 0), targets.flatten())
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The formula as it stands, on all logits at once."""
+    """Evaluate the formula on all logits at once."""
     logits = F.linear(hidden, weight).float()
     return (logits.logsumexp(1) - logits.gather(1, targets).mean(1)).mean()
 
 
 def towards_the_mean(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What is added to cross-entropy with the first code: h . (W[t_1] - mean_i W[t_i]), meaned over positions."""
+    """Return the mean over positions of h . (W[t_1] - mean_i W[t_i]): patch loss minus first-code cross-entropy."""
     mean = F.embedding_bag(targets, weight, mode="mean")
     return (hidden * (F.embedding(targets[:, 0], weight) - mean)).sum(1).float().mean()
 
 
 def linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """torch's cross-entropy in chunks, with the first code, and what makes it the patch's."""
+    """Compute PyTorch's chunked cross-entropy with the first code, and add the rest of the patch loss."""
     first = F.linear_cross_entropy(hidden, weight, targets[:, 0], options=torch.nn.LinearCrossEntropyOptions())
     return first + towards_the_mean(hidden, weight, targets)
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Liger's fused kernel with the first code, and what makes it the patch's."""
+    """Compute Liger's fused cross-entropy with the first code, and add the rest of the patch loss."""
     fused = importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
     return fused(hidden, weight, targets[:, 0]) + towards_the_mean(hidden, weight, targets)
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Next-token cross-entropy; only for k = 1."""
+    """Compute next-token cross-entropy; only for k = 1."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets[:, 0])
 
 
@@ -75,7 +75,7 @@ WAYS: dict[str, Loss] = {
 
 @dataclass(frozen=True)
 class Case:
-    """`positions` of one pass, `passes` of them in a step."""
+    """The shapes of one measurement: `positions` per pass, `passes` per step."""
 
     name: str
     width: int
@@ -87,7 +87,7 @@ class Case:
 
     def ways(self) -> dict[str, Loss]:
         left_out = set() if self.k == 1 else {PLAIN}
-        if not hasattr(F, "linear_cross_entropy"):  # newer than the oldest PyTorch that is supported
+        if not hasattr(F, "linear_cross_entropy"):  # the oldest supported PyTorch lacks it
             left_out.add(LINEAR)
         for name, package in ((TRITON, "triton"), (LIGER, "liger_kernel")):
             if self.device == "cpu" or importlib.util.find_spec(package) is None:
@@ -95,7 +95,7 @@ class Case:
         return {name: loss for name, loss in WAYS.items() if name not in left_out}
 
     def problem(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Random hidden states, an output projection and targets."""
+        """Return random hidden states [positions, width], output weights [vocab, width] and targets [positions, k]."""
         torch.manual_seed(self.k)
         with torch.device(self.device):
             hidden, weight = torch.randn(self.positions, self.width), torch.randn(self.vocab, self.width) * 0.02
@@ -104,7 +104,7 @@ class Case:
 
 
 def forward_and_backward(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor, passes: int = 1) -> Tensor:
-    """A step's loss and gradients; the gradients stand in `hidden.grad` and `weight.grad`."""
+    """Return a step's loss; its gradients are in `hidden.grad` and `weight.grad`."""
     hidden.grad = weight.grad = None
     for _ in range(passes):
         with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=hidden.is_cuda):
@@ -116,7 +116,7 @@ def forward_and_backward(loss: Loss, hidden: Tensor, weight: Tensor, targets: Te
 
 
 def peak_bytes(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> int:
-    """The most bytes that a pass had allocated at one time, above what was there before."""
+    """Return the peak number of bytes that a pass allocates in addition to what was allocated before."""
     hidden.grad = weight.grad = None
     if hidden.is_cuda:
         before = torch.cuda.memory_allocated()
@@ -127,7 +127,7 @@ def peak_bytes(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> i
 
 
 def measure(cases: list[Case], repeats: int) -> list[dict]:
-    """Seconds and bytes of every way; in a round every case and way has one turn. Memory is of an unmeasured round."""
+    """Measure seconds and bytes of every way. A round has a turn for each case and way; the first measures memory."""
     rows = [{"case": case, "seconds": {n: [] for n in case.ways()}, "bytes": {}} for case in cases]
     for turn in range(repeats + 1):
         for row in rows:
@@ -143,7 +143,7 @@ def measure(cases: list[Case], repeats: int) -> list[dict]:
 
 
 def figures(row: dict) -> dict:
-    """A case for the JSON object: medians and ranges in seconds, bytes, and both relative to this software."""
+    """Return a case for the JSON object: median and range in seconds, bytes, and their ratios to this software."""
     case, seconds, taken = row["case"], row["seconds"], row["bytes"]
     return {
         **{name: getattr(case, name) for name in ("name", "width", "k", "positions", "passes", "vocab")},
@@ -160,7 +160,7 @@ def figures(row: dict) -> dict:
 
 
 def ratios_of(rows: list[dict]) -> dict[str, float]:
-    """Larger is better: time or memory of an alternative over ours, and our time at k = 1 over that at k = 16."""
+    """Return time or memory of the alternatives over ours, and our time at k = 1 over k = 16; larger is better."""
     found = {}
     for row in rows:
         ways, label = figures(row)["ways"], f"{row['case'].name}_k{row['case'].k}"
@@ -185,7 +185,7 @@ MEANING = {
     "published_time": "time of the published way to ours",
     "published_memory": "extra memory of the published way to ours",
     "plain_time": "time of plain cross-entropy to ours",
-    "k1_over_k16": "our time at k = 1 to that at k = 16 (at most 1.15 times the time, turned round)",
+    "k1_over_k16": "our time at k = 1 to that at k = 16 (k = 16 may take up to 1.15 times as long)",
 }
 
 
@@ -196,8 +196,10 @@ def cpu_cases(fast: bool) -> list[Case]:
 
 
 def gpu_cases(fast: bool) -> list[Case]:
-    """A step of 65,536 positions (256 images of 256 codes; coarse stages have fewer) in passes that fit a GPU when k
-    times as many logits are there."""
+    """Return cases with the positions of a training step: 256 images of 256 / k positions each.
+
+    A pass has so few positions that a GPU can hold k times as many logits, as the published way does.
+    """
     cases = []
     for size in ("B",) if fast else ("B", "XXL"):
         for k in (1, 4, 16, 64):
@@ -213,8 +215,8 @@ def table(result: dict) -> str:
         f"# The patch loss, forward and backward{', on a GPU' if gpu else ''}",
         "",
         f"{'bf16 autocast' if gpu else 'float32'}; medians of {result['repeats']} rounds in which all of a width "
-        "take turns. Memory: the most allocated at one time above the inputs. To ours: how many times ours it is, "
-        "in the same round.",
+        "take turns. Memory is the peak of what is allocated in addition to the inputs. `to ours` is the ratio to this "
+        "software in the same round.",
         "",
         "| model | vocabulary | k | positions | way | ms | lowest .. highest | to ours | MB | to ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -228,23 +230,23 @@ def table(result: dict) -> str:
                 f"| {f['time_ratio']:.2f} | {f['bytes'] / 1e6:,.1f} | {f['memory_ratio']:.2f} |"
             )
     if result["wanted"]:
-        lines += ["", "| wanted, larger is better | at least | found | met |", "|---|---|---|---|"]
+        lines += ["", "| required, larger is better | at least | found | met |", "|---|---|---|---|"]
     for name, bound in result["wanted"].items():
         found = result["ratios"][name]
         what = next(f"{text} ({name})" for start, text in MEANING.items() if name.startswith(start))
         lines.append(f"| {what} | {bound} | {found} | {'yes' if found >= bound else 'no'} |")
     if gpu and not any(LIGER in case["ways"] for case in result["cases"]):
-        lines += ["", "Liger (package liger-kernel) is not installed and was left out."]
+        lines += ["", "Liger (package liger-kernel) is not installed and was not measured."]
     lines += ["", made_by(result, f"{result['threads']} threads")]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    fast = "width 256, k = 1 and 16, 512 positions; on a GPU size B alone"
-    gpu = "a training step's positions on the first GPU, bf16 autocast"
+    fast = "width 256, k = 1 and 16, 512 positions; on a GPU only size B"
+    gpu = "measure the positions of a training step on the first GPU, bf16 autocast"
     parser = command_line(__doc__, fast, gpu, repeats=5)
     threads = min(2, len(os.sched_getaffinity(0)))
-    parser.add_argument("--threads", type=int, default=threads, help="of the CPU (%(default)s)")
+    parser.add_argument("--threads", type=int, default=threads, help="CPU threads (%(default)s)")
     options = parsed(parser)
     torch.set_num_threads(options.threads)
     cases = (gpu_cases if options.gpu else cpu_cases)(options.fast)

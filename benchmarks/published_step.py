@@ -1,16 +1,14 @@
-"""The training step as the published code takes it, on the weights of a `Transformer`: eager PyTorch, line by line.
+"""The training step of the published code in eager PyTorch, on the weights of a `Transformer`.
 
-What it computes is what `Transformer` computes: without dropout the loss and all gradients are equal
-(`tests/benchmarks/test_training_step_benchmark.py`). How it computes it is the published way (LlamaGen, arXiv
+It computes the same as `Transformer`: without dropout, the loss and all gradients are equal
+(`tests/benchmarks/test_training_step_benchmark.py`). It computes them as the published code does (LlamaGen, arXiv
 2406.06525, and Next Patch Prediction, arXiv 2412.15321):
 
-- the embeddings of all codes are looked up, then averaged over each patch;
-- a norm is a row of operations in float32, the rotation of q and of k another one each;
-- keys and values are repeated for all heads, which copies them where every head has its own, too;
-- the logits of all positions are made in float32 and repeated for each code of a patch, then goes a cross-entropy with
-  one target per row;
-- gradients are clipped to norm 1, then AdamW: as the published scripts build it, fused on a GPU and else as PyTorch
-  chooses.
+- It looks up the embeddings of all codes and averages them over each patch.
+- A norm is a sequence of float32 operations, and so is the rotation of q and of k.
+- Keys and values are repeated for all heads, which copies them even if each head has its own.
+- The float32 logits of all positions are repeated for each code of a patch; cross-entropy has one target per row.
+- Gradients are clipped to norm 1. AdamW is fused on a GPU and PyTorch's default elsewhere, as in the published scripts.
 """
 
 from math import isqrt
@@ -26,7 +24,7 @@ from npp_ds.model.transformer import FeedForward
 
 
 def split_into_patches(values: Tensor, patch_side: int) -> Tensor:
-    """values[B, T, ...] of a square map in raster order -> [B, N, k, ...], by reshaping the map."""
+    """Reshape values[B, T, ...] of a square map in raster order to patches [B, N, k, ...]."""
     grid = isqrt(values.shape[1])
     coarse = grid // patch_side
     cut = values.unflatten(1, (coarse, patch_side, coarse, patch_side)).transpose(2, 3)
@@ -34,7 +32,7 @@ def split_into_patches(values: Tensor, patch_side: int) -> Tensor:
 
 
 def patch_embeddings(table: Tensor, codes: Tensor, patch_side: int) -> Tensor:
-    """codes[B, T] -> [B, N, dim]: every code's embedding, then the mean over each patch."""
+    """Return the mean embedding [B, N, dim] of each patch of codes[B, T]."""
     return split_into_patches(F.embedding(codes, table), patch_side).mean(dim=2)
 
 
@@ -44,7 +42,7 @@ def norm(layer: RMSNorm, x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x[B, N, H, D], table[N, D/2, 2]."""
+    """Rotate x[B, N, H, D] by table[N, D/2, 2] of cosines and sines."""
     pairs = x.float().reshape(*x.shape[:-1], -1, 2)
     table = table.view(1, pairs.shape[1], 1, pairs.shape[3], 2)
     first = pairs[..., 0] * table[..., 0] - pairs[..., 1] * table[..., 1]
@@ -72,7 +70,7 @@ def feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
 
 
 def loss(model: Transformer, codes: Tensor, labels: Tensor, patch_side: int) -> Tensor:
-    """codes[B, T] in raster order, labels[B] -> the mean loss in nats per code."""
+    """Return the mean loss in nats per code for codes[B, T] in raster order and labels[B]."""
     grid = isqrt(codes.shape[1]) // patch_side
     rotary = rotary_table(grid, model.config.dim // model.config.n_heads, codes.device)
     patches = patch_embeddings(model.tok_embeddings.weight, codes, patch_side)
@@ -88,13 +86,13 @@ def loss(model: Transformer, codes: Tensor, labels: Tensor, patch_side: int) -> 
 
 
 def optimizer(groups: list[dict]) -> torch.optim.AdamW:
-    """On the CPU neither fused nor over lists of tensors is what PyTorch chooses there: it goes tensor by tensor."""
+    """Return AdamW as the published scripts build it: fused on a GPU, PyTorch's loop over tensors on a CPU."""
     on_gpu = groups[0]["params"][0].is_cuda
     return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), **({"fused": True} if on_gpu else {}))
 
 
 def update(model: nn.Module, adamw: torch.optim.Optimizer) -> None:
-    """Everything of a step after the backward pass."""
+    """Do the part of a step that follows the backward pass: clip, update, and free the gradients."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     adamw.step()
     adamw.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
-"""How many images a second are decoded: this software beside the published way, with the same random weights.
+"""Compare the images sampled per second with those of the published way, with the same random weights.
 
-The published way (LlamaGen's `generate`) attends to the whole preallocated cache behind a boolean mask at each step,
-repeats keys and values for all heads, which copies them, and draws from the softmax by `multinomial`. A second
-form of it leaves that copy out where heads are not shared. The ways take turns; VQ decoding is not included:
+The published way (LlamaGen's `generate`) attends at each step to the whole preallocated cache under a boolean mask,
+repeats keys and values for all heads, which copies them, and samples with `multinomial`. A variant of it omits the copy
+if heads do not share keys and values. The ways take turns. VQ decoding is not included:
 
     python -m benchmarks.sampling --out benchmarks/results
     python -m benchmarks.sampling --gpu --out benchmarks/results
@@ -40,7 +40,7 @@ WANTED_ON_H100 = {"XXL": 67, "B": 350}
 
 
 def random_model(sizes: dict[str, int], grid_size: int, vocab_size: int, device: str) -> Transformer:
-    """Random weights, the head's too: bf16 on a GPU, float32 on the CPU."""
+    """Return a model with random weights, also in the head: bf16 on a GPU, float32 on the CPU."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Transformer(ModelConfig(**sizes, grid_size=grid_size, vocab_size=vocab_size))
@@ -49,7 +49,7 @@ def random_model(sizes: dict[str, int], grid_size: int, vocab_size: int, device:
 
 
 class PublishedWay:
-    """LlamaGen's sampler on the weights of a `Transformer`; torch chooses the attention kernel."""
+    """LlamaGen's sampler on the weights of a `Transformer`. PyTorch chooses the attention kernel."""
 
     def __init__(self, model: Transformer, copy_keys: bool = True):
         self.model, self.copy_keys = model, copy_keys
@@ -90,7 +90,7 @@ class PublishedWay:
 
     @torch.no_grad()
     def generate(self, labels: Tensor, cfg_scale: float, temperature: float = 1.0) -> Tensor:
-        """labels[B] -> codes int64 [B, grid_size**2]; temperature 0 takes the most likely code."""
+        """Return int64 codes [B, grid_size**2] for labels[B]; temperature 0 takes the most likely code."""
         c = self.model.config
         null = torch.full_like(labels, c.num_classes)
         self._set_up(2 * len(labels), labels.device)
@@ -109,7 +109,7 @@ class PublishedWay:
 
 
 def ways_of(model: Transformer, batch: int, cfg_scale: float, device: str) -> dict[str, Callable[[], int]]:
-    """What takes turns: each call decodes one batch and returns its images."""
+    """Return the ways that take turns; each call samples one batch and returns its number of images."""
     labels, indices = torch.arange(batch, device=device), torch.arange(batch, device=device)
     options, capture = Options(cfg_scale=cfg_scale), device == "cuda"
     return {
@@ -120,7 +120,7 @@ def ways_of(model: Transformer, batch: int, cfg_scale: float, device: str) -> di
 
 
 def row(name: str, sizes: dict[str, int], options: argparse.Namespace, device: str) -> dict:
-    """One model's figures; ratios are of this software to the others in the same turn."""
+    """Measure one model. Ratios are of this software to the other ways in the same turn."""
     model = random_model(sizes, options.grid_size, options.vocab_size, device)
     ways = ways_of(model, options.batch, options.cfg_scale, device)
     rates = rates_in_turn(ways, options.repeats, gpu=device == "cuda")
@@ -136,9 +136,9 @@ def row(name: str, sizes: dict[str, int], options: argparse.Namespace, device: s
 def table(result: dict) -> str:
     gpu = "gpu" in result["machine"]
     lines = [
-        f"# Images decoded a second{' on a GPU' if gpu else ''}",
+        f"# Images sampled per second{' on a GPU' if gpu else ''}",
         "",
-        f"{result['codes']} codes an image of {result['vocab_size']:,}, guided (scale {result['cfg_scale']:g}), "
+        f"{result['codes']} codes per image of {result['vocab_size']:,}, guided (scale {result['cfg_scale']:g}), "
         f"batches of {result['batch']}, random weights in {result['dtype']}, no VQ decoding; "
         f"medians of {result['repeats']} turns.",
         "",
@@ -154,22 +154,22 @@ def table(result: dict) -> str:
             )
     if gpu:
         wanted = ", ".join(f"{e['model']} {e['wanted_on_one_h100']} images/s" for e in result["models"])
-        lines += ["", f"Wanted on one H100: {wanted}."]
+        lines += ["", f"Required on one H100: {wanted}."]
     lines += ["", made_by(result, f"{result['threads']} threads")]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = command_line(
-        __doc__, fast="64 codes an image", gpu="the published sizes in bf16 on the first GPU", repeats=5
+        __doc__, fast="64 codes per image", gpu="measure the published sizes in bf16 on the first GPU", repeats=5
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=sorted(SIZES), default=list(WANTED_ON_H100), help="on the GPU (%(default)s)")
-    add("--batch", type=int, default=16, help="images at once (16; with --gpu 128)")
-    add("--grid-size", type=int, default=16, help="codes along a side (%(default)s)")
-    add("--vocab-size", type=int, default=16384, help="(%(default)s)")
-    add("--cfg-scale", type=float, default=2.0, help="(%(default)s)")
-    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
+    add("--models", nargs="+", choices=sorted(SIZES), default=list(WANTED_ON_H100), help="with --gpu (%(default)s)")
+    add("--batch", type=int, default=16, help="images per batch (16; with --gpu 128)")
+    add("--grid-size", type=int, default=16, help="side of the code map (%(default)s)")
+    add("--vocab-size", type=int, default=16384, help="codes in the codebook (%(default)s)")
+    add("--cfg-scale", type=float, default=2.0, help="scale of classifier-free guidance (%(default)s)")
+    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="CPU threads (%(default)s)")
     options = parsed(parser, fast={"grid_size": 8}, gpu={"batch": 128})
     torch.set_num_threads(options.threads)
     device = "cuda" if options.gpu else "cpu"

@@ -1,6 +1,6 @@
-"""How long training stands still for a checkpoint: ours, at once and in a thread, beside DeepSpeed's own.
+"""Compare how long checkpoints pause training: ours, synchronous and in a thread, and DeepSpeed's own.
 
-One process, ZeRO-2 in fp32, a model whose state is written whole; steps of training go on between and during saves:
+One process saves the whole state of a model (ZeRO-2, fp32), with training steps between and during the saves:
 
     python -m benchmarks.saving --out benchmarks/results
 """
@@ -53,7 +53,7 @@ def record_of(engine: TrainingEngine, step: int) -> CheckpointRecord:
 
 
 def ours(engine: TrainingEngine, saver: CheckpointSaver, step: int) -> tuple[float, float, int]:
-    """(seconds that training stood still, seconds until the checkpoint was complete, bytes)."""
+    """Return (seconds that training was paused, seconds until the checkpoint was complete, bytes)."""
     began = time.perf_counter()
     saver.begin(record_of(engine, step), engine.partitions.fragments, engine.state())
     while saver.asynchronous and not saver.writing.done():
@@ -70,7 +70,7 @@ def deepspeed(engine: TrainingEngine, folder: Path, step: int) -> tuple[float, f
 
 
 def run(folder: Path, processes: Processes, dim: int, layers: int, repeats: int) -> dict:
-    """Saves in turn in every way, after one round that is not measured."""
+    """Save in each way in turn, after an unmeasured round, and return the result that is printed as JSON."""
     engine = build(processes, dim, layers)
     savers = {
         name: CheckpointSaver(folder / name, processes, token="benchmark", asynchronous=name == IN_THREAD)
@@ -106,12 +106,12 @@ def run(folder: Path, processes: Processes, dim: int, layers: int, repeats: int)
 
 def table(result: dict) -> str:
     lines = [
-        "# Seconds that training stands still for a checkpoint",
+        "# Seconds that a checkpoint pauses training",
         "",
         f"{result['parameters'] / 1e6:.1f}M parameters in fp32 with Adam's moments, one process, ZeRO-2, to a local "
         f"disk; medians of {result['repeats']} turns.",
         "",
-        "| way | stands still | lowest .. highest | complete after | MB |",
+        "| way | pauses training | lowest .. highest | complete after | MB |",
         "|---|---|---|---|---|",
     ]
     for name, seconds in result["seconds_stood_still"].items():
@@ -120,8 +120,8 @@ def table(result: dict) -> str:
         lines.append(f"| {name} | {seconds} s | {low} .. {high} | {complete} s | {result['megabytes'][name]} |")
     lines += [
         "",
-        "Ours are hashed, flushed to disk and committed by a rename within these times; DeepSpeed's are neither hashed "
-        "nor flushed. The asynchronous way trains on while its thread writes, here on the same cores.",
+        "Within these times, our checkpoints are hashed, flushed to disk and committed by a rename; DeepSpeed's are "
+        "neither hashed nor flushed. In the asynchronous way, training continues on the same cores during the writing.",
         "",
         made_by(result),
     ]
@@ -129,10 +129,10 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = command_line(__doc__, fast="a model of a quarter of the width", repeats=5)
+    parser = command_line(__doc__, fast="a model of width 256", repeats=5)
     parser.add_argument("--dim", type=int, default=512, help="width of the model")
-    parser.add_argument("--layers", type=int, default=8, help="its layers")
-    parser.add_argument("--folder", type=Path, help="where to save; a temporary folder when left out")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model")
+    parser.add_argument("--folder", type=Path, help="folder to save in (default: a temporary folder)")
     args = parsed(parser, fast={"dim": 256})
     os.environ.setdefault("LOCAL_SIZE", "1")
     processes = join_processes()

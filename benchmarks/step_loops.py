@@ -1,4 +1,4 @@
-"""The loops that benchmarks time: a plain one, and DeepSpeed's engine as a run uses it, with equal results."""
+"""The training loops that benchmarks time: a bare PyTorch loop and `TrainingEngine`, with equal results."""
 
 import os
 from collections.abc import Callable
@@ -19,9 +19,10 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class BareLoop:
-    """The same model, optimizer and clipping in a plain loop; with graphs each side's whole step is one recording.
+    """A bare PyTorch loop over the same model, optimizer and clipping.
 
-    On a CPU its process keeps freed memory, as one that trains does.
+    With `graphs`, the whole step of each side is one CUDA graph. On a CPU, its process keeps freed memory, as a
+    training process does.
     """
 
     def __init__(self, config: RunConfig, compiled: bool, graphs: bool, device: torch.device):
@@ -39,11 +40,11 @@ class BareLoop:
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
 
     def step(self, stage: Stage, batches: Batches) -> Tensor:
-        """The loss before the update."""
+        """Take one step and return its loss, computed before the update."""
         if not self.graphs:
             return self._step(self._on_device(batches))
         if stage.index not in self.replays:
-            self.replays[stage.index] = self._record(batches)
+            self.replays[stage.index] = self._capture(batches)
         return self.replays[stage.index]()
 
     def _on_device(self, batches: Batches) -> Batches:
@@ -64,7 +65,7 @@ class BareLoop:
         self.optimizer.step()
         return total
 
-    def _record(self, batches: Batches) -> Callable[[], Tensor]:
+    def _capture(self, batches: Batches) -> Callable[[], Tensor]:
         inputs = self._on_device(batches)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -78,9 +79,9 @@ class BareLoop:
             loss = self._step(inputs)
 
         def replay() -> Tensor:
-            for places, batch in zip(inputs, batches, strict=True):
-                for place, values in zip(places, batch, strict=True):
-                    place.copy_(values, non_blocking=True)
+            for static_inputs, batch in zip(inputs, batches, strict=True):
+                for static_input, values in zip(static_inputs, batch, strict=True):
+                    static_input.copy_(values, non_blocking=True)
             graph.replay()
             return loss
 
@@ -88,7 +89,7 @@ class BareLoop:
 
 
 class EngineLoop:
-    """`TrainingEngine` as a run uses it, alone in its world."""
+    """`TrainingEngine` as a run uses it, with one process."""
 
     def __init__(self, config: RunConfig, first_stage: Stage):
         os.environ.setdefault("LOCAL_SIZE", "1")
@@ -96,7 +97,7 @@ class EngineLoop:
         self.stage, self.steps = None, 0
 
     def step(self, stage: Stage, batches: Batches) -> Tensor:
-        """The loss before the update."""
+        """Take one step and return its loss, computed before the update."""
         if stage is not self.stage:
             self.engine.set_batch_sizes(stage)
             self.stage = stage
@@ -105,7 +106,7 @@ class EngineLoop:
 
 
 def batches_of(config: RunConfig, stage: Stage, device: torch.device) -> Batches:
-    """Random micro-batches of (codes, labels) as the loader hands them over: on the host, pinned for a GPU."""
+    """Return random micro-batches of (codes, labels) in the loader's format: on the host, pinned for a GPU."""
     model, generator = config.model, torch.Generator().manual_seed(stage.index)
     shape = stage.micro_batch_size, num_positions(model.grid_size, stage.patch_side), stage.patch_side**2
     pin = {"pin_memory": device.type == "cuda", "generator": generator}

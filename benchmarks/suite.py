@@ -1,4 +1,4 @@
-"""All benchmarks: what each measures, how long it takes, and running one of them in a process of its own."""
+"""The table of all benchmarks, and the code that runs one of them in a separate process."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from npp_ds.errors import UserError
 ROOT = Path(__file__).parent.parent
 CORES = 2
 PATIENCE = 3
-"""A benchmark that takes this many times the minutes it is expected to take is ended."""
-TOLD_LINES = 15
-"""Of the output of a benchmark that fails."""
+"""The time limit of a benchmark, as a multiple of its expected minutes."""
+SHOWN_LINES = 15
+"""Last lines of a failed benchmark's output that are shown."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A module of this folder; minutes on two CPU cores, and with --gpu on one H100 (None: it has no such mode)."""
+    """A module of this folder; expected minutes on two CPU cores, and with --gpu on one H100 (None: no GPU mode)."""
 
     name: str
     measures: str
@@ -33,24 +33,24 @@ class Benchmark:
 
 
 BENCHMARKS = (
-    Benchmark("patch_loss", "time and memory of the patch loss, beside the published way", 5, gpu_minutes=2),
+    Benchmark("patch_loss", "time and memory of the patch loss, against the published way", 5, gpu_minutes=2),
     Benchmark(
-        "training_step", "a training step at each patch side, beside the published way and the FLOPs", 5, gpu_minutes=3
+        "training_step", "a training step at each patch side, against the published way and the FLOPs", 5, gpu_minutes=3
     ),
-    Benchmark("loader", "rows of codes a second, beside WebDataset and files", 2),
-    Benchmark("tokenize", "images to codes, beside the published way", 5, gpu_minutes=4),
-    Benchmark("sampling", "images decoded a second, beside the published way", 4, gpu_minutes=4),
-    Benchmark("engine", "a step of DeepSpeed's engine, beside a bare loop", 6, gpu_minutes=3),
-    Benchmark("saving", "how long training stands still for a checkpoint", 1),
-    Benchmark("mfu", "whole steps in a bare loop and in the engine, compiled and recorded", 4, gpu_minutes=8),
+    Benchmark("loader", "rows of codes per second, against WebDataset and files", 2),
+    Benchmark("tokenize", "images to codes, against the published way", 5, gpu_minutes=4),
+    Benchmark("sampling", "images sampled per second, against the published way", 4, gpu_minutes=4),
+    Benchmark("engine", "a step of DeepSpeed's engine, against a bare loop", 6, gpu_minutes=3),
+    Benchmark("saving", "how long a checkpoint pauses training, against DeepSpeed's own", 1),
+    Benchmark("mfu", "whole steps in a bare loop and in the engine, compiled and with CUDA graphs", 4, gpu_minutes=8),
     Benchmark("attention", "kernels of causal attention for 4 to 576 positions", 2, gpu_minutes=2),
-    Benchmark("memory", "memory of a training process, measured and expected", 4, gpu_minutes=6),
+    Benchmark("memory", "memory of a training process, measured and estimated", 4, gpu_minutes=6),
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one benchmark: its result and table, or the problem that it ended with."""
+    """The outcome of one benchmark: its result and table, or the problem that ended it."""
 
     benchmark: Benchmark
     seconds: float
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def chosen(names: list[str] | None, gpu: bool) -> list[Benchmark]:
-    """The benchmarks of these names, all when None; with `gpu` those that have such a mode. Raises UserError."""
+    """Return the benchmarks with these names, or all if None; with `gpu`, those with a GPU mode. Raises UserError."""
     known = {b.name: b for b in BENCHMARKS}
     if unknown := [name for name in names or () if name not in known]:
         raise UserError(f"--only {' '.join(unknown)}: no such benchmark; there are {', '.join(known)}")
@@ -70,20 +70,23 @@ def chosen(names: list[str] | None, gpu: bool) -> list[Benchmark]:
 
 
 def run(benchmark: Benchmark, gpu: bool = False, fast: bool = False, out: Path | None = None) -> Outcome:
-    """Runs one to its end or its time limit: without `gpu` on `CORES` cores, as what is wanted is stated for, and blind
-    to GPUs. `out` gets its files only when it has succeeded."""
+    """Run a benchmark until it ends or reaches its time limit.
+
+    Without `gpu`, it runs on `CORES` cores, for which the required minimums are stated, and sees no GPU. Its files are
+    copied to `out` only if it succeeds.
+    """
     limit = 60 * PATIENCE * (benchmark.gpu_minutes if gpu else benchmark.minutes)
     file = f"{benchmark.name}{'_gpu' if gpu else ''}"
     flags = [flag for flag, wanted in (("--gpu", gpu), ("--fast", fast)) if wanted]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", f"benchmarks.{benchmark.name}", *flags, "--out", folder]
         started = time.perf_counter()
-        code, said = _run_to_end(command, limit, gpu)
+        code, output = _run_to_end(command, limit, gpu)
         seconds = time.perf_counter() - started
         if code is None:
-            return Outcome(benchmark, seconds, problem=f"ended after its time limit of {limit / 60:g} minutes{said}")
+            return Outcome(benchmark, seconds, problem=f"ended after its time limit of {limit / 60:g} minutes{output}")
         if code:
-            return Outcome(benchmark, seconds, problem=f"ended with code {code}{said}")
+            return Outcome(benchmark, seconds, problem=f"ended with code {code}{output}")
         figures, table = Path(folder) / f"{file}.json", Path(folder) / f"{file}.md"
         if not (figures.is_file() and table.is_file()):
             return Outcome(benchmark, seconds, problem=f"wrote no {file}.json and {file}.md")
@@ -95,7 +98,7 @@ def run(benchmark: Benchmark, gpu: bool = False, fast: bool = False, out: Path |
 
 
 def _run_to_end(command: list[str], limit: float, gpu: bool) -> tuple[int | None, str]:
-    """(exit code, None past the limit in seconds; the last lines of what it said), no process of its left behind."""
+    """Return (exit code, None if it reached the limit in seconds; the last lines of its output). No process remains."""
     environment = dict(os.environ) if gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     cores = sorted(os.sched_getaffinity(0))[: None if gpu else CORES]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -115,12 +118,12 @@ def _run_to_end(command: list[str], limit: float, gpu: bool) -> tuple[int | None
         finally:
             end_group(process)
         log.seek(0)
-        lines = log.read().splitlines()[-TOLD_LINES:]
+        lines = log.read().splitlines()[-SHOWN_LINES:]
     return code, "".join(f"\n    {line}" for line in lines)
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Ends the process and all that it started."""
+    """Kill the process and all processes in its group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

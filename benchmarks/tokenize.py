@@ -1,7 +1,7 @@
-"""How many crops a second become codes: this software beside the published way, on JPEGs of ImageNet's usual size.
+"""Compare how fast crops become codes with the published way, on JPEGs of ImageNet's usual size.
 
-The published way takes ten crops of one image as a batch from a DataLoader and writes two .npy files an image. Both
-ways take turns with an encoder that does nothing; then VQ-16 is run alone and behind the whole pipeline:
+The published way encodes ten crops of one image at a time from a DataLoader and writes two .npy files per image. Both
+ways take turns with an encoder that does nothing. Then VQ-16 runs alone and in the whole pipeline:
 
     python -m benchmarks.tokenize --out benchmarks/results
     python -m benchmarks.tokenize --gpu --tokenizer vq_ds16_c2i.pt --out benchmarks/results
@@ -11,10 +11,10 @@ import os
 import sys
 
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
-    # Run by its path, this folder comes first, and this file would hide the standard library's tokenize.
+    # When run by its path, this folder is first on sys.path, and this file would hide the standard library's tokenize.
     sys.path[0] = os.path.dirname(sys.path[0])
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as data_prep/tokenize_imagenet.py does, for both ways
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for both ways, as in data_prep/tokenize_imagenet.py
 
 import argparse
 import io
@@ -47,7 +47,7 @@ PUBLISHED, HERE = "published way", "this software"
 
 
 class NullTokenizer:
-    """Takes what VQ-16 takes and gives codes of its shape at once."""
+    """A tokenizer with the shapes of VQ-16 that returns zeros."""
 
     name, sha256, downsample, config = "null", "0" * 64, VQ16.downsample, VQ16
 
@@ -56,7 +56,7 @@ class NullTokenizer:
 
 
 def write_images(folder: Path, count: int, different: int = 150, classes: int = 4) -> Source:
-    """Noise with the spectrum of photographs (amplitude 1/f) as JPEGs in class folders; `different` ones, repeated."""
+    """Write JPEGs of noise with the spectrum of photographs (amplitude 1/f): `different` ones, copied up to `count`."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None])
     frequency[0, 0] = 1
@@ -75,10 +75,10 @@ def write_images(folder: Path, count: int, different: int = 150, classes: int = 
 
 
 def published_way(images: Path, out: Path, encode: Callable[[torch.Tensor], torch.Tensor], workers: int) -> None:
-    """Float crops of one image from a DataLoader worker are a batch; two .npy files are an image."""
+    """Encode the float crops of one image at a time from a DataLoader, and write two .npy files per image."""
     out.mkdir()
     dataset = datasets.ImageFolder(str(images), published_transform())
-    fork = "fork" if workers else None  # the transforms hold lambdas, which cannot be sent to a process
+    fork = "fork" if workers else None  # the transforms contain lambdas, which cannot be pickled
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, multiprocessing_context=fork)
     for number, (crops, label) in enumerate(loader):
         codes = encode(crops.flatten(0, 1)).reshape(1, CROPS, -1)
@@ -87,7 +87,7 @@ def published_way(images: Path, out: Path, encode: Callable[[torch.Tensor], torc
 
 
 def published_center_crop(image: Image.Image, size: int) -> Image.Image:
-    """`center_crop` as the published script does it: the whole image is scaled, and the crop cut from an array."""
+    """Scale the whole image and cut the crop from an array, as `center_crop` of the published script does."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -108,7 +108,7 @@ def published_transform() -> transforms.Compose:
 
 
 def this_way(source: Source, tokenizer, out: Path, **changes) -> Encoding:
-    """Ten crops of each image into shards with a manifest, finished."""
+    """Encode ten crops of each image into shards and write the manifest."""
     settings = {"crops": "ten", "crop_ranges": (RANGE,), "samples_per_shard": 4096, "crop_batch_size": 160}
     encoding = Encoding(source, tokenizer, out, EncodeSettings("train", SIZE, **{**settings, **changes}))
     encoding.run()
@@ -123,14 +123,14 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def clock_and_cpu(action: Callable[[], object]) -> dict[str, float]:
-    """Seconds by the clock, and of processor time of this process and those that it started and that have ended."""
+    """Return the wall-clock seconds, and the CPU seconds of this process and of its children that have ended."""
     before = sum(os.times()[:4])
     took = seconds(action)
     return {"clock": took, "cpu": sum(os.times()[:4]) - before}
 
 
 def measure_parts(source: Source, folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """Crops a second of each part by itself on `count` images: parts -> {way: crops/s}."""
+    """Return the crops per second of each part alone on `count` images: part -> {way: crops/s}."""
     reader, items = ImageReader(), source.items[:count]
     data = [reader.read(item) for item in items]
     images: list[Image.Image] = []
@@ -152,15 +152,17 @@ def measure_parts(source: Source, folder: Path, count: int) -> dict[str, dict[st
             np.save(folder / f"{number}_codes.npy", codes[None].astype(np.int64))
             np.save(folder / f"{number}_label.npy", np.array([item.label]))
 
-    crop()  # touches the memory that all later batches use again
+    crop()  # allocates the memory that all later batches reuse
     took["crop, scale to floats"] = {HERE: seconds(crop), PUBLISHED: seconds(lambda: list(map(transform, images)))}
     took["write"] = {HERE: seconds(write), PUBLISHED: seconds(write_published)}
     return {part: {way: count * CROPS / time for way, time in ways.items()} for part, ways in took.items()}
 
 
 def measure_null(source: Source, folder: Path, workers: int) -> dict[str, dict[str, float]]:
-    """Both ways from files to files, one after the other, with an encoder that does nothing: images a second by the
-    clock, and by the processor time that all their processes took."""
+    """Run both ways from files to files, one after the other, with an encoder that does nothing.
+
+    Return the images per second of wall-clock time, and per second of CPU time of all processes.
+    """
     images, tokenizer = Path(source.items[0].path).parents[1], NullTokenizer()
     ways = {
         PUBLISHED: lambda: published_way(images, folder / "published", tokenizer.encode, workers),
@@ -173,7 +175,7 @@ def measure_null(source: Source, folder: Path, workers: int) -> dict[str, dict[s
 def measure_vq16(
     source: Source, tokenizer: VQModel, folder: Path, workers: int, count: int
 ) -> dict[str, dict[str, float]]:
-    """Seconds of VQ-16 on centre crops of `count` images: alone, and with reading, decoding and writing around it."""
+    """Return the seconds of VQ-16 on center crops of `count` images, alone and in the whole pipeline."""
     few = replace(source, items=source.items[:count])
     settings = {"crops": "center", "crop_ranges": (), "crop_batch_size": 4, "workers": workers}
     alone = BatchEncoder(tokenizer, SIZE, "center", (), 4)
@@ -185,7 +187,7 @@ def measure_vq16(
 
 
 def encoder_rate(tokenizer: VQModel, crops: int, device: str, precision: str, batches: int = 8) -> float:
-    """Return crops a second of the encoder alone, in batches of about `crops` ten-crops of noise from the host."""
+    """Return the crops per second of the encoder alone, in batches of about `crops` crops of noise from the host."""
     encoder = BatchEncoder(tokenizer, SIZE, "ten", (RANGE,), crops, device, precision)
     side = int(SIZE * RANGE)
     noise = [np.random.default_rng(0).integers(0, 256, (encoder.images, side, side, 3), np.uint8)]
@@ -195,7 +197,7 @@ def encoder_rate(tokenizer: VQModel, crops: int, device: str, precision: str, ba
 
 
 def measure_gpu(source: Source, tokenizer: VQModel, folder: Path, options: argparse.Namespace) -> list[dict]:
-    """For each precision: crops a second of the encoder alone and of the whole pipeline, agreement with fp32."""
+    """Return for each precision the crops per second of encoder and pipeline, and the agreement with fp32."""
     rows = []
     tokenizer = tokenizer.to("cuda")
     for precision in PRECISIONS:
@@ -282,9 +284,9 @@ def cpu_table(result: dict) -> list[str]:
         "",
         f"Ten crops of {SIZE} pixels of {result['images']} JPEGs of {WIDTH} x {HEIGHT} "
         f"({result['mean_jpeg_bytes'] / 1e3:.0f} kB each), {result['workers']} decoding processes; medians of "
-        f"{result['repeats']} turns. With an encoder that does nothing, from files to files:",
+        f"{result['repeats']} turns. From files to files, with an encoder that does nothing:",
         "",
-        "| way | images/s | crops/s | images per second of processor time |",
+        "| way | images/s | crops/s | images per second of CPU time |",
         "|---|---|---|---|",
         *(
             f"| {way} | {rate[way]['clock']:.1f} | {rate[way]['clock'] * CROPS:.0f} | {rate[way]['cpu']:.1f} |"
@@ -292,9 +294,9 @@ def cpu_table(result: dict) -> list[str]:
         ),
         "",
         f"Ratio in the same turn: **{ratio['clock']['median']:.2f}** ({ratio['clock']['lowest']:.2f} .. "
-        f"{ratio['clock']['highest']:.2f}); in processor time {ratio['cpu']['median']:.2f}.",
+        f"{ratio['clock']['highest']:.2f}); in CPU time {ratio['cpu']['median']:.2f}.",
         "",
-        f"| part by itself, crops/s | {PUBLISHED} | {HERE} |",
+        f"| part alone, crops/s | {PUBLISHED} | {HERE} |",
         "|---|---|---|",
     ]
     for part, ways in result["parts_crops_per_second"].items():
@@ -302,10 +304,10 @@ def cpu_table(result: dict) -> list[str]:
     lines += [
         f"| encode, VQ-16 in fp32 ({vq16['weights']} weights) | {encoder:.2f} | {encoder:.2f} |",
         "",
-        f"VQ-16 on {vq16['crops']} centre crops: {vq16['seconds']['alone']['clock']:.1f} s alone, "
-        f"{vq16['seconds']['in the pipeline']['clock']:.1f} s with reading, decoding and writing around it: "
+        f"VQ-16 on {vq16['crops']} center crops: {vq16['seconds']['alone']['clock']:.1f} s alone, "
+        f"{vq16['seconds']['in the pipeline']['clock']:.1f} s in the whole pipeline: "
         f"**{overhead['clock']['median']:+.1%}** ({overhead['clock']['lowest']:+.1%} .. "
-        f"{overhead['clock']['highest']:+.1%}); in processor time {overhead['cpu']['median']:+.1%}.",
+        f"{overhead['clock']['highest']:+.1%}); in CPU time {overhead['cpu']['median']:+.1%}.",
     ]
     return lines
 
@@ -331,17 +333,17 @@ def gpu_table(result: dict) -> list[str]:
 def main() -> None:
     parser = command_line(
         __doc__,
-        fast="300 JPEGs, 4 crops through VQ-16, 3 turns",
-        gpu="VQ-16 on the first GPU, in every precision",
+        fast="300 JPEGs, 4 crops for VQ-16, 3 turns",
+        gpu="measure VQ-16 on the first GPU, in every precision",
         repeats=5,
     )
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0))
     add("--tokenizer", help="a VQ-16 checkpoint (default: random weights)")
-    add("--images", type=int, default=2000, help="JPEGs (%(default)s)")
+    add("--images", type=int, default=2000, help="number of JPEGs (%(default)s)")
     add("--workers", type=int, default=min(cores, 16), help="decoding processes (%(default)s)")
-    add("--vq16-images", type=int, default=8, help="crops through VQ-16 on the CPU, in fours (%(default)s)")
-    add("--batch-size", type=int, default=250, help="crops through VQ-16 on the GPU at once (%(default)s)")
+    add("--vq16-images", type=int, default=8, help="crops for VQ-16 on the CPU, a multiple of 4 (%(default)s)")
+    add("--batch-size", type=int, default=250, help="crops per batch of VQ-16 on the GPU (%(default)s)")
     options = parsed(parser, fast={"images": 300, "vq16_images": 4, "repeats": 3})
     result = {
         "benchmark": "tokenize_gpu" if options.gpu else "tokenize",

@@ -1,16 +1,16 @@
-"""A training step at each patch side: this software beside the published way, and how both follow the FLOPs.
+"""Compare a training step at each patch side with the published way, and the times of both with the FLOPs.
 
-Both are bare PyTorch loops over models with equal weights, dropout 0.1 and AdamW: forward and backward pass, clipping,
-update, gradients freed. Ours is `Transformer` with a fused AdamW, the published one `benchmarks.published_step`. Each
-way has a process of its own; on a CPU ours keeps freed memory there, as one that trains does, and the published way is
-measured without and with that. All sides and ways take turns, and so does the update alone (clipping, AdamW, freeing),
-which costs the same at every side:
+Both ways are bare PyTorch loops over models with equal weights, dropout 0.1 and AdamW. A step is the forward and
+backward pass, clipping, the update, and freeing the gradients. Ours is `Transformer` with a fused AdamW; the published
+way is `benchmarks.published_step`. Each way runs in a separate process. On a CPU, our process keeps freed memory, as a
+training process does; the published way is measured without and with that. All sides and ways take turns, and so does
+the update alone (clipping, AdamW, freeing), which takes the same time at every side:
 
     python -m benchmarks.training_step --out benchmarks/results            # 6 layers, fp32: 5 minutes on 2 idle cores
-    python -m benchmarks.training_step --profile --out benchmarks/results  # where the time of our step goes instead
+    python -m benchmarks.training_step --profile --out benchmarks/results  # time of our step by group of operations
     python -m benchmarks.training_step --gpu --out benchmarks/results      # B, batch 256, bf16 autocast
 
-The profile counts groups of operations, on a CPU the time of the host in each, on a GPU that of its kernels.
+The profile sums the time of groups of operations: host time on a CPU, kernel time on a GPU.
 """
 
 import argparse
@@ -59,12 +59,12 @@ GROUPS = (
     ("products of the blocks", ("aten::mm", "aten::addmm")),
     ("dropout masks", ("bernoulli", "native_dropout")),
 )
-"""Where an operation's time is counted: the first row of which a word is in its name or in that of one around it."""
+"""Groups of operations. An operation is in the first group of which a word is in its name or in a caller's name."""
 REST, BETWEEN = "norms, rotation, activation, residuals", "host and waiting"
 
 
 class Step:
-    """A model, its optimizer and how they take a step: `step(codes[B, T], labels[B], patch_side)`."""
+    """A model and its optimizer; `step(codes[B, T], labels[B], patch_side)` takes a training step."""
 
     def __init__(self, sizes: ModelSection, way: str, device: str):
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def ways_of(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def cases_of(step: Step, codes: Tensor, labels: Tensor) -> dict[int | str, Callable[[], None]]:
-    """What takes turns: a whole step at each patch side, and UPDATE, what comes after a backward pass."""
+    """Return what takes turns: a whole step at each patch side, and UPDATE, the part after the backward pass."""
     step.loss(codes[:1], labels[:1], SIDES[-1]).backward()
     gradients = [(parameter, parameter.grad) for parameter in step.model.parameters()]
     step.update()
@@ -119,14 +119,14 @@ def cases_of(step: Step, codes: Tensor, labels: Tensor) -> dict[int | str, Calla
 
 @contextmanager
 def at_work(way: str, options: argparse.Namespace) -> Iterator[Callable[[int | str, int], float]]:
-    """What one way's process does: (case of `cases_of`, how many times) -> seconds each time."""
+    """Yield the function of one way's process: (case of `cases_of`, repetitions) -> seconds per repetition."""
     _, step, codes, labels = set_up(options, way)
     cases, wait = cases_of(step, codes, labels), waiting_for(options.gpu)
     yield lambda case, times: seconds_each(cases[case], times, wait)[0]
 
 
 def measure(options: argparse.Namespace) -> dict[tuple[int | str, str], list[float]]:
-    """Seconds of each (case, way), a number for each turn; a turn repeats a short case, as training does."""
+    """Return the seconds of each (case, way) in each turn; a turn repeats short cases."""
     ways = ways_of(options)
     keys = [(case, way) for case in (*SIDES, UPDATE) for way in ways]
     with own_processes(at_work, {way: (way, options) for way in ways}) as ask:
@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace) -> dict[tuple[int | str, str], list[flo
 
 
 def group_of(event) -> str:
-    """The group of a profiled operation, by its name and the names of those it was called by."""
+    """Return the group of a profiled operation, from its name and its callers' names."""
     names = []
     while event:
         names.append(event.name)
@@ -147,7 +147,7 @@ def group_of(event) -> str:
 
 
 def breakdown(step: Callable[[], None], wait: Callable[[], None], on_gpu: bool) -> dict[str, float]:
-    """Milliseconds of one step by group of operations, and what lies between operations ("host and waiting")."""
+    """Return the milliseconds of one step by group of operations; "host and waiting" is the time between operations."""
     wait()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         began = time.perf_counter()
@@ -168,7 +168,7 @@ def sizes_of(options: argparse.Namespace) -> ModelSection:
 
 
 def set_up(options: argparse.Namespace, way: str) -> tuple[ModelSection, Step, Tensor, Tensor]:
-    """Sizes, a model that takes steps in one of the ways, and a batch: codes[B, T] and labels[B]."""
+    """Return the sizes, the `Step` of a way, and a batch: codes[B, T] and labels[B]."""
     device = "cuda" if options.gpu else "cpu"
     torch.set_num_threads(options.threads)
     if way in (HERE, PUBLISHED_KEEPING) and not options.gpu:
@@ -181,7 +181,7 @@ def set_up(options: argparse.Namespace, way: str) -> tuple[ModelSection, Step, T
 
 
 def facts(options: argparse.Namespace, name: str, sizes: ModelSection) -> dict:
-    """What every result tells of the model and the machine."""
+    """Return the facts about model and machine that every result contains."""
     return {
         "benchmark": f"{name}_gpu" if options.gpu else name,
         **sizes.shape(),
@@ -196,7 +196,7 @@ def facts(options: argparse.Namespace, name: str, sizes: ModelSection) -> dict:
 
 
 def compare(options: argparse.Namespace) -> dict:
-    """All ways and the update of each, as the JSON line tells it."""
+    """Measure all ways and the update of each, and return the result that is printed as JSON."""
     sizes, ways, seconds = sizes_of(options), ways_of(options), measure(options)
     flops = {side: options.batch * sizes.training_flops(num_positions(sizes.grid_size, side)) for side in SIDES}
     rows, here = [], {side: median(seconds[side, HERE]) for side in SIDES}
@@ -220,7 +220,7 @@ def compare(options: argparse.Namespace) -> dict:
 
 
 def explain(options: argparse.Namespace) -> dict:
-    """Where the time of our step goes at each side: medians of turns, after one that is not profiled."""
+    """Profile our step at each side: medians of turns, after a turn that is not profiled."""
     sizes, step, codes, labels = set_up(options, HERE)
     wait = waiting_for(options.gpu)
     ours = {side: partial(step, codes, labels, side) for side in SIDES}
@@ -241,12 +241,12 @@ def explain(options: argparse.Namespace) -> dict:
 
 def table(result: dict) -> str:
     rows, update, gpu = result["sides"], result["update_seconds"], "gpu" in result["machine"]
-    bounds = ("", "") if gpu else (f" wanted | met | {PUBLISHED_KEEPING} / ours |", "---|---|---|")
+    bounds = ("", "") if gpu else (f" required | met | {PUBLISHED_KEEPING} / ours |", "---|---|---|")
     lines = [
         f"# A training step at each patch side{' on a GPU' if gpu else ''}",
         "",
-        f"{_model(result)} Milliseconds of a step, medians of {result['repeats']} turns (lowest .. highest); the ratio "
-        "is that of the same turn.",
+        f"{_model(result)} Milliseconds per step, medians of {result['repeats']} turns (lowest .. highest); ratios "
+        "are those within a turn.",
         "",
         f"| patch side | {HERE} | {PUBLISHED} | published / ours |{bounds[0]}",
         f"|---|---|---|---|{bounds[1]}",
@@ -261,8 +261,8 @@ def table(result: dict) -> str:
         lines.append(f"| {row['patch_side']} | {times} | {ratios[PUBLISHED]} |{bound}")
     lines += [
         "",
-        "Beside the FLOPs. The update (clipping, AdamW, gradients freed) costs the same at every side: alone "
-        f"{_milliseconds(update[HERE])} ms here, {_milliseconds(update[PUBLISHED])} ms in the published way.",
+        "Compared with the FLOPs. The update (clipping, AdamW, freeing gradients) takes the same time at every side: "
+        f"alone {_milliseconds(update[HERE])} ms here, {_milliseconds(update[PUBLISHED])} ms in the published way.",
         "",
         f"| patch side | FLOPs over side 1 | step over side 1, {HERE} | {PUBLISHED} | update / step, {HERE} "
         f"| {PUBLISHED} | GFLOP/s, {HERE} |",
@@ -278,14 +278,14 @@ def table(result: dict) -> str:
 
 
 def profile_table(result: dict) -> str:
-    """Milliseconds by group of operations, and how far each is above its time at side 1 times the ratio of FLOPs."""
+    """Format milliseconds by group of operations, and their excess over the time at side 1 times the ratio of FLOPs."""
     rows, gpu = result["sides"], "gpu" in result["machine"]
     lines = [
         f"# Where the time of a training step goes{' on a GPU' if gpu else ''}",
         "",
         f"{_model(result)} Milliseconds of our step in each group of operations, medians of {result['repeats']} "
-        "profiled steps; profiling adds a little to each operation. In brackets how much of that is above the time at "
-        "side 1 times the ratio of FLOPs.",
+        "profiled steps; profiling adds a little to each operation. In parentheses: the excess over the time at side 1 "
+        "times the ratio of FLOPs.",
         "",
         "| operations | " + " | ".join(f"side {row['patch_side']}" for row in rows) + " |",
         "|---" * (len(rows) + 1) + "|",
@@ -323,15 +323,15 @@ def _milliseconds(seconds: dict[str, float]) -> str:
 
 
 def main() -> None:
-    gpu = "B at batch 256 in bf16 autocast on the first GPU"
+    gpu = "measure B at batch 256 in bf16 autocast on the first GPU"
     parser = command_line(__doc__, "batches of 8 and 3 short turns: about a minute", gpu, repeats=5)
     add = parser.add_argument
-    add("--profile", action="store_true", help="where the time of our step goes, instead")
-    add("--batch", type=int, default=32, help="images a step (%(default)s)")
-    add("--layers", type=int, default=6, help="on the CPU (%(default)s)")
-    add("--vocab-size", type=int, default=16384, help="(%(default)s)")
-    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="of the CPU (%(default)s)")
-    add("--turn-seconds", type=float, default=1.0, help="about how long a case takes in a turn (%(default)s)")
+    add("--profile", action="store_true", help="profile our step by group of operations instead")
+    add("--batch", type=int, default=32, help="images per step (%(default)s)")
+    add("--layers", type=int, default=6, help="layers of the model on the CPU (%(default)s)")
+    add("--vocab-size", type=int, default=16384, help="codes in the codebook (%(default)s)")
+    add("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="CPU threads (%(default)s)")
+    add("--turn-seconds", type=float, default=1.0, help="approximate seconds of a case in a turn (%(default)s)")
     options = parsed(parser, gpu={"batch": 256}, fast={"batch": 8, "repeats": 3, "turn_seconds": 0.3})
     measured, tabled = (explain, profile_table) if options.profile else (compare, table)
     result = measured(options)

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Functions of all job scripts, which source this file. docs/cluster.md describes the settings and the exit codes.
+# Functions that all job scripts source. docs/cluster.md describes the settings and the exit codes.
 #
-#   train RECIPE ...       train a recipe to its last step, over as many starts of the job as it takes
+#   train RECIPE ...       train a recipe to its last step, over several starts of the job if necessary
 #   begin PROGRESS ...     begin a start of the job; `PROGRESS ...` prints a text that changes as the work advances
 #   run_step COMMAND ...   run a command on all tasks, with srun's `step_options`, and set `code` to its exit code
 #   finish                 end the job with `code`; requeue it if another start can help
 
-MOST_FAILURES=3 # failed starts in a row without progress; a start that was asked to stop has not failed
-MOST_STARTS=20  # starts of any kind in a row without progress, for jobs that are always stopped before their first step
+MOST_FAILURES=3 # failed starts in a row without progress; a start that was stopped by a signal has not failed
+MOST_STARTS=20  # starts in a row without progress, also stopped ones: some jobs are always stopped before a first step
 : "${NPP_SLURM_PATIENCE:=600}" # seconds to wait for SLURM's controller to answer a request to requeue
 
 fail() {
@@ -35,7 +35,7 @@ export PYTHONPATH=$NPP_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export SLURM_EXPORT_ENV=ALL # pass the variables of this script to the tasks even after sbatch --export=NONE
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun does not inherit it from sbatch
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # each task would repeat torch's warnings
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # otherwise each task repeats PyTorch's warnings
 
 # The last task of a job array has the job id of the whole array, so address it by array id and index.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -47,8 +47,8 @@ say() {
   printf '== %(%F %T)T job %s: %s\n' -1 "$job" "$*"
 }
 
-# Forward the first signal (the time limit is near, or another job needs the nodes) to all tasks, which save and end with
-# 75. This shell keeps running until they have ended.
+# Forward the first signal (the time limit is near, or another job needs the nodes) to all tasks, which save and exit
+# with 75. This shell keeps running until they have ended.
 asked_by='' heard='' step=''
 pass_on() {
   asked_by=$1 heard=yes
@@ -59,12 +59,12 @@ pass_on() {
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-# Count the starts of this job since its last progress. SLURM itself requeues a job whose node has failed, so a start
-# that ended without a message counts too.
+# Count the starts of this job since its last progress. SLURM itself requeues a job after a node failure, so a start
+# that ended without a message counts, too.
 begin() {
   progress=("$@")
-  mkdir -p "$notes" || fail "$notes: cannot be made; set RUNS_DIR to a folder that you may write to"
-  # A job cannot know that it is cancelled for good, so later jobs delete the notes of cancelled ones.
+  mkdir -p "$notes" || fail "$notes: cannot be created; set RUNS_DIR to a folder that you may write to"
+  # A cancelled job cannot delete its notes, so later jobs delete them.
   find "$RUNS_DIR/.slurm" -mindepth 1 -maxdepth 1 -mtime +90 -exec rm -rf {} + 2>/dev/null
   local restart=${SLURM_RESTART_COUNT:-0} count=0 last_seen=''
   failures_before=0
@@ -85,7 +85,7 @@ begin() {
   ((SLURM_JOB_NUM_NODES == 1)) || [[ -n ${MASTER_ADDR:-} ]] || find_master
 }
 
-# Set MASTER_ADDR, where all tasks meet: the name of the first node, or its NodeAddr if the name does not resolve.
+# Set MASTER_ADDR, the address for the rendezvous: the first node's name, or its NodeAddr if the name does not resolve.
 find_master() {
   local node
   node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -98,23 +98,23 @@ count_starts() { # STARTS
   echo "$1 $failures $progress_at_start" >"$notes/starts.tmp" && mv "$notes/starts.tmp" "$notes/starts"
 }
 
-# Do not count this start as a failure: it was asked to stop.
+# Do not count this start as a failure, because it was stopped by a signal.
 forgive() {
   ((starts == 0)) || { failures=$failures_before && count_starts "$starts"; }
 }
 
-# Set `code`: 0 if all tasks are done; 75 if they saved because they were asked to stop; 2, 3 or 4 if any task ended with
-# that; else the code of the task that ended first.
+# Set `code`: 0 if all tasks are done; 75 if they saved after a signal; 2, 3 or 4 if any task ended with that code; else
+# the code of the task that ended first.
 run_step() {
   local codes=$notes/codes noted status first
   code=75
   [[ -z $asked_by ]] || return
   if ! { rm -rf "$codes" && mkdir "$codes"; }; then
-    fail "$codes: cannot be made anew"
+    fail "$codes: cannot be deleted and created again"
   fi
   srun --kill-on-bad-exit=1 "${step_options[@]}" "$NPP_HOME/slurm/task.sh" "$codes" "$@" &
   step=$!
-  [[ -z $asked_by ]] || kill -s "$asked_by" "$step" # the signal came before there was a step to forward it to
+  [[ -z $asked_by ]] || kill -s "$asked_by" "$step" # the signal came before the step existed
   heard=yes status=''
   while [[ -n $heard ]]; do # wait returns early when a signal comes
     heard=''
@@ -148,7 +148,7 @@ finish() {
         exit "$code"
       elif ((failures >= MOST_FAILURES || starts >= MOST_STARTS)) && [[ $("${progress[@]}") == "$progress_at_start" ]]; then
         say "ended with $code; started $starts times without progress: not requeued"
-      elif trap '' TERM USR1 && patiently scontrol requeue "$job"; then # SLURM ends this shell while it answers
+      elif trap '' TERM USR1 && patiently scontrol requeue "$job"; then # SLURM may end this shell before scontrol returns
         say "ended with $code: requeued"
         exit "$code"
       else
@@ -160,7 +160,7 @@ finish() {
   exit "$code"
 }
 
-# Repeat a request to SLURM's controller, which may be away for a while.
+# Repeat a request to SLURM's controller, which may be unavailable for a while.
 patiently() { # COMMAND ...
   local answer end=$((SECONDS + NPP_SLURM_PATIENCE))
   until answer=$("$@" 2>&1); do
@@ -173,7 +173,7 @@ patiently() { # COMMAND ...
   echo "$answer"
 }
 
-# What `begin` may watch: these print a text that changes as the work progresses.
+# Progress functions for `begin`; each prints a text that changes as the work advances.
 count_files() { # FOLDER PATTERN
   find "$1" -type f -name "$2" 2>/dev/null | wc -l
 }
@@ -190,7 +190,7 @@ train() { # RECIPE [key=value ...]
     case $argument in
       name=*) name=${argument#name=} ;;
       run_dir=*) run=${argument#run_dir=} ;;
-      --from-step*) fail "--from-step: each start would go back to that step; run npp train --from-step by hand" ;;
+      --from-step*) fail "--from-step: each start would return to that step; run npp train --from-step by hand" ;;
     esac
   done
   run=${run:-$RUNS_DIR/$name}

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Samples a run on all tasks of the job and compares the samples with real images; resumes after an interruption.
+# Sample from a run on all tasks of the job and compare the samples with real images. Resumes after an interruption.
 #
 #   sbatch slurm/evaluate.sh xxl_256 --cfg-scale 1.65
 #   sbatch --nodes=4 slurm/evaluate.sh /runs/xxl_256 --cfg-scale 1.65 --weights ema
@@ -22,14 +22,14 @@ source "$NPP_HOME/slurm/common.sh" || {
 }
 
 [[ -n ${1:-} ]] || fail "which run? sbatch slurm/evaluate.sh RUN [options of npp sample]"
-need REFERENCE "what the samples are compared with"
+need REFERENCE "the reference that the samples are compared with"
 run=$1
 shift
 [[ -d $run ]] || run=$RUNS_DIR/$run
 for option; do
-  [[ $option != --out* ]] || fail "$option: not supported: the folder is named after the options, so that the same line resumes"
+  [[ $option != --out* ]] || fail "$option: not supported; the folder is named after the options, so that the same command resumes"
 done
-# The same line resumes the sampling of an earlier job: each checkpoint with its options has a folder of its own.
+# Each checkpoint with its options has its own folder, so the same command resumes the sampling of an earlier job.
 samples="$(newest_checkpoint "$run")${*:+ $*}"
 samples=$run/samples/${samples//[^[:alnum:]._=-]/_}
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Images to code shards, train and then val, on all tasks of the job; the same job resumes after an interruption.
+# Encode the images of train, then val, to code shards on all tasks of the job. Resumes after an interruption.
 #
 #   sbatch slurm/tokenize.sh
 #   SPLITS=train sbatch --nodes=2 slurm/tokenize.sh --crop-range 1.1 1.05

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains 1B (1.0B parameters) at 256 px by the paper's recipe; the same job resumes until the last step.
+# Train 1B (1.0B parameters) at 256 px with the paper's recipe. Requeued, it resumes until the last step.
 #
 #   sbatch slurm/train_1b.sh
 #   sbatch --nodes=4 slurm/train_1b.sh schedule.epochs=100

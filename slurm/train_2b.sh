@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains 2B (1.9B parameters) at 256 px by the paper's recipe; the same job resumes until the last step.
+# Train 2B (1.9B parameters) at 256 px with the paper's recipe. Requeued, it resumes until the last step.
 #
 #   sbatch slurm/train_2b.sh
 #   sbatch --nodes=4 slurm/train_2b.sh schedule.epochs=100

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains XXL (1.4B parameters) at 256 px by the paper's recipe; the same job resumes until the last step.
+# Train XXL (1.4B parameters) at 256 px with the paper's recipe. Requeued, it resumes until the last step.
 #
 #   sbatch slurm/train_xxl.sh
 #   sbatch --nodes=4 slurm/train_xxl.sh schedule.epochs=100

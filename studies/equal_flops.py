@@ -1,7 +1,7 @@
-"""Is next patch prediction better than next-token training of equal FLOPs, on the same data?
+"""Compare next patch prediction with next-token training of equal FLOPs on the same data.
 
-Trains the quickstart's three-stage run and a next-token run that may spend at least as many FLOPs, for several seeds,
-and writes the validation loss of both at patch side 1 as a table and as JSON:
+The script trains the quickstart's three-stage run and a next-token run with at least as many FLOPs, for several seeds.
+It writes the validation loss of both at patch side 1 as a table and as JSON:
 
     python studies/equal_flops.py --train SHARDS --val SHARDS --seeds 0 1 2
 """
@@ -27,14 +27,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def flops_of(config: RunConfig, num_samples: int) -> int:
-    """FLOPs of all training steps of a run (forward and backward, attention included)."""
+    """Return the FLOPs of all training steps of a run (forward and backward pass, including attention)."""
     grid = config.model.grid_size
     stages = config.build_schedule(num_samples).stages
     return sum(s.steps * s.batch_size * config.model.training_flops(num_positions(grid, s.patch_side)) for s in stages)
 
 
 def next_token_overrides(config: RunConfig, num_samples: int, learning_rate: float) -> list[str]:
-    """The run's last stage alone, of as many steps as the FLOPs of all its stages allow, rounded up."""
+    """Return the overrides for the last stage alone, with the FLOPs of all stages; its steps are rounded up."""
     last = config.stage_table()[-1]
     steps = -(
         -flops_of(config, num_samples) // (last.batch_size * config.model.training_flops(config.model.grid_size**2))
@@ -44,7 +44,7 @@ def next_token_overrides(config: RunConfig, num_samples: int, learning_rate: flo
 
 
 def train(overrides: list[str], run_dir: Path, processes: int) -> dict[str, float]:
-    """Validation loss at side 1 after the last step and the seconds that training took."""
+    """Train a run. Return the validation loss at patch side 1 after the last step, and the seconds of training."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, "-m", "npp_ds", "train", "--recipe", "quickstart", f"run_dir={run_dir}", *overrides]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -74,10 +74,10 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="folder of code shards to train on")
     parser.add_argument("--val", required=True, help="folder of held-out code shards")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", help="peaks of the next-token run (that of the last stage)")
+    parser.add_argument("--rates", type=float, nargs="+", help="next-token peak rates (that of the last stage)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/equal_flops"), help="folder for the run folders")
-    parser.add_argument("--out", type=Path, default=RESULTS / "equal_flops", help="result file without its ending")
+    parser.add_argument("--out", type=Path, default=RESULTS / "equal_flops", help="result file without its extension")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for all runs")
     args = parser.parse_args()
 

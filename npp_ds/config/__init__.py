@@ -1,4 +1,4 @@
-"""The config of a run: its schema, how it is loaded from recipes and overrides, and the stage schedule it describes.
+"""The config of a run: its schema, loading from recipes and overrides, and the stage schedule that follows from it.
 
-Pure: no torch, no processes, no files but YAML.
+This package uses no torch and no processes, and reads no files but YAML.
 """

@@ -1,4 +1,4 @@
-"""The stage table of a run, and all that follows from (config, step), as pure functions without torch."""
+"""The stage table of a run as pure functions of (config, step), without torch and without state."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -8,7 +8,9 @@ from npp_ds.sizes import num_positions
 
 
 def stage_ends(epochs: int, levels: int, ratio: float) -> list[int]:
-    """Return the epochs at which the stages end: int(E r^i) for i = L-1 .. 0 (NPP, arXiv 2412.15321, appendix).
+    """Return the epochs at which the stages end, coarse to fine: int(E r^i) for i = L-1 .. 0.
+
+    The formula is that of NPP (arXiv 2412.15321, appendix).
 
     >>> stage_ends(300, 4, 0.5)
     [37, 75, 150, 300]
@@ -17,16 +19,16 @@ def stage_ends(epochs: int, levels: int, ratio: float) -> list[int]:
 
 
 def coarse_batch_factor(patch_side: int, most: int) -> int:
-    """Return the factor on a coarse stage's batch: p * p at most, with which a step has the positions of side 1.
+    """Return the factor on a stage's batch size: min(most, p * p); p * p gives a step as many positions as at side 1.
 
-    The learning rate grows with its square root, the rule of Adam (Malladi et al., arXiv 2205.10287).
+    The learning rate is scaled by its square root, the rule for Adam (Malladi et al., arXiv 2205.10287).
     """
     return min(most, patch_side * patch_side)
 
 
 @dataclass(frozen=True)
 class StageEntry:
-    """A row of a config's stage table: the length in epochs or in steps, `micro_batch_size` as its upper limit."""
+    """A row of a config's stage table. Its length is in epochs or in steps; `micro_batch_size` is an upper limit."""
 
     patch_side: int
     epochs: float | None
@@ -48,7 +50,7 @@ class StageEntry:
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps `start_step` .. `end_step - 1` at one patch side, beginning with a fresh epoch."""
+    """The steps `start_step` .. `end_step - 1` at one patch side. A stage begins with a new epoch."""
 
     index: int
     patch_side: int
@@ -69,16 +71,16 @@ class Stage:
 
     @property
     def end_epoch(self) -> int:
-        """The first epoch index that the following stage may use."""
+        """Return the index of the first epoch of the next stage."""
         return self.start_epoch - (-self.steps // self.steps_per_epoch)
 
     def epoch_at(self, step: int) -> tuple[int, int]:
-        """Return (epoch of the run, index of the batch within that epoch), both from 0."""
+        """Return (epoch of the run, index of the batch within that epoch), both counted from 0."""
         epochs, index = divmod(step - self.start_step, self.steps_per_epoch)
         return self.start_epoch + epochs, index
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate: linear warm-up to the peak, constant, linear decay to the final rate at the last step."""
+        """Return the rate of linear warm-up, constant peak, and linear decay to the final rate at the last step."""
         done = step - self.start_step + 1
         if done <= self.warmup_steps:
             return self.peak_learning_rate * done / self.warmup_steps
@@ -91,7 +93,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stages of a run in order; steps count from 0 over the whole run."""
+    """The stages of a run in order. Steps count from 0 over the whole run."""
 
     stages: tuple[Stage, ...]
 
@@ -113,9 +115,9 @@ class Schedule:
         return spent / (sum(s.steps * s.batch_size for s in self.stages) * cost_of_side(1))
 
     def token_cost(self) -> float:
-        """Return the positions trained, relative to next-token training on the same images."""
+        """Return the number of positions trained, relative to next-token training on the same images."""
         return self._relative_cost(lambda side: 1 / side**2)
 
     def flop_cost(self, grid_size: int, flops: Callable[[int], int]) -> float:
-        """Return the FLOPs relative to next-token training on the same images; one image costs `flops(positions)`."""
+        """Return the FLOPs relative to next-token training on the same images; `flops(positions)` is for one image."""
         return self._relative_cost(lambda side: flops(num_positions(grid_size, side)))

@@ -1,6 +1,6 @@
-"""The keys of a run's config: typed, bounded, described. `npp_ds.config.load` reports all problems together.
+"""The config keys of a run with their types, bounds and descriptions. `npp_ds.config.load` loads and checks a config.
 
-Keys made with `_free` may change when a run is resumed. A checkpoint carries all others; they are compared key by key.
+Keys declared with `_free` may change when a run is resumed. A checkpoint stores the others to compare them one by one.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from npp_ds.utils.records import differences
 RECIPES = Path(__file__).parent / "recipes"
 
 MOST_PROFILED_STEPS = 100
-"""A trace is held in memory until its last step: tens of thousands of events for each."""
+"""A trace is in memory until its last step, with tens of thousands of events per step."""
 
 
 def _free(default: Any, description: str, **bounds: Any) -> Any:
-    """Return a key that may differ between the starts of one run; `...` as its default makes it required."""
+    """Return the field of a key that may differ between the starts of a run; with default `...`, it is required."""
     return Field(default, description=description, json_schema_extra={"free": True}, **bounds)
 
 
@@ -35,16 +35,16 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    size: str | None = Field(None, description="a published size, instead of dim, n_layers and n_heads")
+    size: str | None = Field(None, description="name of a published size, instead of dim, n_layers and n_heads")
     dim: int | None = Field(None, ge=8, description="width of the residual stream")
-    n_layers: int | None = Field(None, ge=1, description="transformer blocks")
-    n_heads: int | None = Field(None, ge=1, description="attention heads; dim / n_heads is the head width")
+    n_layers: int | None = Field(None, ge=1, description="number of transformer blocks")
+    n_heads: int | None = Field(None, ge=1, description="number of attention heads; dim / n_heads is the head width")
     n_kv_heads: int | None = Field(
-        None, ge=1, description="key and value heads (grouped-query attention); null: n_heads"
+        None, ge=1, description="number of key and value heads (grouped-query attention); null: n_heads"
     )
-    vocab_size: int = Field(16384, ge=2, le=65536, description="codes in the tokenizer's codebook")
+    vocab_size: int = Field(16384, ge=2, le=65536, description="number of codes in the tokenizer's codebook")
     grid_size: int = Field(16, ge=1, le=1024, description="side of an image's code map: 16 at 256 px, 24 at 384 px")
-    num_classes: int = Field(1000, ge=1, description="classes; the null class of guidance is one more")
+    num_classes: int = Field(1000, ge=1, description="number of classes, without the null class of guidance")
     ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
     token_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the embedded sequence")
     residual_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the attention projection")
@@ -52,12 +52,12 @@ class ModelSection(_Section):
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention weights")
     attention: Literal["auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"] = _free(
         "auto",
-        "attention kernel; sdpa: PyTorch's choice; auto: flash-attn where it is installed and can run, else sdpa",
+        "attention kernel; sdpa: PyTorch's choice; auto: flash-attn if it is installed and can run, else sdpa",
     )
     activation_checkpointing: Literal["none", "selective", "block"] = _free(
         "none",
-        "what the backward pass computes again to save memory, with equal results: nothing, all but products and "
-        "attention (selective), or whole blocks",
+        "activations that the backward pass recomputes to save memory, with equal results: none, all but those of "
+        "products and attention (selective), or those of whole blocks (block)",
     )
 
     @field_validator("size", mode="before")
@@ -82,7 +82,7 @@ class ModelSection(_Section):
         return parameter_count(**self.shape(), **{k: getattr(self, k) for k in sizes})
 
     def training_flops(self, positions: int) -> int:
-        """Return the FLOPs of training on one image of this many patches."""
+        """Return the FLOPs of training (forward and backward pass) on one image of this many positions."""
         sizes = ("n_kv_heads", "vocab_size", "ffn_multiple_of")
         return training_flops(positions, **self.shape(), **{k: getattr(self, k) for k in sizes})
 
@@ -90,70 +90,71 @@ class ModelSection(_Section):
 class DataSection(_Section):
     train: str = _free(
         ...,
-        "code shards to train on: a folder (its $VARIABLES are each node's), its URL, or a pipe: command",
+        "code shards to train on: a folder ($VARIABLES in it are expanded on each node), its URL, or a pipe: command",
     )
-    val: str | None = _free(None, "held-out code shards, likewise; null: no validation")
+    val: str | None = _free(None, "held-out code shards, given in the same way; null: no validation")
     tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
     cache_dir: str | None = _free(
-        None, "where shards are staged on each node; null: /dev/shm if it has space, else ~/.cache/npp_ds"
+        None, "folder on each node for the unpacked shards; null: /dev/shm if they fit there, else ~/.cache/npp_ds"
     )
     class_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
 
 
 class StageSection(_Section):
-    """One stage; keys left null take the schedule's and the optimizer's values."""
+    """One stage. Keys that are null take the value of the schedule or the optimizer."""
 
-    patch_side: int = Field(ge=1, description="side p of the patches, k = p * p codes each")
-    epochs: float | None = Field(None, gt=0, description="length in epochs; give this or steps")
-    steps: int | None = Field(None, gt=0, description="length in optimizer steps")
+    patch_side: int = Field(ge=1, description="side p of the patches, which have k = p * p codes each")
+    epochs: float | None = Field(None, gt=0, description="length in epochs; set this or steps")
+    steps: int | None = Field(None, gt=0, description="length in optimizer steps; set this or epochs")
     batch_size: int | None = Field(None, ge=1, description="images per optimizer step over all processes")
-    micro_batch_size: int | None = _free(None, "most images per forward pass and process", ge=1)
-    learning_rate: float | None = Field(None, gt=0, description="peak rate")
-    final_learning_rate: float | None = Field(None, ge=0, description="rate at the stage's last step")
-    warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up in epochs")
-    decay_fraction: float | None = Field(None, ge=0, le=1, description="share of the stage's steps that decays")
+    micro_batch_size: int | None = _free(None, "largest number of images per forward pass and process", ge=1)
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
+    final_learning_rate: float | None = Field(None, ge=0, description="learning rate at the stage's last step")
+    warmup_epochs: float | None = Field(None, ge=0, description="length of the linear warm-up in epochs")
+    decay_fraction: float | None = Field(None, ge=0, le=1, description="fraction of the steps, at the end, that decays")
 
 
 class ScheduleSection(_Section):
-    epochs: int = Field(300, ge=1, le=1_000_000, description="epochs of the whole run; unused when stages are listed")
+    epochs: int = Field(300, ge=1, le=1_000_000, description="number of epochs of the run; unused if stages are listed")
     patch_sides: list[int] = Field(
         [2, 1], min_length=1, description="patch side of each stage, coarse to fine; [1] is next-token training"
     )
     ratio: float = Field(0.5, gt=0, lt=1, description="stage i of L ends at epoch int(epochs * ratio^(L-1-i))")
     stages: list[StageSection] | None = Field(
-        None, min_length=1, description="an explicit table instead of epochs, patch_sides and ratio"
+        None, min_length=1, description="explicit table of stages, instead of epochs, patch_sides and ratio"
     )
     batch_size: int = Field(256, ge=1, description="images per optimizer step over all processes")
     micro_batch_size: int | None = _free(
         None,
-        "most images per forward pass and process: the largest divisor of batch_size / processes up to it is used; "
-        "null: batch_size / processes",
+        "largest number of images per forward pass and process; the run uses the largest divisor of "
+        "batch_size / processes up to it; null: batch_size / processes",
         ge=1,
     )
     coarse_batch_scale: int = Field(
         1,
         ge=1,
-        description="a stage of patch_sides with side p takes batches min(this, p * p) times as large and both of its "
-        "learning rates times the square root of that; 1: the same batch everywhere",
+        description="a stage of patch_sides with side p multiplies batch_size by min(this, p * p), and both learning "
+        "rates by the square root of that; 1: the same batch size in all stages",
     )
     warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up at the start of each stage, in epochs")
     decay_fraction: float = Field(
         0.2,
         ge=0,
         le=1,
-        description="share of each stage's steps, its last, in which the rate falls linearly; 1: all after the warm-up",
+        description="fraction of each stage's steps, at its end, in which the learning rate decays linearly; "
+        "1: all steps after the warm-up",
     )
     end_at_patch_side_one: bool = Field(
-        True, description="refuse a schedule whose last stage is coarser than plain tokens"
+        True, description="reject a schedule whose last stage does not have patch side 1"
     )
 
 
 class OptimizerSection(_Section):
-    learning_rate: float = Field(1e-4, gt=0, description="peak rate of every stage")
-    final_learning_rate: float = Field(1e-5, ge=0, description="rate at the last step of every stage")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of each stage")
+    final_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the last step of each stage")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's first and second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.05, ge=0, description="on tensors of two and more dimensions, none on the rest")
+    weight_decay: float = Field(0.05, ge=0, description="for tensors with two or more dimensions; others have none")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay of an exponential moving average of the weights, such as 0.9999; 0: none"
@@ -161,70 +162,71 @@ class OptimizerSection(_Section):
 
 
 class ValidationSection(_Section):
-    every: int = _free(1000, "optimizer steps between validations; 0: only at the ends of stages", ge=0)
+    every: int = _free(1000, "optimizer steps between validations; 0: only at the end of each stage", ge=0)
     batch_size: int = _free(64, "images per forward pass and process", ge=1)
-    limit: int | None = _free(None, "images to validate on; null: all", ge=1)
-    weights: Literal["raw", "ema", "both"] = _free("raw", "validate the weights, their moving average, or both")
+    limit: int | None = _free(None, "number of images to validate on; null: all", ge=1)
+    weights: Literal["raw", "ema", "both"] = _free("raw", "the trained weights, their moving average, or both")
 
 
 class EvaluateSection(_Section):
-    """Samples of a run in progress compared with real images. The weights are copied for it to every device, in
-    float32 with precision fp32, else in bfloat16, and removed afterwards.
+    """Comparison of samples with real images during a run.
+
+    For its duration, each device holds a copy of the weights, in float32 with precision fp32, else in bfloat16.
     """
 
-    every: int = _free(0, "optimizer steps between evaluations, also made at the run's last step; 0: none at all", ge=0)
+    every: int = _free(0, "optimizer steps between evaluations; also at the run's last step; 0: no evaluations", ge=0)
     reference: str | None = _free(
-        None, "statistics of real images: an .npz of `npp evaluate --make-reference` or ADM's; its extractor is used"
+        None, "statistics of real images: an .npz of `npp evaluate --make-reference` or ADM; sets the feature extractor"
     )
-    inception_weights: str | None = _free(None, "file of Inception's weights; null: torch-fidelity's own download")
-    images: int = _free(1000, "images to sample, the classes in turn: a multiple of them shows each as often", ge=2)
-    batch_size: int = _free(50, "images decoded at a time; the processes take turns, batch by batch", ge=1)
-    cfg_scale: float = _free(1.5, "scale of classifier-free guidance; 1: none", ge=0)
-    seed: int = _free(0, "image i shows the same class and takes the same draws in every evaluation", ge=0, lt=2**63)
-    weights: Literal["raw", "ema"] = _free("raw", "sample with the weights, or their moving average")
+    inception_weights: str | None = _free(None, "file of Inception's weights; null: torch-fidelity downloads them")
+    images: int = _free(1000, "images to sample, cycling through the classes; best a multiple of their number", ge=2)
+    batch_size: int = _free(50, "images sampled at a time; the processes take batches in turn", ge=1)
+    cfg_scale: float = _free(1.5, "scale of classifier-free guidance; 1: no guidance", ge=0)
+    seed: int = _free(0, "image i has the same class and random numbers in each evaluation", ge=0, lt=2**63)
+    weights: Literal["raw", "ema"] = _free("raw", "sample with the trained weights or their moving average")
     max_share: float = _free(
         0.05,
-        "an evaluation waits for a later multiple of `every` while the last one's seconds are more than this share of "
-        "the training seconds since; the run's last step never waits",
+        "largest ratio of an evaluation's duration to the training time until the next, which is postponed to a later "
+        "multiple of `every` if necessary, except at the run's last step",
         gt=0,
     )
 
 
 class CheckpointSection(_Section):
-    every: int = _free(1000, "optimizer steps between checkpoints; 0: only at the ends of stages", ge=0)
-    keep_last: int = _free(3, "newest checkpoints to keep, besides those at the ends of stages", ge=1)
+    every: int = _free(1000, "optimizer steps between checkpoints; 0: only at the end of each stage", ge=0)
+    keep_last: int = _free(3, "newest checkpoints to keep, in addition to those at the end of each stage", ge=1)
     keep_every: int = _free(0, "also keep checkpoints of steps that are multiples of this; 0: none", ge=0)
     asynchronous: bool = _free(
-        False, "copy to host memory, then write in a thread while training continues; takes that much host memory"
+        False, "copy to host memory, then write in a thread during training; needs the memory for the copy"
     )
 
 
 class WatchSection(_Section):
     on_nonfinite: Literal["stop", "skip", "rollback"] = _free(
         "stop",
-        "a step whose loss or gradient norm is not finite never changes the weights; then stop, leave that step out "
-        "for good, or also go back to the newest checkpoint (the third rollback stops the run)",
+        "a step whose loss or gradient norm is not finite never changes the weights; then end the run (stop), exclude "
+        "the step for good (skip), or also return to the newest checkpoint (rollback; the third one ends the run)",
     )
-    spike_window: int = _free(100, "losses of a stage that a new one is compared with; 0: no spike warnings", ge=0)
+    spike_window: int = _free(100, "previous losses of the stage to compare a loss with; 0: no spike warnings", ge=0)
     spike_threshold: float = _free(8.0, "standard deviations above their mean that make a loss a spike", gt=0)
     stall_seconds: float = _free(
-        900.0, "a process without a step for so long writes its stacks to stalled.txt and ends; 0: never", ge=0
+        900.0, "seconds without a step after which a process writes its stacks to stalled.txt and exits; 0: never", ge=0
     )
 
 
 class LoggingSection(_Section):
     every: int = _free(10, "optimizer steps between lines in metrics.jsonl and on the screen", ge=1)
     monitors: list[Literal["tensorboard", "wandb", "csv"]] = _free(
-        [], "also write to these, through DeepSpeed's monitor"
+        [], "further outputs of the metrics, through DeepSpeed's monitor"
     )
-    samples: bool = _free(False, "write the ids and crops of every step's images to sample_log.jsonl")
+    samples: bool = _free(False, "write the ids and crops of each step's images to sample_log.jsonl")
 
 
 class ProfileSection(_Section):
     steps: str | None = _free(
         None,
-        "optimizer steps, such as 10-12, whose torch profiler trace goes to the run folder's profile/; numbered as in "
-        "metrics.jsonl, from 1; null: none",
+        "optimizer steps to profile, such as 10-12, counted from 1 as in metrics.jsonl; the trace of torch.profiler is "
+        "written to profile/ in the run folder; null: none",
     )
 
     @field_validator("steps", mode="before")
@@ -247,37 +249,35 @@ class ProfileSection(_Section):
 
 
 class DeepSpeedSection(_Section):
-    config: str = _free(
-        "zero2", "a name in ds_configs/ (zero1, zero2, zero3 ..) or a JSON file; may change when a run is resumed"
-    )
+    config: str = _free("zero2", "name of a file in ds_configs/ (zero1, zero2, zero3, ..) or path of a JSON file")
 
 
 class PerformanceSection(_Section):
-    """Ways to compute the same faster. A run's losses agree with those of a run without them to rounding only."""
+    """Faster ways to compute the same. Losses agree to rounding with those of a run without them, not bit for bit."""
 
     compile: bool = _free(
-        False, "compile the transformer's blocks for each stage's shape, while its first step runs; not with ZeRO-3"
+        False, "compile the transformer's blocks for each stage's shape, during its first step; not with ZeRO-3"
     )
     cuda_graphs: bool = _free(
         False,
-        "capture forward and backward pass of a micro-batch as CUDA graphs in each stage, for steps so short that "
-        "starting kernels limits them; takes the memory of another set of gradients; on GPUs, not with ZeRO-3",
+        "capture the forward and backward pass of a micro-batch as CUDA graphs in each stage, for short steps that are "
+        "limited by kernel launches; needs memory for a second set of gradients; only on GPUs, not with ZeRO-3",
     )
     loss_kernel: Literal["torch", "triton"] = _free(
         "torch",
-        "what computes the patch loss of a chunk's logits: PyTorch's operations, or one Triton kernel that also writes "
-        "the gradient over the logits; on GPUs, not measured there yet",
+        "implementation of the patch loss of a chunk's logits; torch: PyTorch's operations; triton: one kernel that "
+        "replaces the logits by their gradient, only on GPUs and not yet measured there",
     )
 
 
 class RunConfig(_Section):
-    name: str = _free("run", "shown in logs and pictures", pattern=r"^\w[\w.-]*$")
-    run_dir: str | None = _free(None, "folder of this run; null: runs/<name>")
-    seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order, crops, dropout")
+    name: str = _free("run", "name of the run in logs and images", pattern=r"^\w[\w.-]*$")
+    run_dir: str | None = _free(None, "folder of the run; null: runs/<name>")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights, data order, crops and dropout")
     init_from: str | None = Field(
         None,
-        description="weights that the run starts from, with a fresh optimizer: a run folder, a file of npp export or "
-        "npp import, or a published checkpoint; read at the first start only; null: random weights",
+        description="initial weights, used with a new optimizer state: a run folder, a file written by npp export or "
+        "npp import, or a published checkpoint; read only at the first start; null: random weights",
     )
     precision: Literal["autocast_bf16", "bf16", "fp32"] = Field(
         "autocast_bf16", description="autocast_bf16: fp32 weights, bf16 products; bf16: DeepSpeed's bf16 engine; fp32"
@@ -303,7 +303,7 @@ class RunConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def hash(self) -> str:
-        """Return the SHA-256 over all keys that must not change when the run is resumed, as hexadecimal digits."""
+        """Return the SHA-256, in hexadecimal, of the keys that must not change when the run is resumed."""
         return hashlib.sha256(json.dumps(self.bound_keys(), sort_keys=True).encode()).hexdigest()
 
     def bound_keys(self) -> dict[str, Any]:
@@ -313,13 +313,12 @@ class RunConfig(_Section):
     def differences_from(self, saved: dict[str, Any]) -> list[str]:
         """Return a text for each key that must not change and has another value in the `saved` config.
 
-        A key that `saved` lacks, because an earlier version wrote it, has its default value. Keys that may change are
-        ignored.
+        A key that is missing in `saved`, because an earlier version wrote it, has its default value.
         """
         return list(differences(_bound_keys(type(self), saved), self.bound_keys()))
 
     def stage_table(self) -> list[StageEntry]:
-        """Return the stages with all keys that they inherit from the schedule and the optimizer."""
+        """Return the stages, with the values that they inherit from the schedule and the optimizer."""
         s, o = self.schedule, self.optimizer
         inherited = StageEntry(
             patch_side=1,
@@ -349,7 +348,7 @@ class RunConfig(_Section):
         ]
 
     def build_schedule(self, num_samples: int, world_size: int = 1) -> Schedule:
-        """Return the run's steps on `num_samples` training images; `load.problems_of` must have found no problem."""
+        """Return the schedule on `num_samples` training images of a config without problems (`load.problems_of`)."""
         stages, step, epoch = [], 0, 0
         for index, s in enumerate(self.stage_table()):
             steps_per_epoch = num_samples // s.batch_size
@@ -374,12 +373,12 @@ class RunConfig(_Section):
 
 
 def _micro_batch_size(rows: int, most: int | None) -> int:
-    """Return the largest divisor of a process's rows of a batch that is at most `most`."""
+    """Return the largest divisor of `rows`, a process's share of the batch, that is at most `most`."""
     return next(size for size in range(min(rows, most or rows), 0, -1) if rows % size == 0)
 
 
 def _bound_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a section that must not change; a missing one as its default, an unknown one as it is."""
+    """Return the keys of a section that must not change: a missing one with its default, an unknown one unchanged."""
     fields = section.model_fields
     bound = {name: value for name, value in values.items() if name not in fields}
     for name, field in fields.items():

@@ -204,6 +204,6 @@ def test_every_part_starts_and_ends_in_a_dry_run(tmp_path):
     hours = sum(seconds[int(side)] * count for side, count in schedule["steps"].items()) / 3600
     assert schedule["share"] == pytest.approx(hours / schedule["next_token_hours"])
     printed = summary(content, PARTS)
-    assert "attention kernels           passed" in printed and "wanted" not in printed
+    assert "attention kernels           passed" in printed and "required" not in printed
     text = table(content)
     assert "| small | 8 | engine eager | 16 |" in text and "shipped tokenizer: fp32 100.00%" in text

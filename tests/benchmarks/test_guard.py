@@ -63,7 +63,7 @@ def test_what_is_missing_is_a_failure_and_what_is_new_is_told_with_the_way_to_ad
     findings = decided(BASELINE, measure, ["a"])
     assert verdicts(findings) == {"a.x": "kept", "a.y": "missing", "a.fresh": "new", "b.z": "missing"}
     texts = [str(f) for f in findings]
-    assert texts[1] == "MISSING a.y: no such figure came out; the baseline is 2"
+    assert texts[1] == "MISSING a.y: not measured; the baseline is 2"
     assert texts[2].endswith("4, not in the baseline: `python -m benchmarks.guard --update --only a` adds it")
 
 
