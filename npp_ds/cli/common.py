@@ -8,7 +8,7 @@ import typer
 
 Recipe = Annotated[str | None, typer.Option(help="a shipped recipe")]
 ConfigFile = Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as schedule.epochs=100")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as optimizer.learning_rate=2e-4")]
 WeightsKind = Annotated[str, typer.Option(help="raw, or ema: their moving average")]
 Heads = Annotated[
     int | None,

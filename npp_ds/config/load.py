@@ -1,6 +1,7 @@
 """Read a run's config from a recipe or file and key=value overrides, and report all its problems together."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
-from npp_ds.config.schema import RECIPES, RunConfig, section_of
+from npp_ds.config.schema import RECIPES, REPLACED_BY_STAGES, RunConfig, drop_replaced_by_stages, section_of
 from npp_ds.errors import UserError
 
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
@@ -36,12 +38,16 @@ def load_config(
         path = Path(file)
     else:
         raise UserError("give one of --recipe NAME and --config FILE; recipes: " + ", ".join(recipe_names()))
-    raw, problems = _read_extended(path), []
+    raw, problems, given = _read_extended(path), [], set()
     for override in overrides:
         problems += _apply(raw, override)
+        given.add(override.partition("=")[0])
+    if "schedule.stages" in given:
+        drop_replaced_by_stages(raw, keep=given)
     config, found, dropped = _parse(raw)
     problems += found
     if config is not None:
+        problems += _replaced_problems(config, given)
         problems += [p for p in problems_of(config, world_size) if not _follows_from(p, dropped)]
     if config is None or problems:
         source = f"recipe {recipe}" if recipe else str(file)
@@ -67,25 +73,61 @@ def _hint(found: str, known: Iterable[str]) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys of a config file, unchecked. Raises UserError when it is unreadable or no YAML mapping."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, bytes that are no UTF-8
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+    except _NOT_YAML as error:
+        line = f"line {mark.line + 1}: " if (mark := getattr(error, "problem_mark", None)) else ""
+        raise UserError(f"{path}: not valid YAML: {line}{_reason(error)}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds {type(raw).__name__}, expected keys such as model, data, schedule")
     return {str(key): {} if value is None and key in _SECTIONS else value for key, value in raw.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without what reads as something else than it shows: keys given twice, numbers of base 8 or 60."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise ConstructorError(problem=f"{key.value} is given twice; remove one", problem_mark=key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        is_int, text = node.tag.endswith(":int"), node.value
+        if ":" in text or (is_int and re.fullmatch("[-+]?0[0-7_]+", text)):
+            how = "a number of base 60; quote it" if ":" in text else "octal; write it without the zero, or quote it"
+            raise ConstructorError(problem=f"{text} would be {how}", problem_mark=node.start_mark)
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+
+# ValueError: a date that is none, bytes that are no UTF-8; RecursionError: thousands of brackets
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join((getattr(error, "problem", None) or str(error)).split())
+
+
 def _read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a file laid over those of the recipe that its key `extends` names."""
     raw = read_yaml(path)
-    base = raw.pop("extends", None)
-    if base is None:
+    if path.name == "config.yaml" and path.with_name("environment.json").is_file():
+        drop_replaced_by_stages(raw)  # a run's own file: it holds every key, and earlier versions allowed them
+    name = raw.pop("extends", None)
+    if name is None:
         return raw
     if path in seen:
-        raise UserError(f"{path}: extends itself through {base}; drop one of these extends keys")
-    return _laid_over(_read_extended(_recipe_path(str(base)), (*seen, path)), raw)
+        raise UserError(f"{path}: extends itself through {name}; drop one of these extends keys")
+    base = _read_extended(_recipe_path(str(name)), (*seen, path))
+    if isinstance(schedule := raw.get("schedule"), dict) and schedule.get("stages"):
+        base["schedule"] = {k: v for k, v in (base.get("schedule") or {}).items() if k not in REPLACED_BY_STAGES}
+    return _laid_over(base, raw)
 
 
 def _laid_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -97,11 +139,11 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     """Set one `a.b.0.c=value` in `raw`; return the problems with it."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        return [f"{override}: expected key=value, such as schedule.epochs=100"]
+        return [f"{override}: expected key=value, such as optimizer.learning_rate=2e-4"]
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return [f"{key}: {text!r} is not valid YAML; quote strings that hold special characters"]
+        value = yaml.load(text, _Loader)
+    except _NOT_YAML as error:
+        return [f"{key}: {text!r} is not valid YAML ({_reason(error)}); quote strings that hold special characters"]
     *parents, last = key.split(".")
     node: Any = raw
     for name in parents:
@@ -272,6 +314,20 @@ def _stage_problems(config: RunConfig) -> list[str]:
             problems.append(
                 f"optimizer.final_learning_rate: {stage.final_learning_rate} is above the peak {stage.learning_rate} "
                 f"of stage {i}; lower it"
+            )
+    return problems
+
+
+def _replaced_problems(config: RunConfig, given: Collection[str]) -> list[str]:
+    """Problems with keys that the listed stages replace: `given` on the command line, or not at their defaults."""
+    schedule, problems = config.schedule, []
+    for name in REPLACED_BY_STAGES if schedule.stages is not None else ():
+        value, default = getattr(schedule, name), type(schedule).model_fields[name].default
+        if value != default or f"schedule.{name}" in given:
+            instead = "patch_side" if name == "patch_sides" else "epochs"
+            problems.append(
+                f"schedule.{name}: {value} has no effect on listed stages; change schedule.stages.N.{instead} instead, "
+                "or set schedule.stages=null"
             )
     return problems
 

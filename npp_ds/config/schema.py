@@ -6,13 +6,14 @@ Keys declared with `_free` may change when a run is resumed. A checkpoint stores
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from npp_ds.config.schedule import Schedule, Stage, StageEntry, coarse_batch_factor, stage_ends
@@ -32,6 +33,22 @@ def _free(default: Any, description: str, **bounds: Any) -> Any:
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would read as 0 or 1."""
+        several = isinstance(value, list)
+        is_true_or_false = any(isinstance(item, bool) for item in (value if several else [value]))
+        if is_true_or_false and {int, float} & _types_in(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("number", "numbers" if several else "a number")
+        return value
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of: int and NoneType of `list[int] | None`."""
+    parts = get_args(annotation)
+    return set().union(*map(_types_in, parts)) if parts else {annotation}
 
 
 class ModelSection(_Section):
@@ -112,6 +129,10 @@ class StageSection(_Section):
     final_learning_rate: float | None = Field(None, ge=0, description="learning rate at the stage's last step")
     warmup_epochs: float | None = Field(None, ge=0, description="length of the linear warm-up in epochs")
     decay_fraction: float | None = Field(None, ge=0, le=1, description="fraction of the steps, at the end, that decays")
+
+
+REPLACED_BY_STAGES = ("epochs", "patch_sides", "ratio")
+"""Keys of the schedule that have no effect when it lists its stages."""
 
 
 class ScheduleSection(_Section):
@@ -313,9 +334,12 @@ class RunConfig(_Section):
     def differences_from(self, saved: dict[str, Any]) -> list[str]:
         """Return a text for each key that must not change and has another value in the `saved` config.
 
-        A key that is missing in `saved`, because an earlier version wrote it, has its default value.
+        A key that `saved` lacks, because an earlier version wrote it, has its default value. Keys that may change, and
+        those that have no effect on the stages that `saved` lists, are ignored.
         """
-        return list(differences(_bound_keys(type(self), saved), self.bound_keys()))
+        found = _bound_keys(type(self), saved)
+        drop_replaced_by_stages(found)
+        return list(differences(found, self.bound_keys()))
 
     def stage_table(self) -> list[StageEntry]:
         """Return the stages, with the values that they inherit from the schedule and the optimizer."""
@@ -370,6 +394,15 @@ class RunConfig(_Section):
             stages.append(stage)
             step, epoch = stage.end_step, stage.end_epoch
         return Schedule(tuple(stages))
+
+
+def drop_replaced_by_stages(values: dict[str, Any], keep: Collection[str] = ()) -> None:
+    """Remove the keys of a config that its list of stages replaces, but those that `keep` names (`schedule.epochs`)."""
+    schedule = values.get("schedule")
+    if isinstance(schedule, dict) and schedule.get("stages"):
+        for name in REPLACED_BY_STAGES:
+            if f"schedule.{name}" not in keep:
+                schedule.pop(name, None)
 
 
 def _micro_batch_size(rows: int, most: int | None) -> int:

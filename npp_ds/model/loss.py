@@ -91,10 +91,16 @@ def patch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, kernel:
     pass uses up the gradients that the forward pass formed, so autograd raises a RuntimeError at a second one.
 
     The kernel "torch" runs on every device. "triton" passes over a chunk's logits in one kernel; it needs a CUDA device
-    and the package triton. ValueError for another name.
+    and the package triton. Raises ValueError for another name, and unless `hidden` and `targets` have the same shape up
+    to their last dimensions.
     """
     if kernel not in LOSS_KERNELS:
         raise ValueError(f"kernel {kernel!r} is none of {', '.join(LOSS_KERNELS)}")
+    if hidden.shape[:-1] != targets.shape[:-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)}: expected [..., d] and [..., k] with "
+            "equal dimensions before the last"
+        )
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from npp_ds.checkpoint.open import Weights
@@ -74,16 +75,24 @@ def image_count(num_classes: int, per_class: int | None, count: int | None) -> i
 
 
 def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_names: Sequence[str]) -> list[int]:
-    """Return class numbers for numbers or names; None means all classes.
+    """Return class numbers for numbers or names; None means all classes. Letter case is ignored unless names need it.
 
-    Raises UserError that names all unknown classes, or all names that several classes share, with their numbers.
+    Raises UserError that names all unknown classes, with names like them, or all names that several classes share,
+    with their numbers.
     """
     if wanted is None:
         return list(range(num_classes))
-    numbers: dict[str, list[int]] = {}
-    for i, name in enumerate(class_names):
-        numbers.setdefault(name, []).append(i)
-    choices = [numbers.get(str(w), [int(w) if str(w).isdecimal() else -1]) for w in wanted]
+    exact: dict[str, list[int]] = {}
+    in_any_case: dict[str, list[int]] = {}
+    for i, name in enumerate(map(_normal, class_names)):
+        exact.setdefault(name, []).append(i)
+        in_any_case.setdefault(name.casefold(), []).append(i)
+
+    def numbers_of(text: str) -> list[int]:
+        named = exact.get(_normal(text)) or in_any_case.get(_normal(text).casefold())
+        return named or [int(text) if text.isdecimal() else -1]
+
+    choices = [numbers_of(str(w)) for w in wanted]
     shared = [(w, choice) for w, choice in zip(wanted, choices, strict=True) if len(choice) > 1]
     if shared:
         texts = [f"{w} is the name of {' and '.join(map(str, choice))}" for w, choice in shared]
@@ -91,22 +100,31 @@ def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_na
     found = [choice[0] for choice in choices]
     unknown = [str(w) for w, c in zip(wanted, found, strict=True) if not 0 <= c < num_classes]
     if unknown or not found:
+        close = [i for w in unknown for n in get_close_matches(w.casefold(), in_any_case) for i in in_any_case[n]]
+        hint = f" (did you mean {' or '.join(class_names[i] for i in close)}?)" if close else ""
         names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
-        raise UserError(f"classes: found {', '.join(unknown) or 'none'}, expected numbers 0..{num_classes - 1}{names}")
+        raise UserError(
+            f"classes: found {', '.join(unknown) or 'none'}{hint}, expected numbers 0..{num_classes - 1}{names}"
+        )
     return found
 
 
 def split_classes(text: str, class_names: Sequence[str]) -> list[str]:
     """Split a comma-separated list of class numbers and names. A known name that contains commas stays whole."""
-    words, found = [word.strip() for word in text.split(",")], []
-    names = {", ".join(map(str.strip, name.split(","))): name for name in class_names}
+    words, found = _normal(text).split(", "), []
+    names = {_normal(name).casefold() for name in class_names}
     longest = max((name.count(",") for name in names), default=0) + 1
     while words:
-        size = next((n for n in range(min(longest, len(words)), 0, -1) if ", ".join(words[:n]) in names), 1)
-        joined = ", ".join(words[:size])
-        found.append(names.get(joined, joined))
+        sizes = range(min(longest, len(words)), 0, -1)
+        size = next((n for n in sizes if ", ".join(words[:n]).casefold() in names), 1)
+        found.append(", ".join(words[:size]))
         words = words[size:]
     return found
+
+
+def _normal(name: str) -> str:
+    """Return a class name with one space after each comma."""
+    return ", ".join(map(str.strip, name.split(",")))
 
 
 def find_tokenizer(weights: Weights, tokenizer: str | Path | None = None) -> VQModel:

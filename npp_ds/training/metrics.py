@@ -17,25 +17,25 @@ logger = logging.getLogger(__name__)
 Event = dict[str, Any]
 
 
-def read_events(path: str | Path) -> list[Event]:
+def read_events(path: str | Path, warn: bool = True) -> list[Event]:
     """Return the events of a metrics.jsonl, sorted by step and in file order within a step.
 
-    `step` counts the optimizer steps done. A last line cut off by a kill is left out. Raises UserError for a missing
-    file and for any other line that is no event.
+    `step` counts the optimizer steps done. A last line cut off by a kill is left out, and so is any other line that is
+    no event, with a warning if `warn`. Raises UserError for a missing file.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the metrics of a run, as `npp train` writes them")
-    lines = path.read_text().split("\n")
+    lines = path.read_bytes().split(b"\n")
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            event = json.loads(line or "null")
+            event = json.loads(line or b"null")
             if event is not None:
                 events.append({**event, "event": event["event"], "step": int(event["step"])})
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: found {line[:60]!r}, expected an event as JSON") from None
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            if warn and number < len(lines):
+                logger.warning(f"{path}, line {number}: not an event as JSON: {line[:60]!r}; left out")
     return sorted(events, key=lambda event: event["step"])
 
 

@@ -1,6 +1,7 @@
 """Preemption: a signal asks a run to stop; the run saves and exits with a code that asks for a restart."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,17 +20,24 @@ class Preempted(Exception):
         return f"asked to stop by {self.signal_name}; saved after step {self.step}; start again to resume"
 
 
-class StopRequests:
-    """A context in which SIGTERM and SIGUSR1 end nothing: `requested` names the first one, later ones change nothing.
+ONE_PRESS = 1.0
+"""Seconds in which further signals belong to the same Ctrl-C: launchers pass on what the terminal sends to all."""
 
-    When Preempted leaves the block they stay ignored, so that the process ends with its own exit code. Python delivers
-    signals to the main thread only: entered in another thread it raises ValueError.
+
+class StopRequests:
+    """A context in which SIGINT (Ctrl-C), SIGTERM and SIGUSR1 end nothing: `requested` names the first one.
+
+    Later ones change nothing, except after a SIGINT: ONE_PRESS seconds later SIGINT and SIGTERM end the process at once
+    again (torchrun 2.14 sends its processes SIGTERM at the second Ctrl-C). When Preempted leaves the block all stay
+    ignored, so that the process ends with its own exit code. Python delivers signals to the main thread only: entered
+    in another thread it raises ValueError.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequests":
@@ -49,3 +57,8 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = signal.Signals(number).name
+        if number == signal.SIGINT and not self._interrupted:
+            self._interrupted = True
+            time.sleep(ONE_PRESS)
+            for fatal in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(fatal, signal.SIG_DFL)  # not a handler: it must not wait for Python's main thread

@@ -99,7 +99,8 @@ def checkpoint_to_resume(
 def _newest_that_was_saved(run_dir: Path) -> int | None:
     """Return the last step whose checkpoint the metrics report as saved."""
     path = run_dir / "metrics.jsonl"
-    saves = events_named(read_events(path), "checkpoint") if path.is_file() else []
+    # Opening the log for this start warns of broken lines.
+    saves = events_named(read_events(path, warn=False), "checkpoint") if path.is_file() else []
     return saves[-1]["step"] if saves else None
 
 

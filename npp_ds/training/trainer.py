@@ -220,11 +220,13 @@ class Trainer:
 
     def _save_and_end(self, stage: Stage, done: int) -> NoReturn:
         """End a run that a signal has asked to stop, with a complete checkpoint of `done` steps."""
+        name = next(filter(None, self.processes.gather(self.stop.requested)))
+        if name == "SIGINT":
+            logger.info(f"SIGINT: saving after step {done}; a second Ctrl-C ends the run at once, without saving")
         with self.log.clock.paused():
             self.checkpoints.settle()
             if done != self.checkpoints.last_saved:
                 self.checkpoints.save(self.engine, stage, done, must=True)
-        name = next(filter(None, self.processes.gather(self.stop.requested)))
         logger.info(f"{name}: saved after step {done} of {self.schedule.total_steps}; rerun the same command to resume")
         raise Preempted(name, done)
 

@@ -1,13 +1,14 @@
 """A config says everything that is wrong with it at once, and every shipped recipe and DeepSpeed setting is right."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from npp_ds.config.load import load_config, problems_of, recipe_names
-from npp_ds.config.schema import RunConfig
+from npp_ds.config.schema import RunConfig, ScheduleSection
 from npp_ds.errors import UserError
 from npp_ds.sizes import SIZES
 from npp_ds.training.deepspeed_config import engine_settings, read_settings, shipped_configs
@@ -136,6 +137,81 @@ def test_odd_yaml_is_reported_and_empty_sections_are_defaults(tmp_path):
         load_config(file=tmp_path / "dates.yaml")
     assert load_config(file=write(tmp_path / "run.yaml", {**MINIMAL, "schedule": None})).schedule.epochs == 300
     assert "model: missing" not in complaint(tmp_path, {**MINIMAL, "model": None})
+
+
+STAGES = {"stages": [{"patch_side": 2, "epochs": 1}, {"patch_side": 1, "epochs": 1}]}
+
+
+@pytest.mark.parametrize("key, value", [("epochs", 20), ("patch_sides", [8, 4, 2, 1]), ("ratio", 0.6)])
+def test_keys_that_listed_stages_make_useless_are_refused(tmp_path, key, value):
+    expected = f"schedule.{key}: {value} has no effect on listed stages; change schedule.stages.N."
+    assert expected in complaint(tmp_path, {**MINIMAL, "schedule": {**STAGES, key: value}})
+    (tmp_path / "mine.yaml").write_text(f"extends: quickstart\nschedule: {{{key}: {value}}}\n")
+    with pytest.raises(UserError, match="has no effect on listed stages"):
+        load_config(file=tmp_path / "mine.yaml")
+    default = getattr(ScheduleSection(), key)
+    with pytest.raises(UserError, match=f"schedule.{key}: .* has no effect"):
+        load_config("quickstart", overrides=[f"schedule.{key}={default}"])
+    overrides = [f"schedule.{key}={value}", "schedule.stages=[{patch_side: 1, epochs: 1}]"]
+    assert "has no effect" in complaint(tmp_path, MINIMAL, *overrides)
+
+
+def test_listed_stages_take_precedence_over_what_the_extended_recipe_computes_them_from(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: article_256\nschedule: {stages: [{patch_side: 1, epochs: 1}]}\n")
+    of_file = load_config(file=tmp_path / "mine.yaml")
+    of_override = load_config("article_256", overrides=["schedule.stages=[{patch_side: 1, epochs: 1}]"])
+    assert [len(config.stage_table()) for config in (of_file, of_override)] == [1, 1]
+    assert len(load_config("article_256", overrides=["schedule.stages=null"]).stage_table()) == 4
+    assert len(load_config("quickstart", overrides=["schedule.stages=null", "schedule.epochs=9"]).stage_table()) == 2
+
+
+def test_a_run_that_was_started_with_such_keys_can_be_read_and_resumed(tmp_path):
+    config = load_config("quickstart")
+    saved = config.model_dump(mode="json")
+    saved["schedule"]["epochs"] = 20
+    file = write(tmp_path / "config.yaml", saved)
+    (tmp_path / "environment.json").write_text("{}")  # makes it a run's own file
+    assert load_config(file=file) == config
+    assert config.differences_from(saved) == []
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("seed: 1\nname: a\nseed: 2", "line 3: seed is given twice; remove one"),
+        ("schedule:\n  stages:\n    - {patch_side: 1, epochs: 1, epochs: 2}", "line 3: epochs is given twice"),
+        ("seed: " + "[" * 5000, "maximum recursion depth exceeded"),
+        ("seed: 0100", "line 1: 0100 would be octal; write it without the zero, or quote it"),
+        ("seed: -0_17", "line 1: -0_17 would be octal"),
+        ("seed: 1:4", "line 1: 1:4 would be a number of base 60; quote it"),
+        ("optimizer: {learning_rate: 1:4.5}", "line 1: 1:4.5 would be a number of base 60"),
+    ],
+)
+def test_yaml_that_means_something_else_than_it_shows_is_refused(tmp_path, text, problem):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"odd.yaml: not valid YAML: {problem}")) as caught:
+        load_config(file=tmp_path / "odd.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_read_as_strictly_as_files(tmp_path):
+    text = complaint(tmp_path, MINIMAL, "seed=0100", "schedule={epochs: 1, epochs: 2}")
+    assert "seed: '0100' is not valid YAML (0100 would be octal;" in text and "epochs is given twice" in text
+
+
+def test_numbers_are_numbers(tmp_path):
+    keys = {
+        **MINIMAL,
+        "seed": True,
+        "schedule": {"patch_sides": [2, True]},
+        "optimizer": {"betas": [False, 0.9], "learning_rate": True},
+        "checkpoint": {"asynchronous": True},
+    }
+    text = complaint(tmp_path, keys)
+    assert text.startswith("4 problems"), text
+    assert "seed: found True, expected a number" in text
+    assert "schedule.patch_sides: found [2, True], expected numbers" in text
+    assert "optimizer.betas: found [False, 0.9], expected numbers" in text
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path):

@@ -1,5 +1,7 @@
 """The patch cross-entropy is exact and never holds more than one row of logits per position."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +125,14 @@ def test_leading_dimensions_do_not_matter():
     hidden, weight, targets = problem(24, 4)
     flat = patch_cross_entropy(hidden, weight, targets)
     assert torch.equal(flat, patch_cross_entropy(hidden.view(2, 12, -1), weight, targets.view(2, 12, 4)))
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (2, 15, 1), (1, 16, 1), (32, 1), (2, 17, 1)])
+def test_targets_that_do_not_fit_the_hidden_states_are_refused(shape):
+    hidden, weight = torch.zeros(2, 16, 8), torch.zeros(32, 8)
+    message = re.escape(f"hidden (2, 16, 8) and targets {shape}")
+    with pytest.raises(ValueError, match=message):
+        patch_cross_entropy(hidden, weight, torch.zeros(shape, dtype=torch.int64))
 
 
 def test_repeated_codes_in_a_patch_count_as_often_as_they_stand_there():

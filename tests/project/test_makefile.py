@@ -2,13 +2,17 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from npp_ds.cli.program import app
 from npp_ds.config.load import load_config
+from npp_ds.sampling.request import parse_classes, split_classes
 
 ROOT = Path(__file__).parents[2]
 RECORD = '#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES-unset}: $(basename $0) $*" >> "$(dirname $0)/../ran"\n'
@@ -48,6 +52,28 @@ def test_the_quickstart_leaves_gpus_alone(make):
     assert all(line.startswith(": ") for line in ran), "CUDA_VISIBLE_DEVICES is empty"
     assert [line.split()[1] for line in ran] == ["python", "python", "torchrun", "npp", "npp", "npp"]
     assert processes_of(ran) == [2, 2], "that which trains, and that which the report proposes"
+
+
+def test_every_command_that_the_report_proposes_is_one_that_works(make):
+    report = make("--dry-run")[0].stdout.splitlines()[-1]
+    words = shlex.split(report)
+    steps = [words[at + 1] for at, word in enumerate(words) if word == "--next-step"]
+    assert len(steps) == 3 and "next-step" not in "".join(steps)
+    names = (ROOT / "data_prep/fashion_mnist/classes.txt").read_text().splitlines()
+    commands = get_command(app).commands
+    for step in steps:
+        program, *words = step.split()
+        if program.endswith("/npp"):
+            options = commands[words[0]].make_context(words[0], words[1:]).params
+            assert options["source"] == Path("runs/quickstart")
+            assert parse_classes(split_classes(options["classes"], names), len(names), names)
+        elif program.endswith("/torchrun"):
+            at = words.index("train")
+            processes = int(words[words.index("--nproc-per-node") + 1])
+            options = commands["train"].make_context("train", words[at + 1 :]).params
+            load_config(options["recipe"], overrides=options["overrides"], world_size=processes)
+        else:
+            assert f"\n## {step.split(chr(39))[1]}\n" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("gpus, processes", [(1, 1), (3, 2), (8, 8)])

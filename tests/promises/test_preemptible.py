@@ -1,6 +1,10 @@
-"""SIGTERM or SIGUSR1 to any one process: all stop after the same step with one checkpoint and exit code 75."""
+"""Ctrl-C, SIGTERM or SIGUSR1 to any one process: all stop after the same step with one checkpoint and exit code 75."""
 
+import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from launches import Launch, finish
+from launches import Launch, finish, last_step
 from npp_ds.checkpoint import folders
 from npp_ds.distributed.process_group import Processes
 from npp_ds.training.hooks import Context
@@ -21,7 +25,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.mark.parametrize(
     "rank, first, second",
-    [(1, signal.SIGTERM, None), (0, signal.SIGUSR1, signal.SIGTERM), (1, signal.SIGUSR1, signal.SIGUSR1)],
+    [(1, signal.SIGTERM, None), (0, signal.SIGUSR1, signal.SIGTERM), (1, signal.SIGINT, signal.SIGUSR1)],
 )
 def test_preemptible_all_stop_after_one_step_with_one_checkpoint(shards, tmp_path, rank, first, second):
     keys = {"schedule": {"patch_sides": [2, 1], "epochs": 400}, "validation": {"every": 0}}
@@ -43,6 +47,28 @@ def test_preemptible_all_stop_after_one_step_with_one_checkpoint(shards, tmp_pat
     assert saved < 2000, "far from the end of a stage"
     assert seconds < 30
     assert metrics_of(tmp_path / "run")[-1]["step"] == saved
+
+
+@pytest.mark.slow
+def test_preemptible_by_ctrl_c_under_torchrun(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run", schedule={"epochs": 400}, validation={"every": 0})
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "npp_ds", "train", "--config", str(tmp_path / "run.yaml")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True, env=env) as torchrun:
+        guard = threading.Timer(120, torchrun.kill)
+        guard.start()
+        try:
+            while last_step(tmp_path / "run") < 3 and torchrun.poll() is None:
+                time.sleep(0.1)
+            torchrun.send_signal(signal.SIGINT)
+            text = torchrun.communicate()[0]
+        finally:
+            guard.cancel()
+            torchrun.kill()
+    (saved,) = folders.saved_steps(tmp_path / "run" / "checkpoints")
+    assert f"SIGINT: saved after step {saved} of 4000; rerun the same command to resume" in text, text
 
 
 def _asked_at(processes: Processes, config, step: int) -> int:

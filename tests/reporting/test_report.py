@@ -139,15 +139,6 @@ def test_the_stage_table_is_read_back_from_the_metrics():
     assert tuple(stages_begun(run_lines(last_step=30))) == STAGES[:2]
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "train", "step": 1}\nnonsense\n{"event": "end", "step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: found 'nonsense'"):
-        read_events(path)
-    with pytest.raises(UserError, match="not found"):
-        read_events(tmp_path / "other.jsonl")
-
-
 def printed(summary, width: int = 160) -> str:
     console = Console(file=io.StringIO(), width=width)
     print_summary(summary, console)

@@ -110,6 +110,15 @@ def test_names_of_several_classes_are_refused_and_names_with_commas_stay_whole()
     assert split_classes("207, 360", []) == ["207", "360"]
 
 
+def test_class_names_are_found_in_any_case_and_near_ones_are_suggested():
+    names = ["Sneaker", "Bag", "Ankle boot, High", "bag"]
+    assert parse_classes(split_classes("sneaker,ANKLE boot,high,Bag,bag", names), 4, names) == [0, 2, 1, 3]
+    with pytest.raises(UserError, match="BAG is the name of 1 and 3; give the number"):
+        parse_classes(["BAG"], 4, names)
+    with pytest.raises(UserError, match=r"found sneekers, 9 \(did you mean Sneaker\?\), expected numbers 0..3 or one"):
+        parse_classes(["sneekers", "9"], 4, names)
+
+
 def test_pixels_are_truncated_by_the_published_rule_after_resizing():
     model_output = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.0039, 0.00392, 0.5, 0.9999, 1.0, 3.0])
     images = model_output.view(1, 1, 1, -1).expand(1, 3, 1, -1)

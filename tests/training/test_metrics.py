@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from npp_ds.distributed.process_group import Processes
+from npp_ds.errors import UserError
 from npp_ds.training.metrics import MetricsLog, events_named, read_events
 from npp_ds.training.run_log import Progress
 from npp_ds.training.trainer import Trainer
 from npp_ds.utils.logs import show_logs
-from runs import tiny_config
+from runs import logs, tiny_config
 
 LINE = {
     "event": "train", "step": 30, "stage": 1, "patch_side": 2, "epoch": 3, "loss": 4.25, "learning_rate": 1e-4,
@@ -46,6 +47,24 @@ def test_opening_the_log_at_a_step_forgets_what_came_after_it(tmp_path):
     assert [e["step"] for e in events_named(events, "validation")] == [4]
     assert [e["stage"] for e in events_named(events, "stage")] == [0, 1]
     assert not events_named(events, "end")
+
+
+@pytest.mark.parametrize(
+    "line", [b"nonsense", b'{"event": "train", "step": 1e400}', b'{"event": "\xff", "step": 2}', b"[" * 5000, b"[1]"]
+)
+def test_a_broken_line_is_reported_and_left_out_for_good(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "train", "step": 1}\n' + line + b'\n{"event": "train", "step": 2}\n')
+    with logs() as said:
+        log = MetricsLog(path, 2)
+    assert [e["step"] for e in log.kept] == [1, 2]
+    (warning,) = said
+    assert warning.startswith(f"WARNING: {path}, line 2: not an event as JSON: ") and warning.endswith("; left out")
+    with logs() as said:
+        assert [e["step"] for e in read_events(path)] == [1, 2]
+    assert not said
+    with pytest.raises(UserError, match="not found"):
+        read_events(tmp_path / "other.jsonl")
 
 
 def test_every_event_is_on_disk_when_written(tmp_path):

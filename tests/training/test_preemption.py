@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_a_process_notes_the_first_signal_twice_in_a_row_and_dies_of_one_afterwa
         return process.stdout.readline().strip()
 
     try:
-        for first, second in ((signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)):
+        for first, second in ((signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
             assert heard() == "ready None"
             process.send_signal(first)
             assert heard() == "first"
@@ -49,6 +50,35 @@ def test_a_process_notes_the_first_signal_twice_in_a_row_and_dies_of_one_afterwa
         assert heard() == "left"
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == -signal.SIGTERM
+    finally:
+        guard.cancel()
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("last", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_ends_at_once_also_in_native_code_but_one_that_a_launcher_repeats_does_not(last):
+    program = """
+import ctypes, os, signal
+from npp_ds.training.preemption import StopRequests
+with StopRequests() as stop:
+    print("ready", flush=True)
+    while stop.requested is None:
+        pass
+    print(stop.requested, flush=True)
+    ctypes.PyDLL(None).sleep(60)  # holds the interpreter
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True)
+    guard = threading.Timer(30, process.kill)
+    guard.start()
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # the terminal's, the launcher's, its last word
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert process.stdout.readline() == "SIGINT\n"
+        process.send_signal(last)
+        assert process.wait(10) == -last
     finally:
         guard.cancel()
         process.kill()
