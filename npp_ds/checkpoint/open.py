@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from npp_ds.checkpoint.rank_files import MASTER, SavedState
 from npp_ds.checkpoint.safetensors_io import Shape, misfits, opened_safetensors
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import ModelSection, RunConfig
+from npp_ds.data.coding import Coding, TokenizerId
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import manifest_at_hand
 from npp_ds.errors import UserError
@@ -33,13 +34,6 @@ METADATA_KEY = "npp_weights"  # a single entry, because safetensors writes sever
 METADATA_FORMAT = 1
 
 Reader = Callable[[str], Tensor]  # parameter name -> the whole tensor, float32 on the CPU
-
-
-class TokenizerId(NamedTuple):
-    """The tokenizer whose codes a model was trained on: its name at that time, and the SHA-256 of its file."""
-
-    name: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +66,13 @@ class Weights:
     def sha256(self) -> str:
         """SHA-256 of `fingerprinted`, which is read whole, once."""
         return sha256(self.fingerprinted)
+
+    @property
+    def coding(self) -> Coding:
+        """What the codes and labels of the model stand for, to compare with shards."""
+        model = self.model
+        sizes = (model.grid_size, model.vocab_size, model.num_classes)
+        return Coding(*sizes, self.tokenizer, self.class_names)
 
     def describe(self) -> str:
         """Return one line for people: name, step, variant and the shape of the model."""

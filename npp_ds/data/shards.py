@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from npp_ds import __version__
+from npp_ds.data.coding import Coding
 from npp_ds.errors import UserError
 from npp_ds.utils.files import fsync_directory, sha256, write_json_atomic
 
@@ -134,6 +135,12 @@ class Manifest(_Record):
     def num_tokens(self) -> int:
         """Codes per crop."""
         return self.grid_size**2
+
+    @property
+    def coding(self) -> Coding:
+        """What codes and labels stand for, to compare with other shards and with weights."""
+        sizes = (self.grid_size, self.vocab_size, self.num_classes)
+        return Coding(*sizes, self.tokenizer, tuple(self.class_names))
 
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":

@@ -301,7 +301,7 @@ def test_everything_that_is_missing_is_said_before_the_run_begins(pair, folder, 
     both = config_of(folder, tmp_path / "run", {"every": 4, "reference": str(folder / "nowhere.npz")})
     both.data.tokenizer = str(another)
     (text, _) = pair.run(error_of, both)
-    assert "another.safetensors has SHA-256" in text and "nowhere.npz: no readable" in text
+    assert "another.safetensors: SHA-256" in text and "nowhere.npz: no readable" in text
 
 
 def test_config_problems_name_the_key(folder, tmp_path):
