@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from torch import Tensor
 
-from npp_ds.checkpoint.safetensors_io import Shape, read_torch
+from npp_ds.checkpoint.safetensors_io import Shape, check_type, read_torch
 from npp_ds.config.schema import ModelSection
 from npp_ds.errors import UserError
 from npp_ds.sizes import SIZES, ffn_hidden
@@ -59,9 +59,9 @@ def inspect_published(path: Path, variant: str, n_heads: int | None, grid_size: 
 
 @contextmanager
 def reading_published(path: Path, variant: str) -> Iterator[Callable[[str], Tensor]]:
-    """Yield a function: parameter name -> its float32 tensor on the CPU."""
+    """Yield a function: parameter name -> its tensor on the CPU."""
     tensors, _ = _tensors_of(path, read_torch(path), variant)
-    yield lambda name: tensors[name].float()
+    yield tensors.__getitem__
 
 
 def _tensors_of(path: Path, content: Any, variant: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -74,13 +74,16 @@ def _tensors_of(path: Path, content: Any, variant: str) -> tuple[dict[str, Tenso
     else:
         state = next((content[key] for key in WRAPPINGS if key in content), content)
     state = state if isinstance(state, dict) else {}
-    tensors = {_plain(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        _plain(name): value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         raise UserError(f"{path}: no weights under {', '.join(WRAPPINGS)} or at the top; found {_some(content)}")
-    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(f"{path}: {wrong[0]} is {tensors[wrong[0]].dtype}, expected a floating-point type")
     buffers = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in _BUFFERS}
-    return {name: value for name, value in tensors.items() if name not in buffers}, buffers
+    parameters = {name: value for name, value in tensors.items() if name not in buffers}
+    for name, tensor in parameters.items():
+        check_type(path, name, tensor)
+    return parameters, buffers
 
 
 def _plain(name: str) -> str:

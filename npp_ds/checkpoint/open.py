@@ -18,7 +18,7 @@ import npp_ds
 from npp_ds.checkpoint.folders import RECORD, CheckpointRecord, complete_at_step, newest_complete, read_record
 from npp_ds.checkpoint.llamagen import inspect_published, reading_published
 from npp_ds.checkpoint.rank_files import MASTER, SavedState
-from npp_ds.checkpoint.safetensors_io import Shape, misfits, opened_safetensors
+from npp_ds.checkpoint.safetensors_io import Shape, as_weights, misfits, opened_safetensors, shapes_of_weights
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.data.coding import Coding, TokenizerId
@@ -33,7 +33,7 @@ EXPORTED_SUFFIX = ".safetensors"
 METADATA_KEY = "npp_weights"  # a single entry, because safetensors writes several in no fixed order
 METADATA_FORMAT = 1
 
-Reader = Callable[[str], Tensor]  # parameter name -> the whole tensor, float32 on the CPU
+Reader = Callable[[str], Tensor]  # parameter name -> the whole tensor, on the CPU
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,14 @@ class Weights:
             "npp_ds": npp_ds.__version__,
         }
 
-    def reading(self) -> AbstractContextManager[Reader]:
-        """Return a context manager that yields a function: parameter name -> its float32 tensor on the CPU.
+    @contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """Yield a function: parameter name -> its float32 tensor on the CPU.
 
-        Each call of the function reads one tensor.
+        Each call of the function reads one tensor. It raises UserError if that one holds NaN or infinity.
         """
-        return self.open_reader()
+        with self.open_reader() as tensor:
+            yield lambda name: as_weights(self.path, name, tensor(name))
 
     def read(self) -> dict[str, Tensor]:
         """Read all tensors: {parameter name: float32 tensor on the CPU}."""
@@ -228,9 +230,9 @@ def _manifest_of(config: RunConfig, record: CheckpointRecord) -> Manifest | None
 def _open_exported(path: Path) -> Weights:
     with opened_safetensors(path) as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if text is None:
-        raise UserError(f"{path}: not written by npp_ds; expected a file made by npp export or npp import")
+        if text is None:
+            raise UserError(f"{path}: not written by npp_ds; expected a file made by npp export or npp import")
+        found = shapes_of_weights(path, file)
     described = _parse_metadata(path, text)
     return Weights(
         path=path,
@@ -266,7 +268,7 @@ def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
 @contextmanager
 def _reading_exported(path: Path) -> Iterator[Reader]:
     with opened_safetensors(path) as file:
-        yield lambda name: file.get_tensor(name).float()
+        yield file.get_tensor
 
 
 def _open_published(path: Path, variant: str, n_heads: int | None, grid_size: int | None) -> Weights:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npp_ds.checkpoint.safetensors_io import misfits, opened_safetensors, read_torch
+from npp_ds.checkpoint.safetensors_io import as_weights, misfits, opened_safetensors, read_torch
 from npp_ds.data.coding import HasTokenizerId, TokenizerId, tokenizer_mismatch
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.vq import VQConfig, VQModel
@@ -33,7 +33,7 @@ def load(name_or_path: str | Path) -> VQModel:
     found, expected = ({name: tuple(value.shape) for name, value in t.items()} for t in (tensors, model.state_dict()))
     if problems := misfits(found, expected):
         raise UserError(f"{path}: not a whole VQ tokenizer: {problems}")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict({name: as_weights(path, name, tensor) for name, tensor in tensors.items()}, assign=True)
     model.requires_grad_(False).eval()
     model.name, model.sha256 = str(name_or_path) if str(name_or_path) in SHIPPED else path.name, sha256(path)
     return model

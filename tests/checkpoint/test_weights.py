@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.sampling.decode import generate
 from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.sampler import build_model
 from npp_ds.sizes import SIZES
 from published_models import published_model
 from sample_sets import tiny_run
@@ -234,6 +236,45 @@ def test_files_that_hold_no_such_model_are_refused_with_what_is_wrong(tmp_path, 
     torch.save(make(model.state_dict()), tmp_path / "wrong.pt")
     with pytest.raises(UserError, match=rf"wrong\.pt: .*{complaint}"):
         open_weights(tmp_path / "wrong.pt", n_heads=None if "heads" in complaint else 4)
+
+
+def with_tensor(path: Path, name: str, change, layout: str) -> Path:
+    """A file of weights in which one tensor has been changed, as published or as `npp export` lays it out."""
+    source, state = published_file(path.with_suffix(".pt"), "gpt_small")
+    if layout == "published":
+        torch.save({"model": {**state, name: change(state[name])}}, source)
+        return source
+    export_weights(open_published(source, "gpt_small"), path.with_suffix(".safetensors"))
+    with safe_open(path.with_suffix(".safetensors"), "pt") as file:
+        metadata = file.metadata()
+    save_file({**state, name: change(state[name])}, path.with_suffix(".safetensors"), metadata)
+    return path.with_suffix(".safetensors")
+
+
+@pytest.mark.parametrize("layout", ["published", "safetensors"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_with_the_tensor_named(tmp_path, layout, value, dtype):
+    def change(tensor):
+        tensor.view(-1)[7] = value
+        return tensor.to(dtype)
+
+    path = with_tensor(tmp_path / "bad", "layers.1.attention.wo.weight", change, layout)
+    weights = open_weights(path, n_heads=4, grid_size=8)
+    wanted = r"layers\.1\.attention\.wo\.weight: 1 of 4,096 values are NaN or infinite"
+    with pytest.raises(UserError, match=wanted):
+        build_model(weights, "cpu")
+    with pytest.raises(UserError, match=wanted):
+        export_weights(weights, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("layout", ["published", "safetensors"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])
+def test_tensors_of_other_types_than_weights_are_refused_at_opening(tmp_path, layout, dtype):
+    path = with_tensor(tmp_path / "bad", "output.weight", lambda tensor: tensor.to(dtype), layout)
+    with pytest.raises(UserError, match=r"bad\.\w+: output\.weight is \S+, expected a floating-point type"):
+        open_weights(path, n_heads=4, grid_size=8)
 
 
 class Surprise:
