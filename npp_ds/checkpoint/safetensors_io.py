@@ -30,13 +30,23 @@ _FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")  # torch's mess
 def read_torch(path: Path) -> Any:
     """Return what `torch.save` wrote. Its tensors are memory-mapped, so only those that are used are read.
 
+    A file of the old format, and one whose entries somebody has compressed, is read whole.
+
     Besides tensors and plain values the file may hold an argparse.Namespace, as published checkpoints do. Raises
     UserError for any other object and for damaged files.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+    except (
+        zipfile.BadZipFile,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+    ) as error:
         # torch's own text is not shown: it advises weights_only=False, which runs code that the file contains.
         if foreign := _FOREIGN.search(str(error)):
             raise UserError(
@@ -44,6 +54,14 @@ def read_torch(path: Path) -> Any:
                 "such objects can run code: ask its maker for a file of tensors alone"
             ) from None
         raise UserError(f"{path}: damaged, or no PyTorch checkpoint; fetch it again") from None
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Return whether a file is a zip archive without compression; torch (2.14) maps compressed entries as they are."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 @contextmanager

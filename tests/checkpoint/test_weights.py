@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,15 @@ def test_tensors_of_other_types_than_weights_are_refused_at_opening(tmp_path, la
     path = with_tensor(tmp_path / "bad", "output.weight", lambda tensor: tensor.to(dtype), layout)
     with pytest.raises(UserError, match=r"bad\.\w+: output\.weight is \S+, expected a floating-point type"):
         open_weights(path, n_heads=4, grid_size=8)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_published_file_that_was_zipped_again_holds_the_same_weights(tmp_path, compression):
+    path, state = published_file(tmp_path / "c2i.pt", "gpt_small")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "again.pt", "w", compression) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert_same_tensors(open_published(tmp_path / "again.pt", "gpt_small").read(), state)
 
 
 class Surprise:
