@@ -44,7 +44,8 @@ class Weights:
     are for people; `step` is None if unknown. `fingerprinted` is the file whose SHA-256 identifies these weights.
     Weights of a run folder have its `config` and the `patch_side` of the stage that they were last trained in.
     `config_hash` and `tokenizer` are None, and `class_names` is empty, if unknown. `grid_is_guessed` is true if neither
-    the file nor the caller gave the grid size.
+    the file nor the caller gave the grid size. `has_null_class` is false for a model that was trained without class
+    dropout: the last row of its class embedding means nothing, so it cannot be guided.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Weights:
     tokenizer: TokenizerId | None = None
     class_names: tuple[str, ...] = ()
     grid_is_guessed: bool = False
+    has_null_class: bool = True
 
     @cached_property
     def sha256(self) -> str:
@@ -83,6 +85,7 @@ class Weights:
             f"{self.name}{step}, {self.variant} weights: {model.parameters() / 1e6:.1f}M parameters, "
             f"{shape['n_layers']} layers of {shape['n_heads']} heads{grouped}, dim {shape['dim']}, "
             f"{model.vocab_size} codes, grid {model.grid_size}x{model.grid_size}, {model.num_classes} classes"
+            f"{'' if self.has_null_class else ' and no null class'}"
         )
 
     def guess_warning(self) -> str | None:
@@ -111,6 +114,7 @@ class Weights:
             "config_hash": self.config_hash,
             "source": {"sha256": self.sha256},
             "npp_ds": npp_ds.__version__,
+            **({} if self.has_null_class else {"null_class": False}),
         }
 
     @contextmanager
@@ -197,6 +201,7 @@ def _open_run(path: Path, step: int | None, variant: str, verify: bool) -> Weigh
         config_hash=record.config_hash,
         tokenizer=TokenizerId(manifest.tokenizer.name, manifest.tokenizer.sha256) if manifest else None,
         class_names=tuple(manifest.class_names) if manifest else (),
+        has_null_class=config.data.class_dropout > 0 or config.init_from is not None,
     )
 
 
@@ -258,6 +263,7 @@ def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
             "model": ModelSection.model_validate(values["model"]),
             "tokenizer": TokenizerId(**values["tokenizer"]) if values["tokenizer"] else None,
             "class_names": tuple(values["class_names"]),
+            "has_null_class": bool(values.get("null_class", True)),
         }
     except UserError:
         raise
@@ -281,8 +287,9 @@ def _open_published(path: Path, variant: str, n_heads: int | None, grid_size: in
         model=found.model,
         shapes=_check_shapes(path, found.shapes, found.model),
         fingerprinted=path,
-        open_reader=partial(reading_published, path, variant),
+        open_reader=partial(reading_published, path, variant, found.model.num_classes),
         grid_is_guessed=found.grid_is_guessed,
+        has_null_class=found.has_null_class,
     )
 
 

@@ -287,12 +287,20 @@ def _average_problems(config: RunConfig) -> list[str]:
 
 
 def _evaluate_problems(config: RunConfig) -> list[str]:
-    if not config.evaluate.every or config.evaluate.reference:
+    if not config.evaluate.every:
         return []
-    return [
-        "evaluate.reference: missing, but evaluate.every asks for evaluations; name statistics of real images "
-        "(`npp evaluate --make-reference`), or set evaluate.every to 0"
-    ]
+    problems = []
+    if not config.evaluate.reference:
+        problems.append(
+            "evaluate.reference: missing, but evaluate.every asks for evaluations; name statistics of real images "
+            "(`npp evaluate --make-reference`), or set evaluate.every to 0"
+        )
+    if config.evaluate.cfg_scale != 1 and not config.data.class_dropout and config.init_from is None:
+        problems.append(
+            f"evaluate.cfg_scale: {config.evaluate.cfg_scale:g}, but data.class_dropout is 0, so no null class is "
+            "trained to guide with; set evaluate.cfg_scale to 1, or data.class_dropout (such as 0.1)"
+        )
+    return problems
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[str]:

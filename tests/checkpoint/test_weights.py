@@ -6,6 +6,7 @@ import math
 import re
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from npp_ds.checkpoint.export import export_weights
+from npp_ds.checkpoint.llamagen import CLASS_EMBEDDING
 from npp_ds.checkpoint.open import METADATA_KEY, Weights, open_weights
 from npp_ds.cli import app
 from npp_ds.config.schema import ModelSection
@@ -22,6 +24,7 @@ from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.sampling.decode import generate
 from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model
 from npp_ds.sizes import SIZES
 from published_models import published_model
@@ -203,6 +206,58 @@ def test_grid_and_heads_are_taken_from_the_file_if_it_contains_them(tmp_path):
     assert open_weights(tmp_path / "plain.pt").model.grid_size == 16
 
 
+def without_null_class(path: Path, num_classes: int = 10) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint that was trained without class dropout: 10 rows of classes; its arguments give the number."""
+    arguments = argparse.Namespace(num_classes=num_classes)
+    return published_file(
+        path,
+        "gpt_small",
+        lambda state: {
+            "model": {**state, CLASS_EMBEDDING: state[CLASS_EMBEDDING][:10].clone()},
+            "args": arguments,
+        },
+    )
+
+
+def test_a_published_model_without_a_null_class_keeps_its_classes_and_cannot_be_guided(tmp_path):
+    path, state = without_null_class(tmp_path / "c2i.pt")
+    export_weights(open_published(path, "gpt_small"), tmp_path / "ours.safetensors")
+    for weights in (open_published(path, "gpt_small"), open_weights(tmp_path / "ours.safetensors")):
+        assert weights.model.num_classes == 10 and "10 classes and no null class" in weights.describe()
+        tensors = weights.read()
+        assert torch.equal(tensors[CLASS_EMBEDDING][:10], state[CLASS_EMBEDDING][:10])
+        assert not tensors[CLASS_EMBEDDING][10].any()
+        tokenizer = SimpleNamespace(name="vq", config=SimpleNamespace(codebook_size=weights.model.vocab_size))
+        Request(classes=range(10), count=10).check(weights, tokenizer)
+        with pytest.raises(UserError, match=r"cfg_scale: found 1\.5, but the model was trained without class dropout"):
+            Request(classes=range(10), count=10, options=Options(cfg_scale=1.5)).check(weights, tokenizer)
+        export_weights(weights, tmp_path / "back.pt", layout="published", force=True)
+        back = torch.load(tmp_path / "back.pt", weights_only=False)
+        assert_same_tensors(back["model"], {**state, CLASS_EMBEDDING: state[CLASS_EMBEDDING][:10]})
+        assert not open_published(tmp_path / "back.pt", "gpt_small").has_null_class
+
+
+@pytest.mark.parametrize(
+    "known, complaint", [(9, None), (10, None), (1000, "has 10 rows, but args.num_classes is 1000")]
+)
+def test_the_arguments_of_a_published_file_say_whether_the_last_row_is_the_null_class(tmp_path, known, complaint):
+    path, _ = without_null_class(tmp_path / "c2i.pt", known)
+    if complaint:
+        with pytest.raises(UserError, match=complaint):
+            open_published(path, "gpt_small")
+    else:
+        weights = open_published(path, "gpt_small")
+        assert (weights.model.num_classes, weights.has_null_class) == (known, known == 9)
+
+
+def test_a_run_without_class_dropout_has_no_null_class(tmp_path):
+    run_dir = tiny_run(tmp_path / "run")
+    assert open_weights(run_dir).has_null_class
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("class_dropout: 0.1", "class_dropout: 0.0"))
+    assert not open_weights(run_dir).has_null_class
+
+
 def _changed(state, **changes):
     return {**state, **changes}
 
@@ -212,7 +267,7 @@ def _changed(state, **changes):
     [
         (lambda s: {"model": {"step": 3}}, "no weights under model, module, state_dict or at the top; found model"),
         (lambda s: [1, 2], "no weights under .* found nothing"),
-        (lambda s: {"encoder.weight": torch.zeros(2, 2)}, "tok_embeddings.weight is missing; found encoder.weight"),
+        (lambda s: {"encoder.weight": torch.zeros(2, 2)}, "embedding_table.weight is missing; found encoder.weight"),
         (
             lambda s: {n: t for n, t in s.items() if "layers.1.feed_forward" not in n},
             r"w1.weight is missing; .*w3.weight is missing; .*w2.weight is missing$",
