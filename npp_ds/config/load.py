@@ -1,6 +1,6 @@
 """Reads a run's config from a recipe or file and key=value overrides, and says at once everything wrong with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from npp_ds.config.schema import RECIPES, RunConfig, section_of
 from npp_ds.errors import UserError
 
+_RUN_FILES = ("checkpoints", "metrics.jsonl", "environment.json")  # what a run leaves beside its config.yaml
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
 
 
@@ -47,6 +48,29 @@ def load_config(
         source = f"recipe {recipe}" if recipe else str(file)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{count} in the config ({source}):\n" + "\n".join(f"  - {p}" for p in problems))
+    return config
+
+
+def load_run(
+    recipe: str | None = None,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+) -> RunConfig:
+    """Return the config of a run to start, as `load_config` does.
+
+    Raises UserError also if `file` is in the folder of a run and the config names another folder: a run that was copied
+    or moved would otherwise change its original. An override of run_dir decides which is meant.
+    """
+    config = load_config(recipe, file, overrides, world_size)
+    if file is None or any(override.startswith("run_dir=") for override in overrides):
+        return config
+    folder = Path(file).parent
+    if any((folder / name).exists() for name in _RUN_FILES) and folder.resolve() != config.directory.resolve():
+        raise UserError(
+            f"{file}: it is in the run folder {folder}, but its run_dir is {config.directory}; give run_dir={folder} "
+            "to resume that copy, or another run_dir= for another run"
+        )
     return config
 
 
