@@ -3,6 +3,7 @@
 Both are written one tensor at a time, so memory stays far below the size of the weights.
 """
 
+import argparse
 import json
 import mmap
 from functools import partial
@@ -14,8 +15,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from npp_ds.checkpoint.llamagen import CLASS_EMBEDDING
 from npp_ds.checkpoint.open import EXPORTED_SUFFIX, METADATA_KEY, Reader, Weights
-from npp_ds.checkpoint.safetensors_io import DTYPES, Entry, bytes_of, safetensors_blocks
+from npp_ds.checkpoint.safetensors_io import DTYPES, Entry, Shape, bytes_of, safetensors_blocks
 from npp_ds.errors import UserError
 from npp_ds.utils.files import explain_os_errors, write_atomic
 
@@ -63,24 +65,32 @@ def _write_safetensors(weights: Weights, dtype: torch.dtype, file: IO[bytes]) ->
 
 
 def _write_published(weights: Weights, dtype: torch.dtype, file: IO[bytes]) -> None:
-    """Write with `torch.save`, which needs all tensors at once: they are mapped from an unnamed temporary file."""
+    """Write with `torch.save`, which needs all tensors at once: they are mapped from an unnamed temporary file.
+
+    A model without a null class has no row for it, and its arguments say how many classes there are.
+    """
+    shapes, arguments = dict(weights.shapes), {}
+    if not weights.has_null_class:
+        classes = weights.model.num_classes
+        shapes[CLASS_EMBEDDING] = (classes, *shapes[CLASS_EMBEDDING][1:])
+        arguments = {"args": argparse.Namespace(num_classes=classes)}
     with TemporaryFile(dir=Path(file.name).parent) as temporary:
-        offsets = _write_raw(weights, dtype, temporary)
+        offsets = _write_raw(weights, shapes, dtype, temporary)
         mapped = mmap.mmap(temporary.fileno(), 0, access=mmap.ACCESS_COPY)
         tensors = {
             name: torch.frombuffer(mapped, dtype=dtype, offset=offsets[name], count=prod(shape)).view(shape)
-            for name, shape in weights.shapes.items()
+            for name, shape in shapes.items()
         }
-        torch.save({"model": tensors}, file)
+        torch.save({"model": tensors, **arguments}, file)
 
 
-def _write_raw(weights: Weights, dtype: torch.dtype, file: IO[bytes]) -> dict[str, int]:
-    """Write the bytes of all tensors without a header. Return the offset of each tensor."""
+def _write_raw(weights: Weights, shapes: dict[str, Shape], dtype: torch.dtype, file: IO[bytes]) -> dict[str, int]:
+    """Write the bytes of all tensors without a header, as many rows as `shapes` has. Return the offset of each."""
     offsets = {}
     with weights.reading() as tensor:
-        for name in weights.shapes:
+        for name, shape in shapes.items():
             offsets[name] = file.tell()
-            for block in bytes_of(_converted(tensor, dtype, name)):
+            for block in bytes_of(_converted(tensor, dtype, name)[: shape[0]]):
                 file.write(block)
     file.flush()
     return offsets

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ import npp_ds
 from npp_ds.checkpoint.folders import RECORD, CheckpointRecord, complete_at_step, newest_complete, read_record
 from npp_ds.checkpoint.llamagen import inspect_published, reading_published
 from npp_ds.checkpoint.rank_files import MASTER, SavedState
-from npp_ds.checkpoint.safetensors_io import Shape, misfits, opened_safetensors
+from npp_ds.checkpoint.safetensors_io import Shape, as_weights, misfits, opened_safetensors, shapes_of_weights
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import ModelSection, RunConfig
+from npp_ds.data.coding import Coding, TokenizerId
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
@@ -32,14 +33,7 @@ EXPORTED_SUFFIX = ".safetensors"
 METADATA_KEY = "npp_weights"  # a single entry, because safetensors writes several in no fixed order
 METADATA_FORMAT = 1
 
-Reader = Callable[[str], Tensor]  # parameter name -> the whole tensor, float32 on the CPU
-
-
-class TokenizerId(NamedTuple):
-    """The tokenizer whose codes a model was trained on: its name at that time, and the SHA-256 of its file."""
-
-    name: str
-    sha256: str
+Reader = Callable[[str], Tensor]  # parameter name -> the whole tensor, on the CPU
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,8 @@ class Weights:
     are for people; `step` is None if unknown. `fingerprinted` is the file whose SHA-256 identifies these weights.
     Weights of a run folder have its `config` and the `patch_side` of the stage that they were last trained in.
     `config_hash` and `tokenizer` are None, and `class_names` is empty, if unknown. `grid_is_guessed` is true if neither
-    the file nor the caller gave the grid size.
+    the file nor the caller gave the grid size. `has_null_class` is false for a model that was trained without class
+    dropout: the last row of its class embedding means nothing, so it cannot be guided.
     """
 
     path: Path
@@ -67,11 +62,19 @@ class Weights:
     tokenizer: TokenizerId | None = None
     class_names: tuple[str, ...] = ()
     grid_is_guessed: bool = False
+    has_null_class: bool = True
 
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of `fingerprinted`, which is read whole, once."""
         return sha256(self.fingerprinted)
+
+    @property
+    def coding(self) -> Coding:
+        """What the codes and labels of the model stand for, to compare with shards."""
+        model = self.model
+        sizes = (model.grid_size, model.vocab_size, model.num_classes)
+        return Coding(*sizes, self.tokenizer, self.class_names)
 
     def describe(self) -> str:
         """Return one line for people: name, step, variant and the shape of the model."""
@@ -82,6 +85,7 @@ class Weights:
             f"{self.name}{step}, {self.variant} weights: {model.parameters() / 1e6:.1f}M parameters, "
             f"{shape['n_layers']} layers of {shape['n_heads']} heads{grouped}, dim {shape['dim']}, "
             f"{model.vocab_size} codes, grid {model.grid_size}x{model.grid_size}, {model.num_classes} classes"
+            f"{'' if self.has_null_class else ' and no null class'}"
         )
 
     def guess_warning(self) -> str | None:
@@ -110,14 +114,17 @@ class Weights:
             "config_hash": self.config_hash,
             "source": {"sha256": self.sha256},
             "npp_ds": npp_ds.__version__,
+            **({} if self.has_null_class else {"null_class": False}),
         }
 
-    def reading(self) -> AbstractContextManager[Reader]:
-        """Return a context manager that yields a function: parameter name -> its float32 tensor on the CPU.
+    @contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """Yield a function: parameter name -> its float32 tensor on the CPU.
 
-        Each call of the function reads one tensor.
+        Each call of the function reads one tensor. It raises UserError if that one holds NaN or infinity.
         """
-        return self.open_reader()
+        with self.open_reader() as tensor:
+            yield lambda name: as_weights(self.path, name, tensor(name))
 
     def read(self) -> dict[str, Tensor]:
         """Read all tensors: {parameter name: float32 tensor on the CPU}."""
@@ -194,6 +201,7 @@ def _open_run(path: Path, step: int | None, variant: str, verify: bool) -> Weigh
         config_hash=record.config_hash,
         tokenizer=TokenizerId(manifest.tokenizer.name, manifest.tokenizer.sha256) if manifest else None,
         class_names=tuple(manifest.class_names) if manifest else (),
+        has_null_class=config.data.class_dropout > 0 or config.init_from is not None,
     )
 
 
@@ -227,9 +235,9 @@ def _manifest_of(config: RunConfig, record: CheckpointRecord) -> Manifest | None
 def _open_exported(path: Path) -> Weights:
     with opened_safetensors(path) as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if text is None:
-        raise UserError(f"{path}: not written by npp_ds; expected a file made by npp export or npp import")
+        if text is None:
+            raise UserError(f"{path}: not written by npp_ds; expected a file made by npp export or npp import")
+        found = shapes_of_weights(path, file)
     described = _parse_metadata(path, text)
     return Weights(
         path=path,
@@ -255,6 +263,7 @@ def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
             "model": ModelSection.model_validate(values["model"]),
             "tokenizer": TokenizerId(**values["tokenizer"]) if values["tokenizer"] else None,
             "class_names": tuple(values["class_names"]),
+            "has_null_class": bool(values.get("null_class", True)),
         }
     except UserError:
         raise
@@ -265,7 +274,7 @@ def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
 @contextmanager
 def _reading_exported(path: Path) -> Iterator[Reader]:
     with opened_safetensors(path) as file:
-        yield lambda name: file.get_tensor(name).float()
+        yield file.get_tensor
 
 
 def _open_published(path: Path, variant: str, n_heads: int | None, grid_size: int | None) -> Weights:
@@ -278,8 +287,9 @@ def _open_published(path: Path, variant: str, n_heads: int | None, grid_size: in
         model=found.model,
         shapes=_check_shapes(path, found.shapes, found.model),
         fingerprinted=path,
-        open_reader=partial(reading_published, path, variant),
+        open_reader=partial(reading_published, path, variant, found.model.num_classes),
         grid_is_guessed=found.grid_is_guessed,
+        has_null_class=found.has_null_class,
     )
 
 

@@ -23,19 +23,30 @@ Shape = tuple[int, ...]
 BLOCK = 1 << 24  # bytes written at a time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of the CLI options
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_WEIGHTS = {**_NAMES, torch.float64: "F64"}  # the types that weights may be stored in, with their safetensors names
 _FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")  # torch's message for an object that it refuses
 
 
 def read_torch(path: Path) -> Any:
     """Return what `torch.save` wrote. Its tensors are memory-mapped, so only those that are used are read.
 
+    A file of the old format, and one whose entries somebody has compressed, is read whole.
+
     Besides tensors and plain values the file may hold an argparse.Namespace, as published checkpoints do. Raises
     UserError for any other object and for damaged files.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+    except (
+        zipfile.BadZipFile,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+    ) as error:
         # torch's own text is not shown: it advises weights_only=False, which runs code that the file contains.
         if foreign := _FOREIGN.search(str(error)):
             raise UserError(
@@ -43,6 +54,14 @@ def read_torch(path: Path) -> Any:
                 "such objects can run code: ask its maker for a file of tensors alone"
             ) from None
         raise UserError(f"{path}: damaged, or no PyTorch checkpoint; fetch it again") from None
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Return whether a file is a zip archive without compression; torch (2.14) maps compressed entries as they are."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 @contextmanager
@@ -55,6 +74,44 @@ def opened_safetensors(path: Path) -> "Iterator[safe_open]":
             yield file
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or no safetensors file ({error}); fetch it again") from error
+
+
+def shapes_of_weights(path: Path, file: "safe_open") -> dict[str, Shape]:
+    """Return the shape of each tensor of an open safetensors file. Raises UserError for a type that is no weight's."""
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    if wrong := next((name for name, part in slices.items() if part.get_dtype() not in _WEIGHTS.values()), None):
+        raise _no_weights(path, wrong, slices[wrong].get_dtype())
+    return {name: tuple(part.get_shape()) for name, part in slices.items()}
+
+
+def check_type(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise UserError unless a tensor of a file can hold weights: dense, fp32, bf16, fp16 or fp64."""
+    if tensor.dtype not in _WEIGHTS:
+        raise _no_weights(path, name, str(tensor.dtype))
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise _no_weights(path, name, "without values" if tensor.is_meta else str(tensor.layout))
+
+
+def as_weights(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of a file as float32. Raises UserError if it cannot hold weights or holds NaN or infinity.
+
+    The check takes no memory beside the tensor.
+    """
+    check_type(path, name, tensor)
+    values = tensor.float()
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():  # both are NaN if one value is
+        wrong = values.numel() - int(values.isfinite().sum())
+        raise UserError(
+            f"{path}: {name}: {wrong:,} of {values.numel():,} values are NaN or infinite, expected finite weights; use "
+            "another checkpoint, or make or fetch the file again"
+        )
+    return values
+
+
+def _no_weights(path: Path, name: str, found: str) -> UserError:
+    return UserError(
+        f"{path}: {name} is {found}, expected a floating-point type: dense fp32, bf16, fp16 or fp64; convert the file"
+    )
 
 
 def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:

@@ -35,10 +35,10 @@ def train(
 def _train(
     recipe: str | None, config: Path | None, overrides: Sequence[str], from_step: int | None, stop: StopRequests
 ) -> None:
-    from npp_ds.config.load import load_config
+    from npp_ds.config.load import load_run
 
     try:
-        run = load_config(recipe, config, overrides, read_environment().world_size)
+        run = load_run(recipe, config, overrides, read_environment().world_size)
     except UserError as error:
         raise UserError(str(error), on_all_ranks=True) from error
 

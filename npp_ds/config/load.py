@@ -1,7 +1,7 @@
 """Read a run's config from a recipe or file and key=value overrides, and report all its problems together."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from yaml.constructor import ConstructorError
 from npp_ds.config.schema import RECIPES, REPLACED_BY_STAGES, RunConfig, drop_replaced_by_stages, section_of
 from npp_ds.errors import UserError
 
+_RUN_FILES = ("checkpoints", "metrics.jsonl", "environment.json")  # what a run leaves beside its config.yaml
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
 
 
@@ -53,6 +54,29 @@ def load_config(
         source = f"recipe {recipe}" if recipe else str(file)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{count} in the config ({source}):\n" + "\n".join(f"  - {p}" for p in problems))
+    return config
+
+
+def load_run(
+    recipe: str | None = None,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+) -> RunConfig:
+    """Return the config of a run to start, as `load_config` does.
+
+    Raises UserError also if `file` is in the folder of a run and the config names another folder: a run that was copied
+    or moved would otherwise change its original. An override of run_dir decides which is meant.
+    """
+    config = load_config(recipe, file, overrides, world_size)
+    if file is None or any(override.startswith("run_dir=") for override in overrides):
+        return config
+    folder = Path(file).parent
+    if any((folder / name).exists() for name in _RUN_FILES) and folder.resolve() != config.directory.resolve():
+        raise UserError(
+            f"{file}: it is in the run folder {folder}, but its run_dir is {config.directory}; give run_dir={folder} "
+            "to resume that copy, or another run_dir= for another run"
+        )
     return config
 
 
@@ -343,12 +367,20 @@ def _average_problems(config: RunConfig) -> list[str]:
 
 
 def _evaluate_problems(config: RunConfig) -> list[str]:
-    if not config.evaluate.every or config.evaluate.reference:
+    if not config.evaluate.every:
         return []
-    return [
-        "evaluate.reference: missing, but evaluate.every asks for evaluations; name statistics of real images "
-        "(`npp evaluate --make-reference`), or set evaluate.every to 0"
-    ]
+    problems = []
+    if not config.evaluate.reference:
+        problems.append(
+            "evaluate.reference: missing, but evaluate.every asks for evaluations; name statistics of real images "
+            "(`npp evaluate --make-reference`), or set evaluate.every to 0"
+        )
+    if config.evaluate.cfg_scale != 1 and not config.data.class_dropout and config.init_from is None:
+        problems.append(
+            f"evaluate.cfg_scale: {config.evaluate.cfg_scale:g}, but data.class_dropout is 0, so no null class is "
+            "trained to guide with; set evaluate.cfg_scale to 1, or data.class_dropout (such as 0.1)"
+        )
+    return problems
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[str]:

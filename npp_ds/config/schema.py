@@ -111,6 +111,11 @@ class DataSection(_Section):
     )
     val: str | None = _free(None, "held-out code shards, given in the same way; null: no validation")
     tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
+    allow_mismatch: bool = _free(
+        False,
+        "accept weights of init_from, and data.val, of another tokenizer or other classes than data.train, with a "
+        "warning; sizes must fit in any case",
+    )
     cache_dir: str | None = _free(
         None, "folder on each node for the unpacked shards; null: /dev/shm if they fit there, else ~/.cache/npp_ds"
     )

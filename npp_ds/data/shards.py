@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from npp_ds import __version__
+from npp_ds.data.coding import Coding
 from npp_ds.errors import UserError
 from npp_ds.utils.files import atomic_file, sha256, tar_members, write_json_atomic
 from npp_ds.utils.progress import track
@@ -131,6 +132,12 @@ class Manifest(_Record):
     def num_tokens(self) -> int:
         """Number of codes of a crop."""
         return self.grid_size**2
+
+    @property
+    def coding(self) -> Coding:
+        """What codes and labels stand for, to compare with other shards and with weights."""
+        sizes = (self.grid_size, self.vocab_size, self.num_classes)
+        return Coding(*sizes, self.tokenizer, tuple(self.class_names))
 
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":

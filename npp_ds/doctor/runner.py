@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from npp_ds.config.load import load_config
+from npp_ds.config.load import load_run
 from npp_ds.distributed.environment import host_name, read_environment
 from npp_ds.distributed.process_group import RENDEZVOUS_TIMEOUT, Processes, join_processes
 from npp_ds.doctor import collectives, machine, run
@@ -173,7 +173,7 @@ class Runner:
         return [*machine.CHECKS, config, *(_with_config(check) for check in run.CHECKS)]
 
     def _read_config(self, context: Context) -> None:
-        context.config = load_config(self.request.recipe, self.request.file, self.request.overrides)
+        context.config = load_run(self.request.recipe, self.request.file, self.request.overrides)
 
     def _one_by_one(self, checks: Sequence[Check], timeout: float, has_failed: bool) -> bool:
         """Run checks that all processes make together, until one fails; return whether any check has failed so far."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from npp_ds.checkpoint.safetensors_io import as_weights
 from npp_ds.errors import UserError
 from npp_ds.evaluation.images import ImageSet
 from npp_ds.evaluation.metrics import Moments, Statistics
@@ -154,7 +155,9 @@ def load_classifier(path: str | Path = SHIPPED) -> Classifier:
     try:
         tensors = load_file(path)
         model = Classifier(len(tensors["output.bias"]))
-        model.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
+        model.load_state_dict(
+            {name: as_weights(Path(path), name, value) for name, value in tensors.items()}, strict=False
+        )
         missing = [name for name, _ in model.named_parameters() if name not in tensors]
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{path}: no classifier of data_prep/train_classifier.py ({error}); make it again") from error

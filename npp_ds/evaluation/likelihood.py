@@ -1,5 +1,6 @@
 """The likelihood of held-out codes under a model: its mean, for training runs, and figures by position in the image."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 
 from npp_ds import __version__
 from npp_ds.checkpoint.open import Weights
+from npp_ds.data.coding import Coding, meaning_mismatches, size_mismatches
 from npp_ds.data.loader import EvalLoader
-from npp_ds.data.shards import Manifest
 from npp_ds.data.store import stage
 from npp_ds.errors import UserError
 from npp_ds.sampling.sampler import DTYPES, build_model
 from npp_ds.sizes import num_positions
 from npp_ds.utils.records import git_commit
+
+logger = logging.getLogger(__name__)
 
 LOGIT_BYTES = 256 << 20
 """Upper limit for the float32 logits of one forward pass: 16 images of 256 codes out of 16384."""
@@ -148,13 +151,13 @@ def likelihood_of(
     """Return the likelihood of held-out code shards under trained weights, as a dict for JSON.
 
     `limit` measures that many images. Matrix products are computed in `precision` from float32 weights, the softmax in
-    float32, sums in float64. Raises UserError if the shards do not fit the model, or if their tokenizer is not the one
-    whose codes the model was trained on.
+    float32, sums in float64. Raises UserError if the shards do not fit the model, or if the model was trained on codes
+    of another tokenizer or on other classes. A run with data.allow_mismatch accepts its own data.val.
     """
     if precision not in DTYPES:
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(DTYPES)}")
     store = stage(shards, cache_dir)
-    _check_fit(source, store.manifest, shards)
+    _check_fit(source, store.manifest.coding, shards)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     positions = num_positions(store.manifest.grid_size, patch_side) or 1
     batch_size = images_at_a_time(positions, source.model.vocab_size)
@@ -195,15 +198,12 @@ def _counted(loader: EvalLoader, progress: Callable[[int, int], None]) -> Iterat
         progress(done, loader.num_samples)
 
 
-def _check_fit(source: Weights, manifest: Manifest, shards: str | Path) -> None:
-    problems = [
-        f"{name} {getattr(manifest, name)}, the model has {getattr(source.model, name)}"
-        for name in ("grid_size", "vocab_size", "num_classes")
-        if getattr(manifest, name) != getattr(source.model, name)
-    ]
-    made_by, known = manifest.tokenizer, source.tokenizer
-    if known and known.sha256 != made_by.sha256:
-        found, expected = (f"{one.name} ({one.sha256[:12]}..)" for one in (made_by, known))
-        problems.append(f"codes of the tokenizer {found}, the model was trained on those of {expected}")
-    if problems:
-        raise UserError(f"{shards}: not codes for the model of {source.path}: {'; '.join(problems)}; name other shards")
+def _check_fit(source: Weights, coding: Coding, shards: str | Path) -> None:
+    problems, differences = size_mismatches(coding, source.coding), meaning_mismatches(coding, source.coding)
+    data = source.config.data if source.config else None
+    if differences and data and data.allow_mismatch and str(shards) == data.val:
+        for fact, found, expected in differences:
+            logger.warning(f"{shards}: {fact} is {found}, the model was trained with {expected} (data.allow_mismatch)")
+        differences = []
+    if texts := [f"{fact} {found}, the model has {expected}" for fact, found, expected in problems + differences]:
+        raise UserError(f"{shards}: not codes for the model of {source.path}: {'; '.join(texts)}; name other shards")

@@ -41,6 +41,11 @@ class Request:
             if (value := getattr(self, name)) is not None and value < 1
         ]
         problems += self.options.problems(weights.model.grid_size)
+        if self.options.cfg_scale != 1 and not weights.has_null_class:
+            problems.append(
+                f"cfg_scale: found {self.options.cfg_scale:g}, but the model was trained without class dropout, so it "
+                "has no null class to guide with; use 1"
+            )
         if self.labels not in LABEL_CHOICES:
             problems.append(f"labels: found {self.labels!r}, expected one of {', '.join(LABEL_CHOICES)}")
         if self.dtype not in DTYPES:

@@ -3,19 +3,15 @@
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from npp_ds.checkpoint.safetensors_io import misfits, opened_safetensors, read_torch
+from npp_ds.checkpoint.safetensors_io import as_weights, misfits, opened_safetensors, read_torch
+from npp_ds.data.coding import HasTokenizerId, TokenizerId, tokenizer_mismatch
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.vq import VQConfig, VQModel
 from npp_ds.utils.files import sha256, write_atomic
-
-if TYPE_CHECKING:
-    from npp_ds.checkpoint.open import TokenizerId
-    from npp_ds.data.shards import TokenizerInfo
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"fashion_mnist": ASSETS / "fashion_mnist_vq.safetensors"}
@@ -28,11 +24,7 @@ def load_tokenizer(name_or_path: str | Path) -> VQModel:
     `name_or_path` is "fashion_mnist" (shipped), a .safetensors file of `save_tokenizer`, or a published .pt file, whose
     tensors determine the shape. Only tensors are unpickled. Raises UserError for a missing, damaged or other file.
     """
-    path = SHIPPED.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        raise UserError(
-            f"tokenizer {str(name_or_path)!r}: no such file; expected a checkpoint or one of {', '.join(SHIPPED)}"
-        )
+    path = _file_of(name_or_path)
     tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_checkpoint(path), {})
     tensors.pop("quantize.codebook_used", None)
     ours = METADATA_KEY in metadata
@@ -45,17 +37,17 @@ def load_tokenizer(name_or_path: str | Path) -> VQModel:
     found, expected = ({name: tuple(value.shape) for name, value in t.items()} for t in (tensors, model.state_dict()))
     if problems := misfits(found, expected):
         raise UserError(f"{path}: not a complete VQ tokenizer: {problems}")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict({name: as_weights(path, name, tensor) for name, tensor in tensors.items()}, assign=True)
     model.requires_grad_(False).eval()
     model.name, model.sha256 = str(name_or_path) if str(name_or_path) in SHIPPED else path.name, sha256(path)
     return model
 
 
-def tokenizer_of(made_by: "TokenizerInfo | TokenizerId | None", name_or_path: str | Path | None = None) -> VQModel:
-    """Load the tokenizer that made some codes, by default a shipped one or the file of its name in this folder.
+def tokenizer_of(made_by: HasTokenizerId | None, name_or_path: str | Path | None = None) -> VQModel:
+    """Load the tokenizer that decodes codes: the one named, else an available one that made them.
 
-    `made_by` has its name and SHA-256, as in a manifest, or is None if these are unknown. Raises UserError if
-    `name_or_path` is another tokenizer, or if none is found.
+    `made_by` is the tokenizer that made the codes, None if unknown. Available are the shipped tokenizers and a file of
+    that name in the working directory. Raises UserError if the tokenizer is another one or cannot be found.
     """
     if name_or_path is None:
         if made_by is None:
@@ -67,13 +59,28 @@ def tokenizer_of(made_by: "TokenizerInfo | TokenizerId | None", name_or_path: st
                 f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not available; "
                 "give its file with --tokenizer to see images"
             )
-    tokenizer = load_tokenizer(name_or_path)
-    if made_by and tokenizer.sha256 != made_by.sha256:
+    check_tokenizer(made_by, name_or_path)
+    return load_tokenizer(name_or_path)
+
+
+def check_tokenizer(made_by: HasTokenizerId | None, name_or_path: str | Path) -> None:
+    """Check that a tokenizer exists and is the one that made the codes, without loading it. Raises UserError."""
+    found = TokenizerId(str(name_or_path), sha256(_file_of(name_or_path)))
+    if mismatch := tokenizer_mismatch(found, made_by):
         raise UserError(
-            f"tokenizer {name_or_path}: SHA-256 {tokenizer.sha256[:12]}.., the codes were made by {made_by.name} "
-            f"({made_by.sha256[:12]}..); give that one with --tokenizer"
+            f"tokenizer {name_or_path}: SHA-256 {found.sha256[:12]}.., the codes were made by {mismatch.expected}; "
+            "give that one"
         )
-    return tokenizer
+
+
+def _file_of(name_or_path: str | Path) -> Path:
+    """Return the file of a tokenizer. Raises UserError if there is none."""
+    path = SHIPPED.get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise UserError(
+            f"tokenizer {str(name_or_path)!r}: no such file; expected a checkpoint or one of {', '.join(SHIPPED)}"
+        )
+    return path
 
 
 def save_tokenizer(model: VQModel, path: str | Path, training: dict) -> None:

@@ -1,23 +1,25 @@
 """Checks before anything starts: config, data, processes, DeepSpeed settings, kernels, initial weights, evaluation."""
 
-from pathlib import Path
+import logging
 
 from npp_ds.checkpoint.folders import saved_steps
 from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.config.load import problems_of
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import ModelSection, RunConfig
+from npp_ds.data.coding import Coding, Mismatch, meaning_mismatches, size_mismatches
 from npp_ds.data.shards import Manifest
 from npp_ds.data.store import load_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig
 from npp_ds.model.attention import check_attention
 from npp_ds.sizes import ffn_hidden
-from npp_ds.tokenizer.loading import SHIPPED
+from npp_ds.tokenizer.loading import check_tokenizer
 from npp_ds.training.compile import check_performance
 from npp_ds.training.deepspeed_config import engine_settings
 from npp_ds.training.evaluation import evaluation_problems
-from npp_ds.utils.files import sha256
+
+logger = logging.getLogger(__name__)
 
 
 def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
@@ -29,12 +31,13 @@ def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
     val = load_manifest(config.data.val) if config.data.val else None
     problems = problems_of(config, world_size, train.num_samples)
     if not problems:
-        problems = _engine_problems(config, train.num_samples, world_size) + _init_problems(config)
+        problems = _engine_problems(config, train.num_samples, world_size) + _init_problems(config, train)
     for key, manifest in (("train", train), ("val", val)):
-        problems += _data_problems(key, manifest, config) if manifest else []
-    if val and train.tokenizer.sha256 != val.tokenizer.sha256:
-        problems.append("data.val: made with another tokenizer than data.train; tokenize both with the same one")
-    problems += evaluation_problems(config, train.tokenizer)
+        problems += _size_problems(key, manifest, config) if manifest else []
+    if val:
+        where = f"data.val ({config.data.val})"
+        problems += _meaning_problems(where, meaning_mismatches(val.coding, train.coding), config)
+    problems += _tokenizer_problems(config, train) + evaluation_problems(config, train.tokenizer)
     if problems:
         raise UserError("the config does not fit the data:\n" + "\n".join(f"  - {p}" for p in problems))
     return config.build_schedule(train.num_samples, world_size)
@@ -50,8 +53,11 @@ def initial_weights(config: RunConfig) -> Weights | None:
     return open_weights(config.init_from, n_heads=config.model.shape()["n_heads"], verify=True)
 
 
-def _init_problems(config: RunConfig) -> list[str]:
-    """Return where initial weights disagree with the model; their grid may differ, since positions are computed."""
+def _init_problems(config: RunConfig, train: Manifest) -> list[str]:
+    """Return where initial weights disagree with the model and the data.
+
+    Their grid may differ, since positions are computed.
+    """
     try:
         weights = initial_weights(config)
     except UserError as error:
@@ -59,12 +65,38 @@ def _init_problems(config: RunConfig) -> list[str]:
     if weights is None:
         return []
     ours, theirs = (_fixed_by_weights(model) for model in (config.model, weights.model))
-    return [
+    problems = [
         f"model.{key}: {ours[key]}, but the weights of init_from ({config.init_from}) have {theirs[key]}; "
         "change the model, or start from other weights"
         for key in ours
         if ours[key] != theirs[key]
     ]
+    where = f"init_from ({config.init_from})"
+    return problems + _meaning_problems(where, meaning_mismatches(weights.coding, train.coding), config)
+
+
+def _meaning_problems(where: str, mismatches: list[Mismatch], config: RunConfig) -> list[str]:
+    """Return the problem for each mismatch with the training data; only warn of them with data.allow_mismatch."""
+    texts = [
+        f"{where}: its {fact} is {found}, but {expected} in data.train ({config.data.train})"
+        for fact, found, expected in mismatches
+    ]
+    if config.data.allow_mismatch:
+        for text in texts:
+            logger.warning(f"{text}; accepted, because data.allow_mismatch is set")
+        return []
+    return [f"{text}; name one that agrees, or accept it with data.allow_mismatch=true" for text in texts]
+
+
+def _tokenizer_problems(config: RunConfig, train: Manifest) -> list[str]:
+    """Return why data.tokenizer cannot decode samples; evaluations load it, so their own check covers it."""
+    if not config.data.tokenizer or config.evaluate.every:
+        return []
+    try:
+        check_tokenizer(train.tokenizer, config.data.tokenizer)
+    except UserError as error:
+        return [f"data.tokenizer: {error}"]
+    return []
 
 
 def _fixed_by_weights(model: ModelSection) -> dict[str, int]:
@@ -90,20 +122,11 @@ def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> li
     return problems
 
 
-def _data_problems(key: str, manifest: Manifest, config: RunConfig) -> list[str]:
-    """Return where shards disagree with the model, and with the tokenizer that is to decode its samples."""
+def _size_problems(key: str, manifest: Manifest, config: RunConfig) -> list[str]:
+    """Return where the sizes of shards and model differ."""
     model, where = config.model, f"data.{key} ({getattr(config.data, key)})"
-    problems = [
-        f"model.{name}: {getattr(model, name)}, but the shards of {where} have "
-        f"{getattr(manifest, name)}; set model.{name}={getattr(manifest, name)} or name other shards"
-        for name in ("grid_size", "vocab_size", "num_classes")
-        if getattr(model, name) != getattr(manifest, name)
+    sizes = Coding(model.grid_size, model.vocab_size, model.num_classes)
+    return [
+        f"model.{name}: {ours}, but the shards of {where} have {theirs}; set model.{name}={theirs} or name other shards"
+        for name, theirs, ours in size_mismatches(manifest.coding, sizes)
     ]
-    tokenizer, made_by = config.data.tokenizer, manifest.tokenizer
-    file = SHIPPED.get(tokenizer, Path(tokenizer)) if tokenizer else None
-    if file and file.is_file() and (found := sha256(file)) != made_by.sha256:
-        problems.append(
-            f"data.tokenizer: {tokenizer} has SHA-256 {found[:12]}.., but the shards of {where} were made by "
-            f"{made_by.name} ({made_by.sha256[:12]}..); name that one, or other shards"
-        )
-    return problems

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import math
 import re
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from npp_ds.checkpoint.export import export_weights
+from npp_ds.checkpoint.llamagen import CLASS_EMBEDDING
 from npp_ds.checkpoint.open import METADATA_KEY, Weights, open_weights
 from npp_ds.cli import app
 from npp_ds.config.schema import ModelSection
@@ -20,6 +24,8 @@ from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.sampling.decode import generate
 from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.request import Request
+from npp_ds.sampling.sampler import build_model
 from npp_ds.sizes import SIZES
 from published_models import published_model
 from sample_sets import tiny_run
@@ -200,6 +206,58 @@ def test_grid_and_heads_are_taken_from_the_file_if_it_contains_them(tmp_path):
     assert open_weights(tmp_path / "plain.pt").model.grid_size == 16
 
 
+def without_null_class(path: Path, num_classes: int = 10) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint that was trained without class dropout: 10 rows of classes; its arguments give the number."""
+    arguments = argparse.Namespace(num_classes=num_classes)
+    return published_file(
+        path,
+        "gpt_small",
+        lambda state: {
+            "model": {**state, CLASS_EMBEDDING: state[CLASS_EMBEDDING][:10].clone()},
+            "args": arguments,
+        },
+    )
+
+
+def test_a_published_model_without_a_null_class_keeps_its_classes_and_cannot_be_guided(tmp_path):
+    path, state = without_null_class(tmp_path / "c2i.pt")
+    export_weights(open_published(path, "gpt_small"), tmp_path / "ours.safetensors")
+    for weights in (open_published(path, "gpt_small"), open_weights(tmp_path / "ours.safetensors")):
+        assert weights.model.num_classes == 10 and "10 classes and no null class" in weights.describe()
+        tensors = weights.read()
+        assert torch.equal(tensors[CLASS_EMBEDDING][:10], state[CLASS_EMBEDDING][:10])
+        assert not tensors[CLASS_EMBEDDING][10].any()
+        tokenizer = SimpleNamespace(name="vq", config=SimpleNamespace(codebook_size=weights.model.vocab_size))
+        Request(classes=range(10), count=10).check(weights, tokenizer)
+        with pytest.raises(UserError, match=r"cfg_scale: found 1\.5, but the model was trained without class dropout"):
+            Request(classes=range(10), count=10, options=Options(cfg_scale=1.5)).check(weights, tokenizer)
+        export_weights(weights, tmp_path / "back.pt", layout="published", force=True)
+        back = torch.load(tmp_path / "back.pt", weights_only=False)
+        assert_same_tensors(back["model"], {**state, CLASS_EMBEDDING: state[CLASS_EMBEDDING][:10]})
+        assert not open_published(tmp_path / "back.pt", "gpt_small").has_null_class
+
+
+@pytest.mark.parametrize(
+    "known, complaint", [(9, None), (10, None), (1000, "has 10 rows, but args.num_classes is 1000")]
+)
+def test_the_arguments_of_a_published_file_say_whether_the_last_row_is_the_null_class(tmp_path, known, complaint):
+    path, _ = without_null_class(tmp_path / "c2i.pt", known)
+    if complaint:
+        with pytest.raises(UserError, match=complaint):
+            open_published(path, "gpt_small")
+    else:
+        weights = open_published(path, "gpt_small")
+        assert (weights.model.num_classes, weights.has_null_class) == (known, known == 9)
+
+
+def test_a_run_without_class_dropout_has_no_null_class(tmp_path):
+    run_dir = tiny_run(tmp_path / "run")
+    assert open_weights(run_dir).has_null_class
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("class_dropout: 0.1", "class_dropout: 0.0"))
+    assert not open_weights(run_dir).has_null_class
+
+
 def _changed(state, **changes):
     return {**state, **changes}
 
@@ -209,7 +267,7 @@ def _changed(state, **changes):
     [
         (lambda s: {"model": {"step": 3}}, "no weights under model, module, state_dict or at the top; found model"),
         (lambda s: [1, 2], "no weights under .* found nothing"),
-        (lambda s: {"encoder.weight": torch.zeros(2, 2)}, "tok_embeddings.weight is missing; found encoder.weight"),
+        (lambda s: {"encoder.weight": torch.zeros(2, 2)}, "embedding_table.weight is missing; found encoder.weight"),
         (
             lambda s: {n: t for n, t in s.items() if "layers.1.feed_forward" not in n},
             r"w1.weight is missing; .*w3.weight is missing; .*w2.weight is missing$",
@@ -234,6 +292,54 @@ def test_files_that_hold_no_such_model_are_refused_with_what_is_wrong(tmp_path, 
     torch.save(make(model.state_dict()), tmp_path / "wrong.pt")
     with pytest.raises(UserError, match=rf"wrong\.pt: .*{complaint}"):
         open_weights(tmp_path / "wrong.pt", n_heads=None if "heads" in complaint else 4)
+
+
+def with_tensor(path: Path, name: str, change, layout: str) -> Path:
+    """A file of weights in which one tensor has been changed, as published or as `npp export` lays it out."""
+    source, state = published_file(path.with_suffix(".pt"), "gpt_small")
+    if layout == "published":
+        torch.save({"model": {**state, name: change(state[name])}}, source)
+        return source
+    export_weights(open_published(source, "gpt_small"), path.with_suffix(".safetensors"))
+    with safe_open(path.with_suffix(".safetensors"), "pt") as file:
+        metadata = file.metadata()
+    save_file({**state, name: change(state[name])}, path.with_suffix(".safetensors"), metadata)
+    return path.with_suffix(".safetensors")
+
+
+@pytest.mark.parametrize("layout", ["published", "safetensors"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_with_the_tensor_named(tmp_path, layout, value, dtype):
+    def change(tensor):
+        tensor.view(-1)[7] = value
+        return tensor.to(dtype)
+
+    path = with_tensor(tmp_path / "bad", "layers.1.attention.wo.weight", change, layout)
+    weights = open_weights(path, n_heads=4, grid_size=8)
+    wanted = r"layers\.1\.attention\.wo\.weight: 1 of 4,096 values are NaN or infinite"
+    with pytest.raises(UserError, match=wanted):
+        build_model(weights, "cpu")
+    with pytest.raises(UserError, match=wanted):
+        export_weights(weights, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("layout", ["published", "safetensors"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])
+def test_tensors_of_other_types_than_weights_are_refused_at_opening(tmp_path, layout, dtype):
+    path = with_tensor(tmp_path / "bad", "output.weight", lambda tensor: tensor.to(dtype), layout)
+    with pytest.raises(UserError, match=r"bad\.\w+: output\.weight is \S+, expected a floating-point type"):
+        open_weights(path, n_heads=4, grid_size=8)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_published_file_that_was_zipped_again_holds_the_same_weights(tmp_path, compression):
+    path, state = published_file(tmp_path / "c2i.pt", "gpt_small")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "again.pt", "w", compression) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert_same_tensors(open_published(tmp_path / "again.pt", "gpt_small").read(), state)
 
 
 class Surprise:

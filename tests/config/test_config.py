@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from npp_ds.config.load import load_config, problems_of, recipe_names
+from npp_ds.cli import app
+from npp_ds.config.load import load_config, load_run, problems_of, recipe_names
 from npp_ds.config.schema import RunConfig, ScheduleSection
 from npp_ds.errors import UserError
 from npp_ds.sizes import SIZES
@@ -232,6 +234,46 @@ def test_overrides_reach_every_level(tmp_path):
     assert config.stage_table()[0].epochs == 2.5
     assert (config.model.size, config.optimizer.learning_rate, config.name) == ("L", 3e-4, "mine")
     assert str(config.directory) == "runs/mine"
+
+
+def copied_run(folder: Path, run_dir: str | None) -> Path:
+    """The config.yaml of runs/copy, a copy of the run folder runs/tiny or of `run_dir`."""
+    keys = {"name": "tiny", "run_dir": run_dir, "model": {"size": "B"}, "data": {"train": "shards"}}
+    (folder / "runs/copy/checkpoints").mkdir(parents=True)
+    (folder / "runs/copy/config.yaml").write_text(RunConfig.model_validate(keys).to_yaml())
+    return Path("runs/copy/config.yaml")
+
+
+@pytest.mark.parametrize(
+    "run_dir, overrides, directory",
+    [
+        (None, [], None),
+        ("runs/tiny", ["seed=0"], None),
+        ("/elsewhere/tiny", [], None),
+        (None, ["run_dir=runs/copy"], "runs/copy"),
+        (None, ["run_dir=runs/tiny"], "runs/tiny"),
+        (None, ["name=copy"], "runs/copy"),
+        ("runs/../runs/copy", [], "runs/../runs/copy"),
+    ],
+)
+def test_a_copied_run_starts_only_with_its_folder_named(tmp_path, monkeypatch, run_dir, overrides, directory):
+    monkeypatch.chdir(tmp_path)
+    file = copied_run(tmp_path, run_dir)
+    if directory:
+        assert load_run(file=file, overrides=overrides).directory == Path(directory)
+        return
+    with pytest.raises(UserError, match=r"its run_dir is .*tiny; give run_dir=runs/copy to resume that copy"):
+        load_run(file=file, overrides=overrides)
+    assert load_config(file=file).name == "tiny", "what only reads the run takes the copy"
+
+
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_the_commands_that_start_a_run_refuse_a_copy_without_its_folder(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os._exit", lambda code: None)
+    done = CliRunner().invoke(app, [command, "--config", str(copied_run(tmp_path, None))])
+    assert "give run_dir=runs/copy" in f"{done.output} {done.exception}"
+    assert not (tmp_path / "runs/tiny").exists()
 
 
 def test_the_resolved_config_reads_back_as_itself():

@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_named(trained, tmp_path, shards):
     with pytest.raises(UserError, match="found 'fp8', expected one of fp32, bf16"):
         likelihood_of(source, shards / "val", cache_dir=shards / "cache", precision="fp8")
     other = replace(source, tokenizer=TokenizerId("vq_ds16_c2i.pt", "1" * 64))
-    of_both = r"tokenizer random \(000000000000\.\.\), the model was trained on those of vq_ds16_c2i\.pt \(111111111111"
+    of_both = r"tokenizer random \(000000000000\.\.\), the model has vq_ds16_c2i\.pt \(111111111111"
     with pytest.raises(UserError, match=of_both):
         likelihood_of(other, shards / "val", cache_dir=shards / "cache")
     unknown = likelihood_of(replace(source, tokenizer=None), shards / "val", cache_dir=shards / "cache", limit=3)

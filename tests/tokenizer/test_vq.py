@@ -111,7 +111,8 @@ class Surprise:
 
 
 @pytest.mark.parametrize(
-    "fault", ["missing", "empty", "text", "cut", "foreign", "no tensors", "pickle", "partial", "shape", "narrow"]
+    "fault",
+    ["missing", "empty", "text", "cut", "foreign", "no tensors", "pickle", "partial", "shape", "narrow", "NaN", "int8"],
 )
 def test_wrong_tokenizer_files_are_refused_with_the_file_named(fault, tiny, tmp_path):
     path = tmp_path / "wrong.pt"
@@ -133,6 +134,9 @@ def test_wrong_tokenizer_files_are_refused_with_the_file_named(fault, tiny, tmp_
         torch.save({name: value for name, value in state.items() if not name.startswith("decoder.")}, path)
     elif fault == "narrow":
         torch.save(VQModel(VQConfig(8, (1, 2), norm_groups=8, codebook_size=16)).state_dict(), path)
+    elif fault in ("NaN", "int8"):
+        change = {"NaN": lambda tensor: tensor * torch.nan, "int8": lambda tensor: tensor.to(torch.int8)}[fault]
+        torch.save({**state, "quantize.embedding.weight": change(state["quantize.embedding.weight"])}, path)
     elif fault == "shape":
         torch.save({**state, "decoder.conv_out.bias": torch.zeros(4)}, path)
     with pytest.raises(UserError, match=r"wrong\.pt"):

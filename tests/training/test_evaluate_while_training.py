@@ -301,7 +301,7 @@ def test_everything_that_is_missing_is_said_before_the_run_begins(pair, folder, 
     both = config_of(folder, tmp_path / "run", {"every": 4, "reference": str(folder / "nowhere.npz")})
     both.data.tokenizer = str(another)
     (text, _) = pair.run(error_of, both)
-    assert "another.safetensors has SHA-256" in text and "nowhere.npz: no readable" in text
+    assert "another.safetensors: SHA-256" in text and "nowhere.npz: no readable" in text
 
 
 def test_config_problems_name_the_key(folder, tmp_path):
@@ -310,6 +310,10 @@ def test_config_problems_name_the_key(folder, tmp_path):
     assert "evaluate.reference: missing" in text
     assert "evaluate.weights: ema, but optimizer.ema_decay is 0" in text
     assert not problems_of(config_of(folder, tmp_path, {"every": 0, "reference": None}))
+    config = config_of(folder, tmp_path, {"every": 4})
+    config.data.class_dropout = 0
+    (text,) = problems_of(config)
+    assert "evaluate.cfg_scale: 1.5, but data.class_dropout is 0" in text
 
 
 def test_evaluating_is_no_part_of_what_a_run_is(folder, tmp_path):
