@@ -1,4 +1,4 @@
-# Everything a person types here sets up what it needs in ./.venv; PYTHON names the interpreter to begin with.
+# The targets install what they need into ./.venv. PYTHON is the interpreter that creates it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,16 +8,16 @@ STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c 'import platform; print(platfor
 .PHONY: help install quickstart test test-full test-oldest test-lower-bounds test-torch-2.11 bench bench-baseline gpu-check lint format
 
 help:
-	@echo "make quickstart   from shipped images to trained samples, about 6 minutes on 2 cores; DEVICE=gpu: on all GPUs"
-	@echo "make test         the tests that need no GPU"
-	@echo "make test-full    the slow tests too"
-	@echo "make test-oldest  tests with the oldest versions that setup.py allows, and with PyTorch 2.11: about 12 minutes"
-	@echo "make bench        what was measured to be faster than something else still is, about 6 minutes on 2 cores"
-	@echo "make lint         ruff, mypy, and shellcheck over the job scripts"
-	@echo "make gpu-check    everything that needs a GPU, checked and measured on the first one, in two calls of minutes"
-	@echo "make install      only the virtual environment ./.venv"
+	@echo "make quickstart   train on the shipped images, then sample; about 6 minutes on 2 cores; DEVICE=gpu: on all GPUs"
+	@echo "make test         run the fast tests; those that need a GPU are skipped without one"
+	@echo "make test-full    run all tests, also the slow ones"
+	@echo "make test-oldest  run tests with the oldest versions that setup.py allows, and with PyTorch 2.11; about 12 minutes"
+	@echo "make bench        compare the benchmarks' ratios with their baseline; about 6 minutes on 2 cores"
+	@echo "make lint         run ruff, mypy, and shellcheck on the shell scripts"
+	@echo "make gpu-check    check and measure everything that needs a GPU, on the first GPU; two calls of 6 and 5 minutes"
+	@echo "make install      create the virtual environment ./.venv"
 
-# Installed anew when setup.py or the interpreter has changed.
+# Install again if setup.py, pyproject.toml or the interpreter has changed.
 install: $(STAMP)
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v else f"Python 3.10 or later is needed, {sys.executable} is %d.%d; name another with make PYTHON=..." % v)'
@@ -25,9 +25,8 @@ $(STAMP): setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-# Real images to samples by the commands that ImageNet takes: on two CPU processes, which leave GPUs alone, or with
-# DEVICE=gpu on the GPUs of this machine, a process each. The batch of 64 is split evenly, so their number is rounded
-# down to a power of two.
+# From real images to samples with the commands for ImageNet: in two CPU processes, or with DEVICE=gpu in one process per
+# GPU of this machine. The batch of 64 is split evenly, so their number is rounded down to a power of two.
 DEVICE := cpu
 ifeq ($(DEVICE),cpu)
 PROCESSES := 2
@@ -65,8 +64,8 @@ test: $(STAMP)
 test-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-# Tests of model, data, training and weights with other versions (docs/versions.md), each in an environment of its own of
-# up to 8 GB: with every lower bound of setup.py, and with PyTorch 2.11. Not part of CI.
+# Run the tests of model, data, training and weights with other versions (docs/versions.md): with all lower bounds of
+# setup.py, and with PyTorch 2.11. Each uses a separate environment of up to 8 GB. Not part of CI.
 PYTHON_OLDEST ?= python3.10
 PYTHON_RECENT ?= python3.12
 VERSIONS := .venv-oldest
@@ -92,14 +91,14 @@ $(VERSIONS)/torch-2.11.txt: setup.py
 	@mkdir -p $(@D)
 	printf '%s\n' torch==2.11.0 deepspeed==0.19.8 > $@
 
-# Ratios within one run, never times, beside benchmarks/baseline.json; the second measures that file anew.
+# Compare ratios within one run, not times, with benchmarks/baseline.json; `bench-baseline` measures that file again.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.guard
 
 bench-baseline: $(STAMP)
 	$(BIN)/python -m benchmarks.guard --update
 
-# Where there is no ./.venv (a machine without a network) by PYTHON itself; ARGS="--limit 260" resumes.
+# Without ./.venv (on a machine without a network), PYTHON runs it. ARGS="--limit 260" resumes.
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 

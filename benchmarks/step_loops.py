@@ -55,7 +55,7 @@ class BareLoop:
         total = torch.zeros((), device=self.device)
         self.steps += 1
         for micro_step, (codes, labels) in enumerate(batches):
-            if not self.graphs:  # the engine's masks of dropout
+            if not self.graphs:  # the same dropout masks as in the engine
                 torch.manual_seed(int(mix64(self.seed, self.steps, micro_step, 0)) >> 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 loss = self.model(codes, labels) / len(batches)
