@@ -27,6 +27,7 @@ from npp_ds.sampling.steps import worth_capturing
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.utils.differences import differences
 from npp_ds.utils.files import write_atomic, write_json_atomic
+from npp_ds.utils.format import utc_now
 from npp_ds.utils.git import git_commit
 
 WORK_FOLDER = ".unfinished"
@@ -171,6 +172,7 @@ class Sampling:
             "processes": self._processes,
             "seconds": round(self._seconds, 3),
             "images_per_second": self.images_per_second and round(self.images_per_second, 3),
+            "finished_at": utc_now(),
             "created_by": f"npp_ds {__version__}",
             "git_commit": git_commit(),
         }
