@@ -23,6 +23,7 @@ from npp_ds.evaluation.images import ImageSet
 from npp_ds.evaluation.metrics import NEIGHBOURS, class_agreement, frechet_distance, inception_score, precision_recall
 from npp_ds.evaluation.reference import Reference, recorded_extractor
 from npp_ds.utils.files import check_writable, explain_os_errors, write_json_atomic
+from npp_ds.utils.format import utc_now
 from npp_ds.utils.records import git_commit
 
 PUBLISHED_COUNT = 50_000
@@ -180,10 +181,10 @@ def result_file(samples: str | Path, out: str | Path | None = None) -> Path:
 
 
 def write_result(result: dict[str, Any], out: str | Path | None = None) -> Path:
-    """Write a result to its `result_file`. Return the path."""
+    """Write a result and the time to its `result_file`. Return the path."""
     path = result_file(result["samples_dir"], out)
     with explain_os_errors(path):
-        write_json_atomic(path, result)
+        write_json_atomic(path, {**result, "finished_at": utc_now()})
     return path
 
 

@@ -11,6 +11,7 @@ from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.reporting.plot import plot_run
 from npp_ds.reporting.summary import STAGE_COLUMNS, RunSummary, print_summary, result_rows, stage_rows, summarize
+from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
 from npp_ds.training.metrics import Event, events_named, read_events, stages_begun
 from npp_ds.utils.files import write_atomic, write_text_atomic
 
@@ -41,16 +42,12 @@ def page(summary: RunSummary, pictures: Sequence[tuple[str, str, bytes | None]],
 
 def newest_evaluation(run_dir: Path) -> tuple[dict[str, Any], Path] | None:
     """Return the content of the newest <run_dir>/samples/*/evaluation.json and its folder, or None."""
-    found = sorted(run_dir.glob("samples/*/evaluation.json"), key=lambda path: path.stat().st_mtime)
-    return (json.loads(found[-1].read_text()), found[-1].parent) if found else None
+    found = newest_record(run_dir / "samples", "evaluation.json")
+    return (json.loads(found.read_text()), found.parent) if found else None
 
 
 def _read(path: Path | None) -> bytes | None:
     return path.read_bytes() if path and path.is_file() else None
-
-
-def _newest_grid(run_dir: Path) -> Path | None:
-    return max(run_dir.glob("samples/*/grid.png"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _schedule(config: "RunConfig", events: list[Event]) -> tuple[Schedule, dict[str, float]]:
@@ -105,7 +102,8 @@ def report_run(
     config = load_config(file=run_dir / "config.yaml")
     schedule, costs = _schedule(config, events)
     found = newest_evaluation(run_dir)
-    grid = found[1] / "grid.png" if found else _newest_grid(run_dir)
+    samples = newest_record(run_dir / "samples", RECORD_FILE)
+    grid = found[1] / GRID_FILE if found else samples and samples.parent / GRID_FILE
     summary = summarize(
         config.name,
         events,

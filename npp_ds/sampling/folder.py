@@ -123,10 +123,28 @@ def samples_of(source: str | Path) -> Path:
 def newest_samples(source: str | Path) -> Path:
     """Return the last finished folder of samples of a run or a file. Raises UserError if there is none."""
     folder = samples_of(source)
-    newest = max(folder.glob(f"*/{RECORD_FILE}"), key=lambda path: path.stat().st_mtime, default=None)
+    newest = newest_record(folder, RECORD_FILE)
     if newest is None:
         raise UserError(f"{source}: has no samples; expected some in {folder}, run `npp sample {source}`")
     return newest.parent
+
+
+def newest_record(folder: Path, name: str) -> Path | None:
+    """Return the newest of the JSON records folder/*/`name` by their own time, which a copy of the folder keeps.
+
+    Records that have none, as earlier versions wrote them, come first, by checkpoint step and name.
+    """
+    return max(folder.glob(f"*/{name}"), key=_age, default=None)
+
+
+def _age(path: Path) -> tuple[str, int, str]:
+    """Return what orders records, the oldest first; a damaged one is older than all others."""
+    try:
+        record = json.loads(path.read_text())
+        step = record.get("checkpoint_step", record.get("samples", {}).get("checkpoint_step"))
+        return str(record.get("finished_at", "")), -1 if step is None else int(step), path.parent.name
+    except (OSError, ValueError, TypeError, AttributeError):
+        return "", -2, path.parent.name
 
 
 def write_pngs(directory: str | Path, images: Iterable[np.ndarray], numbers: Iterable[int]) -> None:

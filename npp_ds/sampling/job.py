@@ -26,6 +26,7 @@ from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.utils.files import write_atomic, write_json_atomic
+from npp_ds.utils.format import utc_now
 from npp_ds.utils.locks import locked
 from npp_ds.utils.records import differences, git_commit
 
@@ -171,6 +172,7 @@ class Sampling:
             "processes": self._processes,
             "seconds": round(self._seconds, 3),
             "images_per_second": self.images_per_second and round(self.images_per_second, 3),
+            "finished_at": utc_now(),
             "created_by": f"npp_ds {__version__}",
             "git_commit": git_commit(),
         }

@@ -50,17 +50,22 @@ def tokenizer_of(made_by: HasTokenizerId | None, name_or_path: str | Path | None
     that name in the working directory. Raises UserError if the tokenizer is another one or cannot be found.
     """
     if name_or_path is None:
-        if made_by is None:
-            raise UserError("tokenizer: not known which one made the codes; give its name or file with --tokenizer")
-        candidates = [*SHIPPED.items(), (made_by.name, Path(made_by.name))]
-        name_or_path = next((n for n, p in candidates if p.is_file() and sha256(p) == made_by.sha256), None)
-        if name_or_path is None:
-            raise UserError(
-                f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not available; "
-                "give its file with --tokenizer to see images"
-            )
+        name_or_path = _available(made_by)
     check_tokenizer(made_by, name_or_path)
     return load_tokenizer(name_or_path)
+
+
+def _available(made_by: HasTokenizerId | None) -> str:
+    """Return the name or path of an available tokenizer that made the codes. Raises UserError if there is none."""
+    if made_by is None:
+        raise UserError("tokenizer: not known which one made the codes; give its name or file with --tokenizer")
+    for name, path in (*SHIPPED.items(), (made_by.name, Path(made_by.name))):
+        if path.is_file() and sha256(path) == made_by.sha256:
+            return name
+    raise UserError(
+        f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not available; give its file "
+        "with --tokenizer to see images"
+    )
 
 
 def check_tokenizer(made_by: HasTokenizerId | None, name_or_path: str | Path) -> None:

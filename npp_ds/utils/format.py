@@ -1,6 +1,6 @@
-"""Durations and sizes as text for people."""
+"""Durations, sizes and times as text."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 
 def format_duration(seconds: float) -> str:
@@ -15,3 +15,8 @@ def format_bytes(number: float) -> str:
     """Return 6.6 GB, 18.5 MB or 43.0 kB, of 1000 bytes each."""
     unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if abs(number) >= s or u == "kB")
     return f"{number / size:,.1f} {unit}"
+
+
+def utc_now() -> str:
+    """Return the time as 2026-01-31T12:00:00.000+00:00: texts of later times sort behind those of earlier ones."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -3,9 +3,11 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import tarfile
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -22,8 +24,11 @@ from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor
 from npp_ds.evaluation.extractors import ClassifierExtractor, Features, measure
 from npp_ds.evaluation.images import open_images, shard_paths
 from npp_ds.evaluation.reference import check_reference, load_reference, make_reference, recorded_extractor
-from npp_ds.sampling.folder import write_pngs, write_samples
+from npp_ds.reporting.report import newest_evaluation
+from npp_ds.sampling.folder import newest_samples, write_pngs, write_samples
 from npp_ds.tokenizer.sources import load_images, open_source
+from npp_ds.utils.files import write_json_atomic
+from npp_ds.utils.format import utc_now
 from shard_sets import files_limited_to
 
 SHIPPED_IMAGES = Path(__file__).parents[2] / "data_prep/fashion_mnist"
@@ -335,6 +340,25 @@ def test_the_shipped_classifier_prefers_real_images_to_darkened_ones(real, tmp_p
     assert good["class_agreement"] > 0.8 and good["inception_score"] > 4
     assert spoilt["frechet_distance"] > 1.5 * good["frechet_distance"]
     assert evaluated("mistaken", images[:400], (labels[:400] + 1) % 10)["class_agreement"] < 0.15
+
+
+def test_the_newest_samples_are_those_of_the_latest_record_whatever_the_times_of_the_files(images, tmp_path):
+    folders = [tmp_path / "run/samples" / name for name in ("c", "b", "a")]
+    for folder in folders:
+        write_samples(folder, images[:2], np.arange(2), {"checkpoint_step": 5, "finished_at": utc_now()})
+        time.sleep(0.002)
+        write_json_atomic(folder / "evaluation.json", {"finished_at": utc_now()})
+    for age, folder in enumerate(reversed(folders)):
+        for file in folder.iterdir():
+            os.utime(file, (1e9 + age, 1e9 + age))
+    assert newest_samples(tmp_path / "run") == folders[-1] == newest_evaluation(tmp_path / "run")[1]
+    for step, folder in enumerate(folders):  # as an earlier version wrote them
+        record = {"checkpoint_step": 10 - step}
+        write_json_atomic(folder / "samples.json", record)
+        write_json_atomic(folder / "evaluation.json", {"samples": record})
+    assert newest_samples(tmp_path / "run") == folders[0] == newest_evaluation(tmp_path / "run")[1]
+    (folders[1] / "samples.json").write_text("[")
+    assert newest_samples(tmp_path / "run") == folders[0]
 
 
 def test_the_command_evaluates_the_newest_samples_of_a_run_and_makes_references(real, tmp_path):
