@@ -2,7 +2,7 @@
 # Samples a run on all tasks of the job and compares the samples with real images; resumes after an interruption.
 #
 #   sbatch slurm/evaluate.sh xxl_256 --cfg-scale 1.65
-#   sbatch --nodes=4 slurm/evaluate.sh /runs/xxl_256 --cfg-scale 1.65 --weights ema
+#   sbatch --nodes=4 slurm/evaluate.sh /runs/xxl_256 --cfg-scale 1.65
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
