@@ -2,7 +2,7 @@
 # Sample from a run on all tasks of the job and compare the samples with real images. Resumes after an interruption.
 #
 #   sbatch slurm/evaluate.sh xxl_256 --cfg-scale 1.65
-#   sbatch --nodes=4 slurm/evaluate.sh /runs/xxl_256 --cfg-scale 1.65 --weights ema
+#   sbatch --nodes=4 slurm/evaluate.sh /runs/xxl_256 --cfg-scale 1.65
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -3,11 +3,12 @@
 import faulthandler
 import os
 import socket
+import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,9 @@ from npp_ds.utils.locks import locked
 STALLED = 4
 """Exit code of a process that has made no progress for too long."""
 
+APPEND_WHAT_ARRIVES = 'trap "" TERM INT HUP; IFS= read -r line && { printf "%s\\n" "$line"; cat; } >> "$0"'
+"""A shell program that appends its input to the file $0, opened at the first line."""
+
 
 class Watchdog:
     """End this process when nothing has called `beat` for `seconds`, after writing the stacks of all its threads.
@@ -24,7 +28,8 @@ class Watchdog:
     All ranks wait for one that stalls, so all their watchdogs notice it within a tick. Each appends to the file at
     `path` and leaves the others time to do so before it ends. A process whose interpreter is locked, or that was
     suspended for longer than `seconds`, is ended by faulthandler's own thread: its stacks follow the line "Timeout" and
-    its exit code is 1. A process has one such thread, so one watchdog at a time.
+    its exit code is 1. A process has one such thread, so one watchdog at a time. The file exists only after a stall:
+    faulthandler, which needs an open descriptor, writes to a shell that opens the file when something arrives.
     """
 
     def __init__(self, path: Path, rank: int, seconds: float):
@@ -36,7 +41,7 @@ class Watchdog:
         self._beaten = self._patient = False
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._descriptor = -1
+        self._writer: subprocess.Popen[bytes] | None = None
 
     def beat(self) -> None:
         """Report progress."""
@@ -53,7 +58,13 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self._writer = subprocess.Popen(
+                ["sh", "-c", APPEND_WHAT_ARRIVES, self.path.name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                cwd=self.path.parent,
+                start_new_session=True,  # so that Ctrl-C and a launcher's signals leave it alone; it ends with us
+            )
             self._arm(self.seconds)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -65,20 +76,20 @@ class Watchdog:
         self.close()
 
     def close(self) -> None:
-        """Stop watching and remove the file when no rank has written to it; a second call does nothing."""
+        """Stop watching; a second call does nothing."""
         if self._thread is None:
             return
         self._closed.set()
         self._thread.join()
         self._thread = None
         faulthandler.cancel_dump_traceback_later()
-        os.close(self._descriptor)
-        with suppress(OSError):  # another rank removes it as well
-            if self.path.stat().st_size == 0:
-                self.path.unlink()
+        assert self._writer is not None
+        self._writer.kill()
+        self._writer.communicate()
 
     def _arm(self, seconds: float) -> None:
-        faulthandler.dump_traceback_later(seconds + self.slack, exit=True, file=self._descriptor)
+        assert self._writer is not None and self._writer.stdin is not None
+        faulthandler.dump_traceback_later(seconds + self.slack, exit=True, file=self._writer.stdin)
 
     def _watch(self) -> None:
         quiet = 0.0

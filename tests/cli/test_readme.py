@@ -72,6 +72,14 @@ def test_the_imagenet_commands_name_options_and_recipes_that_exist():
     assert set(seen) == {"python", "torchrun"}
 
 
+def test_no_command_asks_a_run_of_a_recipe_for_an_average_that_the_recipe_does_not_keep():
+    pages = [README, *(path.read_text() for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("slurm/*.sh")])]
+    lines = [line for page in pages for line in page.splitlines() if re.search(r"\b(sample|evaluate)\b.*\bruns/", line)]
+    runs = [(line, load_config(name)) for line in lines for name in re.findall(r"\bruns/(\w+_(?:256|384))\b", line)]
+    assert len(runs) >= 5
+    assert not [line for line, config in runs if "--weights ema" in line and not config.optimizer.ema_decay]
+
+
 def test_every_recipe_is_named():
     text = README.replace("ntp_*_256", " ".join(n for n in recipe_names() if n.startswith("ntp_")))
     missing = [name for name in recipe_names() if not re.search(rf"\b{name}\b", text)]

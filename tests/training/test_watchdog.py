@@ -75,6 +75,19 @@ def test_a_process_that_beats_is_left_alone_for_many_intervals_and_leaves_no_fil
     assert not path.exists()
 
 
+def test_the_file_exists_only_after_a_stall(program, tmp_path):
+    path = tmp_path / "stalled.txt"
+    with Watchdog(path, 0, 60):
+        time.sleep(0.2)
+        assert not path.exists()
+    killed = program(path, "print('ready', flush=True); time.sleep(60)", seconds=50.0, steps=0)
+    assert killed.process.stdout.readline() == "ready\n"
+    killed.process.kill()
+    killed.end()
+    time.sleep(0.2)
+    assert not path.exists()
+
+
 def test_a_process_that_waits_for_a_lock_ends_with_code_4_and_names_the_culprit(program, tmp_path):
     path = tmp_path / "stalled.txt"
     began = time.monotonic()
