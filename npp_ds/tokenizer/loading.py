@@ -63,8 +63,8 @@ def _available(made_by: HasTokenizerId | None) -> str:
         if path.is_file() and sha256(path) == made_by.sha256:
             return name
     raise UserError(
-        f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not available; give its file "
-        "with --tokenizer to see images"
+        f"the codes were made by {made_by.name} (SHA-256 {made_by.sha256[:12]}..), which is not available; give its "
+        "file with --tokenizer to see images"
     )
 
 
