@@ -1,6 +1,6 @@
 """Durations, sizes and times as text."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timezone, timedelta
 
 
 def format_duration(seconds: float) -> str:
@@ -19,4 +19,4 @@ def format_bytes(number: float) -> str:
 
 def utc_now() -> str:
     """Return the time as 2026-01-31T12:00:00.000+00:00: texts of later times sort behind those of earlier ones."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
