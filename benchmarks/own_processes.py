@@ -26,7 +26,7 @@ def own_processes(worker: Worker, ways: Mapping[str, tuple]) -> Iterator[Callabl
     Yields ask(way, *order): its answer. Raises RuntimeError when a way's process has ended; its own error is on
     stderr. On the way out all processes end.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     connections: dict[str, Connection] = {}
     processes = []
 
