@@ -58,11 +58,15 @@ NEXT_STEPS = --next-step "$(BIN)/npp sample runs/quickstart --classes sneaker,ba
 	--next-step "$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m npp_ds train --recipe quickstart name=longer schedule.stages.2.epochs=12" \
 	--next-step "ImageNet: see 'On to ImageNet' in README.md"
 
+# Two files at a time: many tests wait or start one process. make test WORKERS=8 on a larger machine.
+WORKERS := 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Run the tests of model, data, training and weights with other versions (docs/versions.md): with all lower bounds of
 # setup.py, and with PyTorch 2.11. Each uses a separate environment of up to 8 GB. Not part of CI.

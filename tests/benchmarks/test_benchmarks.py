@@ -2,16 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import engine, loader, tokenize
 from benchmarks.own_processes import own_processes
+from forks import run_forked
 
 pytestmark = pytest.mark.processes
 
@@ -20,9 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def _results(name: str, out: Path, *arguments: str) -> tuple[dict, dict]:
     """(what a small run of a benchmark printed and wrote, what is committed)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_forked(f"benchmarks.{name}", *arguments, "--out", out, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert json.loads((out / f"{name}.json").read_text()) == result
@@ -88,8 +86,12 @@ def test_ways_work_in_processes_of_their_own_which_end_with_an_error_too():
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_engine_benchmark_measures_every_way_and_that_all_come_to_the_same_loss(tmp_path):
-    result, committed = _results("engine", tmp_path, "--fast", "--repeats", "1")
+def test_engine_benchmark_measures_every_way_and_that_all_come_to_the_same_loss(run_benchmark, tmp_path, monkeypatch):
+    small = {"dim": 32, "n_layers": 1, "n_heads": 1, "vocab_size": 512}
+    monkeypatch.setattr(engine, "FAST", replace(engine.FAST, model=small, seconds=0.01))
+    result = run_benchmark("engine", "--fast", "--repeats", "1", "--out", str(tmp_path))
+    assert json.loads((tmp_path / "engine.json").read_text()) == result
+    committed = json.loads((ROOT / "benchmarks/results/engine.json").read_text())
     assert set(result["ratios"]) == set(committed["ratios"])
     assert set(committed["wanted"]) <= set(committed["ratios"])
     for row in result["sides"]:

@@ -1,9 +1,6 @@
 """What the benchmark of decoding compares does the same work, and it runs as it is documented."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import sampling as benchmark
+from forks import run_forked
 from npp_ds.sampling.decode import generate
 from npp_ds.sampling.logits_processing import Options
 from published_models import published_model
@@ -48,10 +46,8 @@ def test_the_published_way_draws_by_chance():
 
 @pytest.mark.processes
 def test_sampling_benchmark_measures_every_way(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     small = ["--grid-size", "3", "--vocab-size", "64", "--batch", "2", "--repeats", "2", "--threads", "1"]
-    command = [sys.executable, "-m", "benchmarks.sampling", *small, "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_forked("benchmarks.sampling", *small, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "sampling.json").read_text()) == result

@@ -1,9 +1,6 @@
 """What the benchmark of the training step compares computes the same numbers, and it runs as it is documented."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from npp_ds.config.schema import ModelSection
 from npp_ds.model import patches
 from published_models import published_model
 
-ROOT = Path(__file__).parents[2]
 NO_DROPOUT = dict.fromkeys(("token_dropout", "residual_dropout", "ffn_dropout"), 0.0)
 
 
@@ -62,23 +58,19 @@ def test_a_profile_counts_every_operation_in_one_group():
     assert all(milliseconds > 0 for name, milliseconds in groups.items() if name != training_step.BETWEEN)
 
 
-def results(out: Path, name: str, *arguments: str) -> tuple[dict, str]:
+def results(run_benchmark, out: Path, name: str, *arguments: str) -> tuple[dict, str]:
     """(what a small run of the benchmark printed and wrote, its table)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     small = {"batch": 2, "layers": 1, "vocab-size": 64, "repeats": 2, "threads": 1, "turn-seconds": 0.02}
     words = [f"--{name}={value}" for name, value in small.items()]
-    command = [sys.executable, "-m", "benchmarks.training_step", *words, *arguments, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = run_benchmark("training_step", *words, *arguments, "--out", str(out))
     assert json.loads((out / f"{name}.json").read_text()) == result
     assert [row["patch_side"] for row in result["sides"]] == [1, 2, 4, 8]
     return result, (out / f"{name}.md").read_text()
 
 
 @pytest.mark.processes
-def test_training_step_benchmark_measures_every_side(tmp_path):
-    result, table = results(tmp_path, "training_step")
+def test_training_step_benchmark_measures_every_side(run_benchmark, tmp_path):
+    result, table = results(run_benchmark, tmp_path, "training_step")
     names = [f"published_over_ours_side_{side}" for side in (1, 2, 4, 8)]
     assert list(result["wanted"]) == names
     assert list(result["ratios"]) == names + [f"side_1_over_side_{side}" for side in (2, 4, 8)]
@@ -98,8 +90,8 @@ def test_training_step_benchmark_measures_every_side(tmp_path):
 
 
 @pytest.mark.processes
-def test_training_step_benchmark_profiles_every_side(tmp_path):
-    result, table = results(tmp_path, "training_step_profile", "--profile")
+def test_training_step_benchmark_profiles_every_side(run_benchmark, tmp_path):
+    result, table = results(run_benchmark, tmp_path, "training_step_profile", "--profile")
     for group, milliseconds in result["sides"][0]["milliseconds"].items():
         assert f"| {group} | {milliseconds:.2f} |" in table
     assert f"| {sum(result['sides'][0]['milliseconds'].values()):.2f} |" in table

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from forks import ON_CPU, run_forked
 from image_sets import few_images
 from npp_ds.config.load import load_config, recipe_names
 
@@ -29,11 +30,15 @@ def commands(section: str) -> list[str]:
 
 
 def run(command: str, folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    done = subprocess.run(
-        shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=180
-    )
+    program, *words = shlex.split(command)
+    if program in ("python", "npp"):
+        line = words if program == "python" else ["npp_ds.cli", *words]
+        done = run_forked(*line, folder=folder, timeout=180)
+    else:
+        environment = {**os.environ, **ON_CPU, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [program, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=180
+        )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -300,7 +300,7 @@ class Chaos:
 
     def _run_undisturbed(self, config: RunConfig) -> None:
         began = time.monotonic()
-        with Launch(config) as launch:
+        with Launch(config, forked=False) as launch:
             wait(launch, LIMIT, lambda: has_begun(launch))
             self.start_up = time.monotonic() - began
             codes = exit_codes(launch, patience=60)
@@ -328,7 +328,7 @@ class Chaos:
         self.say(f"start: {world_size} processes, {config.deepspeed.config}, {keys}, checkpoints {steps}")
         self.tally["starts"] += 1
         self.tally[f"starts of {world_size} processes"] += 1
-        with Launch(config, world_size) as launch:
+        with Launch(config, world_size, forked=False) as launch:
             trouble = self._trouble(launch, config) if disturbed else Trouble(signal.SIGKILL, [], True)
             codes = exit_codes(launch, patience=60 if trouble.begun else 5)
             text = launch.text()
@@ -361,7 +361,7 @@ class Chaos:
         """A second start beside `launch` ends with exit code 2 and leaves it alone."""
         wait(launch, LIMIT, lambda: has_begun(launch))
         self.say("a second start on the same folder")
-        with Launch(config, 1, output=self.folder / "second.out") as second:
+        with Launch(config, 1, output=self.folder / "second.out", forked=False) as second:
             codes, text = second.exit_codes(LIMIT), second.text()
         if is_alive(launch) and "already trained to its last step" not in text:  # else it was about to end
             refused = codes == [2] and "another run trains in this folder" in text

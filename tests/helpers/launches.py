@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from forks import Fork, run_main
 from npp_ds.config.schema import RunConfig
 from workers import free_port
 
@@ -16,10 +17,13 @@ from workers import free_port
 class Launch:
     """`world_size` processes of one `npp train`, as a launcher would start them; a context manager that ends them.
 
-    What they print is appended to the file `output`, one beside the run folder unless given.
+    What they print is appended to the file `output`, one beside the run folder unless given. They are forked with the
+    imports done unless `forked` is false: then each is a `python -m npp_ds`.
     """
 
-    def __init__(self, config: RunConfig, world_size: int = 2, *arguments: str, output: Path | None = None):
+    def __init__(
+        self, config: RunConfig, world_size: int = 2, *arguments: str, output: Path | None = None, forked: bool = True
+    ):
         self.run_dir = config.directory
         self.file = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
         self.file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -27,17 +31,20 @@ class Launch:
         self.output = output or self.run_dir.with_name(f"{self.run_dir.name}.out")
         self._log = open(self.output, "ab")  # noqa: SIM115 - open as long as the launch
         self.began_at = self._log.tell()
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen | Fork] = []
         common = {
             **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
-        command = [sys.executable, "-m", "npp_ds", "train", "--config", self.file, *arguments]
+        command = ["train", "--config", str(self.file), *arguments]
         try:
             for rank in map(str, range(world_size)):
                 env = {**common, "RANK": rank, "LOCAL_RANK": rank}
-                process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=env)
-                self.processes.append(process)
+                if forked:
+                    self.processes.append(Fork(run_main, "npp_ds.cli", *command, environment=env, output=self.output))
+                else:
+                    program, streams = [sys.executable, "-m", "npp_ds"], {"stdout": self._log, "stderr": self._log}
+                    self.processes.append(subprocess.Popen([*program, *command], env=env, **streams))
         except BaseException:  # an interrupt, say
             self.__exit__()
             raise

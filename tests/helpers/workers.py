@@ -1,13 +1,15 @@
-"""A pool of worker processes that have met through gloo and wait for functions to run: starting torch costs seconds."""
+"""A pool of worker processes that have met through gloo and wait for functions to run."""
 
-import multiprocessing
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
+
+from forks import ON_CPU, fork_context
 
 
 class WorkerError(AssertionError):
@@ -20,10 +22,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, environment: dict[str, str], connection: Connection) -> None:
+    os.environ.clear()
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+        {**environment, **ON_CPU}, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     import torch
 
@@ -47,13 +50,15 @@ class WorkerPool:
 
     def __init__(self, world_size: int):
         self.world_size = world_size
-        self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+        self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def _start(self) -> None:
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        context, port, environment = fork_context(), free_port(), dict(os.environ)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, port, environment, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._workers.append((process, ours))

@@ -392,7 +392,7 @@ def test_training_goes_on_while_a_thread_writes(pair, shards, tmp_path):
 def test_a_screen_that_takes_nothing_is_no_reason_to_stop(shards, tmp_path):
     keys = {"schedule": {"patch_sides": [2, 1], "epochs": 2}, "validation": {"every": 0}}
     config = tiny_config(shards, tmp_path / "run", **keys)
-    with Launch(config, 1, output=Path("/dev/full")) as launch:
+    with Launch(config, 1, output=Path("/dev/full"), forked=False) as launch:
         assert launch.exit_codes() == [0]
     assert folders.newest_complete(tmp_path / "run" / "checkpoints").name == "step-00000020"
 

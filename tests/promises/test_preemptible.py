@@ -102,7 +102,7 @@ def test_preemptible_the_step_that_was_asked_in_is_the_last_and_the_run_goes_on_
 
 def test_preemptible_from_the_imports_on_and_however_often_it_is_asked(shards, tmp_path, undisturbed):
     config = tiny_config(shards, tmp_path / "run", **WATCHED)
-    with Launch(config) as launch:
+    with Launch(config, forked=False) as launch:
         maps = Path(f"/proc/{launch.processes[1].pid}/maps")
         _wait(lambda: "libtorch" in maps.read_text(), launch)
         launch.send(1, signal.SIGUSR1)

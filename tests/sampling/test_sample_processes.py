@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from forks import Fork, fork_context, run_forked, run_main
 from npp_ds.checkpoint.export import export_weights
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.distributed.work_queue import WorkQueue
@@ -59,19 +60,11 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "srun"])
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])  # accelerate: test_tokenize_processes.py
 def test_two_processes_of_a_launcher_write_the_bytes_of_one(launcher, run_dir, expected, tmp_path):
     command = ["-m", "npp_ds", *arguments(run_dir, tmp_path / "out")]
     python, port = sys.executable, str(free_port())
     launchers = {
-        "accelerate": [
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            port,
-        ],
         "torchrun": ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"],
     }
     with open(tmp_path / "said", "w") as said:
@@ -80,7 +73,10 @@ def test_two_processes_of_a_launcher_write_the_bytes_of_one(launcher, run_dir, e
             started = [subprocess.Popen([python, "-m", *launchers[launcher], *command], env=ENVIRONMENT, **streams)]
         else:  # what srun sets for its tasks
             places = [{"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r), "SLURM_STEP_NUM_TASKS": "2"} for r in range(2)]
-            started = [subprocess.Popen([python, *command], env=ENVIRONMENT | place, **streams) for place in places]
+            line = ["npp_ds.cli", *command[2:]]
+            started = [
+                Fork(run_main, *line, environment=ENVIRONMENT | place, output=tmp_path / "said") for place in places
+            ]
         try:
             codes = [process.wait(timeout=120) for process in started]
         finally:
@@ -103,9 +99,7 @@ def run_command(rank: int, world_size: int, line: list[str]) -> None:
 
 
 def start(world_size: int, line: list[str]) -> list[multiprocessing.Process]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "npp_ds.sampling.job", "npp_ds.cli"])
-    processes = [context.Process(target=run_command, args=(r, world_size, line)) for r in range(world_size)]
+    processes = [fork_context().Process(target=run_command, args=(r, world_size, line)) for r in range(world_size)]
     for process in processes:
         process.start()
     return processes
@@ -194,10 +188,7 @@ def test_without_file_locks_the_parts_are_assigned_in_turn(run_dir, expected, tm
 @pytest.mark.processes
 def test_the_command_samples_explains_errors_and_reports_when_nothing_is_left_to_do(run_dir, tmp_path):
     def npp(*line: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "npp_ds", "sample", *line]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT | {"COLUMNS": "120"}, cwd=tmp_path
-        )
+        return run_forked("npp_ds.cli", "sample", *line, environment=ENVIRONMENT | {"COLUMNS": "120"}, folder=tmp_path)
 
     first = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--patch-side", "2", "--image-size", "24")
     assert first.returncode == 0, first.stderr

@@ -1,14 +1,13 @@
 """`npp shards show`: wrong codes or labels are seen in a minute."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from forks import run_forked
 from image_sets import encoded, save_tiny_tokenizer, shipped_images, write_image_shards
 from npp_ds.data.shards import Manifest, ShardWriter, verify
 from npp_ds.errors import UserError
@@ -80,9 +79,9 @@ def tokenized(tmp_path_factory):
 def test_the_command_prints_the_manifest_and_draws_the_codes_as_images(tokenized, tmp_path):
     codes, tokenizer = tokenized
     sheet = tmp_path / "sheet.png"
-    command = [sys.executable, "-m", "npp_ds", "shards", "show", str(codes)]
+    command = ["npp_ds.cli", "shards", "show", codes]
     more = ["--tokenizer", str(tokenizer), "--out", str(sheet), "--classes", "3", "--per-class", "2"]
-    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+    done = run_forked(*command, *more)
     assert done.returncode == 0, done.stderr
     assert "tiny.safetensors, SHA-256" in done.stdout and "20 of 20 (0 skipped)" in done.stdout
     assert "perplexity" in done.stdout and str(sheet) in done.stdout
@@ -92,9 +91,9 @@ def test_the_command_prints_the_manifest_and_draws_the_codes_as_images(tokenized
     windows = np.lib.stride_tricks.sliding_window_view(picture, image.shape)[:, :, 0]
     assert any(np.array_equal(window, image) for row in windows[:20] for window in row)
 
-    alone = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    alone = run_forked(*command, folder=tmp_path)
     assert alone.returncode == 2 and "perplexity" in alone.stdout and "give its file with --tokenizer" in alone.stderr
-    beside = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tokenizer.parent)
+    beside = run_forked(*command, folder=tokenizer.parent)
     assert beside.returncode == 0 and (codes / "contact_sheet.png").is_file()
     assert verify(codes) == []
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from test_tokenize import digests
 
+from forks import fork_context
 from image_sets import WRITERS, image_files, save_tiny_tokenizer, write_tree
 from npp_ds.data.shards import Manifest, verify
 from npp_ds.distributed.work_queue import WorkQueue
@@ -114,9 +115,9 @@ def run_script(rank: int, world_size: int, token: str, line: list[str]) -> None:
 
 
 def start(world_size: int, token: str, line: list[str]) -> list[multiprocessing.Process]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "npp_ds.tokenizer.contents"])
-    processes = [context.Process(target=run_script, args=(r, world_size, token, line)) for r in range(world_size)]
+    processes = [
+        fork_context().Process(target=run_script, args=(r, world_size, token, line)) for r in range(world_size)
+    ]
     for process in processes:
         process.start()
     return processes
