@@ -103,7 +103,7 @@ class Sampling:
         self._processes = world_size
         if self.finished:
             return 0
-        with locked(self.work / LOCK_FILE):
+        with locked(self.work / LOCK_FILE, create_folder=True):
             self.work.mkdir(exist_ok=True)  # it is removed under this lock
             self._check_folder()  # again, now that nobody else can begin
             if not (self.work / SETTINGS_FILE).is_file():
@@ -120,7 +120,7 @@ class Sampling:
         if not all(map(self._is_sound, range(self.part_count))) and not self.finished:
             return None
         if self.work.exists() or self.png or not self.finished:
-            with locked(self.work / LOCK_FILE):
+            with locked(self.work / LOCK_FILE, create_folder=True):
                 if not self.finished:
                     self._assemble()
                 if self.png:

@@ -110,7 +110,7 @@ class Encoding:
 
         Raises UserError if more than `max_skipped` of all images are unreadable, OSError if a shard cannot be written.
         """
-        with locked(self.work / LOCK_FILE):
+        with locked(self.work / LOCK_FILE, create_folder=True):
             self.work.mkdir(exist_ok=True)  # `finish` removes it under this lock
             self._check_folder()  # again: another process may have started since
             if not (self.work / SETTINGS_FILE).is_file():
@@ -139,7 +139,7 @@ class Encoding:
         """Write skipped.jsonl and the manifest, unless other processes are still encoding: then return None."""
         if not all(map(self.finished, range(self.shard_count))):
             return None
-        with locked(self.work / LOCK_FILE):
+        with locked(self.work / LOCK_FILE, create_folder=True):
             if any(self.work.glob("*.tar.json")) or self._earlier() is None:
                 self._write_manifest()
             shutil.rmtree(self.work, ignore_errors=True)
