@@ -74,7 +74,7 @@ def load_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encode an image as uncompressed PNG: gzip compresses a whole shard better, and the bytes depend on no zlib."""
+    """Encode an image as uncompressed PNG: gzip compresses a shard better, and no version of zlib changes it."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()

@@ -105,7 +105,7 @@ class Sampling:
         self._processes = world_size
         if self.finished:
             return 0
-        with locked(self.work / LOCK_FILE):
+        with locked(self.work / LOCK_FILE, create_folder=True):
             self.work.mkdir(exist_ok=True)  # `finish` removes it under this lock
             self._check_folder()  # again: another process may have begun since
             if not (self.work / SETTINGS_FILE).is_file():
@@ -121,7 +121,7 @@ class Sampling:
         if not all(map(self._is_intact, range(self.part_count))) and not self.finished:
             return None
         if self.work.exists() or self.png or not self.finished:
-            with locked(self.work / LOCK_FILE):
+            with locked(self.work / LOCK_FILE, create_folder=True):
                 if not self.finished:
                     self._assemble()
                 if self.png:

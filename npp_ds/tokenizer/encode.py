@@ -110,7 +110,7 @@ class Encoding:
 
         Raises UserError if more than `max_skipped` of all images are unreadable, OSError if a shard cannot be written.
         """
-        with locked(self.work / LOCK_FILE):
+        with locked(self.work / LOCK_FILE, create_folder=True):
             self.work.mkdir(exist_ok=True)  # `finish` removes it under this lock
             self._check_folder()  # again: another process may have started since
             if not (self.work / SETTINGS_FILE).is_file():
@@ -126,7 +126,7 @@ class Encoding:
             DecodePool(settings.image_size, settings.crop_ranges, settings.workers, ahead) as pool,
             Progress("tokenizing", shown=rank == 0) as progress,
         ):
-            self._show(progress)
+            self._show(progress, *self._counts())
             for shard, results in groupby(pool.map(self._tasks(queue)), key=lambda result: result.shard):
                 self._encode_shard(shard, results, progress)
                 queue.release(shard)
@@ -139,7 +139,7 @@ class Encoding:
         """Write skipped.jsonl and the manifest, unless other processes are still encoding: then return None."""
         if not all(map(self.finished, range(self.shard_count))):
             return None
-        with locked(self.work / LOCK_FILE):
+        with locked(self.work / LOCK_FILE, create_folder=True):
             if any(self.work.glob("*.tar.json")) or self._earlier() is None:
                 self._write_manifest()
             shutil.rmtree(self.work, ignore_errors=True)
@@ -173,7 +173,8 @@ class Encoding:
             yield from tasks_of(shard, self._items(shard))
 
     def _encode_shard(self, shard: int, results: Iterable[Decoded], progress: Progress) -> None:
-        name, done = self._name(shard), 0
+        name = self._name(shard)
+        done, skipped_before = self._counts()
         for leftover in self.out.glob(f".{name}.*.tmp"):
             leftover.unlink()
         (self.work / f"{name}.json").unlink(missing_ok=True)
@@ -184,7 +185,7 @@ class Encoding:
                 for item, row in zip(items, codes, strict=True):
                     writer.write(item.key, row, item.label)
                 done += len(items)
-                self._show(progress, done, len(skipped))
+                self._show(progress, done, skipped_before + len(skipped))
         record = FinishedShard(writer.info, skipped)
         write_json_atomic(self.work / f"{name}.json", asdict(record) | {"info": record.info.model_dump()})
         self._verified[shard] = self._known[shard] = record
@@ -282,10 +283,11 @@ class Encoding:
             if wanted and (record := self._recorded(shard)):
                 self._known[shard] = record
 
-    def _show(self, progress: Progress, encoded: int = 0, skipped: int = 0) -> None:
-        """Show the finished shards of all processes, and what this process has encoded of its next shard."""
-        done = sum(len(self._items(shard)) for shard in self._known) + encoded
-        skipped += len(self._skipped())
+    def _counts(self) -> tuple[int, int]:
+        """Return the number of images in the finished shards of all processes, and of the skipped ones among them."""
+        return sum(len(self._items(shard)) for shard in self._known), len(self._skipped())
+
+    def _show(self, progress: Progress, done: int, skipped: int) -> None:
         facts = f"{len(self.crop_names)} crops each, {len(self._known)}/{self.shard_count} shards, {skipped} skipped"
         progress(done, len(self.source.items), facts)
 

@@ -34,13 +34,13 @@ def lock(file: TextIO, patience: float | None = None) -> bool:
 
 
 @contextmanager
-def locked(path: Path, patience: float | None = None) -> Iterator[bool]:
-    """Hold the lock of the file at `path`, creating file and folder if absent; yield whether it is held.
+def locked(path: Path, patience: float | None = None, create_folder: bool = False) -> Iterator[bool]:
+    """Hold the lock of the file at `path`, creating it if absent; yield whether it is held.
 
     It is not held if the file system offers no locks, or if another process (for example a suspended one) keeps it for
-    more than `patience` seconds.
+    more than `patience` seconds. Raises OSError if the folder is absent and `create_folder` is not set.
     """
-    with open_lock(path) as file:
+    with open_lock(path) if create_folder else path.open("a+") as file:
         try:
             held = lock(file, patience)
         except OSError:

@@ -48,7 +48,12 @@ class Progress:
         parts = [self.unit, facts]
         if done > self._first[0]:
             rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
-            parts = [self.unit, f"{rate:.3g} {self.unit}/s", facts, f"{format_duration((total - done) / rate)} left"]
+            parts = [
+                self.unit,
+                f"{rate:.3g} {self.unit}/s",
+                facts,
+                f"{format_duration(max(total - done, 0) / rate)} left",
+            ]
         text = ", ".join(filter(None, parts))
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
@@ -67,7 +72,7 @@ def _bar(what: str) -> "Bar":
 
 
 def track(items: Iterable[Item], what: str, total: int, shown: bool = True) -> Iterator[Item]:
-    """Yield the items, one per unit of the work, and show how many of `total` there have been."""
+    """Yield the items and show how many of `total` there have been."""
     with Progress(what, shown) as progress:
         progress(0, total)
         for done, item in enumerate(items, start=1):

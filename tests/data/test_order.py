@@ -84,7 +84,7 @@ def test_labels_are_dropped_at_the_asked_rate_independently_of_crop_and_epoch():
     assert drop_label(ids, 3, 0, 1.0).all()
 
 
-def test_choices_belong_to_the_sample_not_to_its_place():
+def test_choices_belong_to_the_sample_not_to_its_position():
     ids = np.arange(1000)
     shuffled = epoch_permutation(1000, 0, 0)
     np.testing.assert_array_equal(crop_index(ids, 4, 2, 10)[shuffled], crop_index(shuffled, 4, 2, 10))

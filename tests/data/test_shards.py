@@ -97,7 +97,7 @@ def test_bytes_of_a_shard_depend_on_its_samples_only(tmp_path, monkeypatch):
         assert (info.samples, info.bytes, info.sha256) == (2, path.stat().st_size, sha256(path))
 
 
-def test_shard_appears_only_when_it_is_whole(tmp_path):
+def test_shard_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "train-000000.tar"
     with ShardWriter(path) as writer:
         for key, codes in zip(KEYS, CODES, strict=True):

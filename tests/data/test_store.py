@@ -102,7 +102,7 @@ def test_changed_manifest_restages_and_leaves_old_maps_alone(tmp_path):
 def test_restaging_of_changed_shards_is_logged_once_by_the_process_that_does_it(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "npp_ds")
 
-    def said_while_staging(name):
+    def logged_while_staging(name):
         caplog.clear()
         stage(name, tmp_path / "cache")
         assert all(record.any_rank for record in caplog.records)
@@ -110,17 +110,17 @@ def test_restaging_of_changed_shards_is_logged_once_by_the_process_that_does_it(
 
     write_set(tmp_path / "shards", 40)
     write_set(tmp_path / "others", 40, seed=2)
-    assert said_while_staging(tmp_path / "shards") == said_while_staging(tmp_path / "others") == []
+    assert logged_while_staging(tmp_path / "shards") == logged_while_staging(tmp_path / "others") == []
     old = Manifest.load(tmp_path / "shards").fingerprint()
     write_set(tmp_path / "shards", 40, seed=1)
     monkeypatch.chdir(tmp_path)
-    (line,) = said_while_staging("shards")
+    (line,) = logged_while_staging("shards")
     assert (
         f"{tmp_path / 'shards'}: the shards have changed since they were staged in {tmp_path / 'cache' / old}" in line
     )
-    assert said_while_staging("shards") == []
+    assert logged_while_staging("shards") == []
     (stage("shards", tmp_path / "cache").folder / "codes.npy").unlink()
-    assert len(said_while_staging("shards")) == 1, "the earlier copy is still there"
+    assert len(logged_while_staging("shards")) == 1, "the earlier copy is still there"
 
 
 def test_damaged_copy_of_unchanged_shards_is_no_change(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""The same images as each kind of source: class folders, ImageNet's tar of tars, WebDataset image shards."""
+"""The same images as each variant of source: class folders, ImageNet's tar of tars, WebDataset image shards."""
 
 import io
 import tarfile

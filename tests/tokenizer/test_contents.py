@@ -1,4 +1,4 @@
-"""`npp shards show`: wrong codes or labels are seen in a minute."""
+"""`npp shards show`: statistics and a picture that show wrong codes or labels."""
 
 import re
 
@@ -76,12 +76,12 @@ def tokenized(tmp_path_factory):
 
 
 @pytest.mark.processes
-def test_the_command_prints_the_manifest_and_draws_the_codes_as_images(tokenized, tmp_path):
+def test_the_command_prints_the_manifest_and_draws_the_codes_as_images(tokenized, tmp_path, monkeypatch):
+    """It finds the tokenizer by itself in the working directory, and asks for it elsewhere."""
     codes, tokenizer = tokenized
-    sheet = tmp_path / "sheet.png"
-    command = ["npp_ds.cli", "shards", "show", codes]
-    more = ["--tokenizer", str(tokenizer), "--out", str(sheet), "--classes", "3", "--per-class", "2"]
-    done = run_forked(*command, *more)
+    sheet = codes / "contact_sheet.png"
+    command = ["npp_ds.cli", "shards", "show", codes, "--classes", "3", "--per-class", "2"]
+    done = run_forked(*command, folder=tokenizer.parent)
     assert done.returncode == 0, done.stderr
     assert "tiny.safetensors, SHA-256" in done.stdout and "20 of 20 (0 skipped)" in done.stdout
     assert "perplexity" in done.stdout and str(sheet) in done.stdout
@@ -90,12 +90,10 @@ def test_the_command_prints_the_manifest_and_draws_the_codes_as_images(tokenized
     image = decode(load_tokenizer(tokenizer), drawn)[0].repeat(2, 0).repeat(2, 1)
     windows = np.lib.stride_tricks.sliding_window_view(picture, image.shape)[:, :, 0]
     assert any(np.array_equal(window, image) for row in windows[:20] for window in row)
-
-    alone = run_forked(*command, folder=tmp_path)
-    assert alone.returncode == 2 and "perplexity" in alone.stdout and "give its file with --tokenizer" in alone.stderr
-    beside = run_forked(*command, folder=tokenizer.parent)
-    assert beside.returncode == 0 and (codes / "contact_sheet.png").is_file()
     assert verify(codes) == []
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give its file with --tokenizer"):
+        tokenizer_of(Manifest.load(codes).tokenizer)
 
 
 def test_images_are_those_the_tokenizer_gives_and_another_tokenizer_is_refused(tokenized, tmp_path):

@@ -51,7 +51,7 @@ def test_images_are_read_in_any_order_as_they_were_stored(variant, sources, file
     assert [reader.read(items[i]) for i in order] == [files[names[i]] for i in order]
 
 
-def test_a_folder_with_the_tar_of_tars_is_enough_whatever_else_lies_there(sources, files, tmp_path):
+def test_a_folder_with_the_tar_of_tars_is_enough_whatever_else_is_in_it(sources, files, tmp_path):
     tar = sources["imagenet-tar"]
     for name in ("devkit", "val/n00000000"):
         (tmp_path / name).mkdir(parents=True)

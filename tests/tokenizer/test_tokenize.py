@@ -1,4 +1,4 @@
-"""Images become shards of codes: same bytes for any number of processes and interruptions, nothing silently missing."""
+"""Images become shards of codes: the same bytes for any number of processes and interruptions, with nothing missing."""
 
 import hashlib
 import io
@@ -64,16 +64,10 @@ def command(monkeypatch, capsys):
     """Runs the command line; returns its exit code and what it wrote to stderr."""
 
     def run(*arguments) -> tuple[int, str]:
-        code = run_script(None, [str(argument) for argument in arguments])
-        return code, capsys.readouterr().err
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        return runpy.run_path(str(SCRIPT))["main"](), capsys.readouterr().err
 
-    monkeypatch.setattr(sys, "argv", [])
     return run
-
-
-def run_script(_, arguments: list[str]) -> int:
-    sys.argv = [str(SCRIPT), *arguments]
-    return runpy.run_path(str(SCRIPT))["main"]()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -133,14 +127,8 @@ def test_stock_webdataset_and_the_staged_store_give_the_same_codes_and_labels(co
         assert sample["codes.npy"].dtype == np.uint16 and sample["cls"] == store.labels[row]
 
 
-def test_two_processes_write_the_bytes_of_one(codes, image_shards, tokenizer_file, tmp_path, pair):
-    line = arguments(image_shards, tmp_path / "out", tokenizer_file, workers=0)
-    assert pair.run(run_script, line) == [0, 0]
-    assert digests(tmp_path / "out") == digests(codes)
-
-
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(world_size, codes, image_shards, tokenizer_file, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bytes(world_size, codes, image_shards, tokenizer_file, tmp_path):
     class Interrupted(Exception):
         pass
 
@@ -212,7 +200,7 @@ def test_an_image_folder_tree_gives_the_codes_of_the_same_images_in_shards(
 
 @pytest.fixture
 def mixed_folder(shipped_images, tmp_path):
-    """Five readable images of several kinds and three unreadable ones."""
+    """Five readable images of several formats and three unreadable ones."""
     image = shipped_images[0][0]
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
@@ -379,25 +367,25 @@ def test_a_tokenizer_that_gives_no_finite_numbers_or_too_many_codes_is_refused(i
         Encoding(source, large, tmp_path / "other", settings)
 
 
-def test_a_dry_run_foretells_shards_and_bytes_and_writes_nothing(
+def test_a_dry_run_estimates_shards_and_bytes_and_writes_nothing(
     codes, image_shards, tokenizer_file, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "deep" / "out"
-    foretold = estimate(encoding(image_shards, out, tokenizer_file), processes=2, seconds=0.1)
+    estimated = estimate(encoding(image_shards, out, tokenizer_file), processes=2, seconds=0.1)
     manifest = Manifest.load(codes)
-    assert (foretold.images, foretold.crops, foretold.tokens, foretold.shards) == (60, 2, 64, 4)
-    assert foretold.bytes == sum(shard.bytes for shard in manifest.shards)
-    assert foretold.images_per_second > 1 and foretold.finished_shards == 0
-    assert f"{60 / foretold.images_per_second / 2 / 3600:.3g} hours for all images in 2" in str(foretold)
+    assert (estimated.images, estimated.crops, estimated.tokens, estimated.shards) == (60, 2, 64, 4)
+    assert estimated.bytes == sum(shard.bytes for shard in manifest.shards)
+    assert estimated.images_per_second > 1 and estimated.finished_shards == 0
+    assert f"{60 / estimated.images_per_second / 2 / 3600:.3g} hours for all images in 2" in str(estimated)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(image_shards, out, tokenizer_file), "--dry-run"])
     assert runpy.run_path(str(SCRIPT))["main"]() == 0
     printed = capsys.readouterr().out
-    assert f"{foretold.bytes:,} bytes in all" in printed and "60 images x 2 crops" in printed
+    assert f"{estimated.bytes:,} bytes in all" in printed and "60 images x 2 crops" in printed
     assert not (tmp_path / "deep").exists()
     assert estimate(encoding(image_shards, codes, tokenizer_file), 1, 0.1).finished_shards == 4
 
 
-def test_progress_and_summary_tell_rates_shards_skipped_and_compression(
+def test_progress_and_summary_report_rates_shards_skipped_and_compression(
     image_shards, tokenizer_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("npp_ds.utils.progress.SECONDS_BETWEEN_LINES", 0.0)

@@ -1,4 +1,4 @@
-"""Killed, crowded, out of space: whatever happens to the processes, the set ends with the bytes of one quiet run."""
+"""Whatever happens to the processes (killed, many at once, a full disk), the set has the bytes of one quiet run."""
 
 import contextlib
 import errno
@@ -98,10 +98,10 @@ def test_two_processes_of_a_launcher_write_the_bytes_of_one(launcher, material, 
         port = ["--main_process_port", str(free_port())]
         started = [subprocess.Popen([*program, *port, *command], env=environment)]
     else:  # what srun sets for its tasks
-        places = (
+        tasks = (
             {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"} for rank in range(2)
         )
-        started = [subprocess.Popen([sys.executable, *command], env=environment | place) for place in places]
+        started = [subprocess.Popen([sys.executable, *command], env=environment | task) for task in tasks]
     assert [process.wait(timeout=120) for process in started] == [0] * len(started)
     assert digests(tmp_path) == expected
     assert not (tmp_path / ".unfinished").exists()
@@ -197,12 +197,12 @@ def test_a_full_disk_stops_with_one_line_leaves_no_half_shard_and_is_no_obstacle
     assert digests(out) == expected
 
 
-def test_a_process_waits_for_nobody_and_the_last_one_writes_the_manifest(material, expected, tmp_path):
+def test_no_process_waits_and_the_last_one_writes_the_manifest(material, expected, tmp_path):
     sources, tokenizer = material
     early, late = (encoding(sources["imagenet-tar"], tokenizer, tmp_path) for _ in range(2))
     with WorkQueue(tmp_path / ".unfinished", 0, 2) as queue:
-        held = [shard for _, shard in zip(range(2), queue.take(9, lambda shard: False), strict=False)]
-        assert held == [0, 1]
+        taken = [shard for _, shard in zip(range(2), queue.take(9, lambda shard: False), strict=False)]
+        assert taken == [0, 1]
         assert early.run(0, 2) == 65 - 2 * 8
         assert early.finish() is None and not (tmp_path / "manifest.json").exists()
     assert late.run(1, 2) == 2 * 8
@@ -211,7 +211,7 @@ def test_a_process_waits_for_nobody_and_the_last_one_writes_the_manifest(materia
     assert early.finish().num_samples == 62
 
 
-def test_without_file_locks_the_shards_are_dealt_in_turn(material, expected, tmp_path, monkeypatch):
+def test_without_file_locks_the_processes_take_shards_in_turn(material, expected, tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "no locks")
 
@@ -260,7 +260,7 @@ def test_decoding_processes_keep_the_order_and_raise_what_they_meet(material, tm
         list(pool.map([Task(0, gone)]))
 
 
-def test_a_set_that_is_whole_is_left_as_it_is(material, tmp_path):
+def test_a_complete_set_is_left_as_it_is(material, tmp_path):
     sources, tokenizer = material
     encoding(sources["imagefolder"], tokenizer, tmp_path).run()
     encoding(sources["imagefolder"], tokenizer, tmp_path).finish()

@@ -72,8 +72,11 @@ def test_reconstruction_equals_the_published_implementation_to_1e_4(vq16, vector
 
 
 def test_vq8_is_told_from_its_tensors_and_gives_four_times_the_codes(tmp_path):
-    torch.manual_seed(0)
-    torch.save(VQModel(VQ8).state_dict(), tmp_path / "vq8.pt")
+    with torch.device("meta"):
+        shapes = VQModel(VQ8).state_dict()
+    torch.save(
+        {name: torch.zeros(tensor.shape, dtype=torch.half) for name, tensor in shapes.items()}, tmp_path / "vq8.pt"
+    )
     model = load_tokenizer(tmp_path / "vq8.pt")
     assert model.config == VQ8 and model.downsample == 8
     assert model.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 16)

@@ -11,7 +11,7 @@ PATIENCE = 60
 
 
 def hold(path, held):
-    with locked(path):
+    with locked(path, create_folder=True):
         held.set()
         signal.pause()
 
