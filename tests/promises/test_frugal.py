@@ -77,7 +77,7 @@ def test_frugal_never_deletes_the_newest_complete_checkpoint(tmp_path):
         later = newest + 1
         _write(checkpoints, later)
         keep_last = rng.randint(1, 4)
-        folders.remove_old(checkpoints, newest, keep_last, lambda step: step % 7 == 0)
+        folders.remove_old(checkpoints, newest, keep_last, 7, [])
         left = folders.saved_steps(checkpoints)
         assert left[:2] == [later, newest], "later steps are none of this run's"
         assert folders.find_problem(folders.folder_of(checkpoints, newest)) is None

@@ -89,7 +89,7 @@ def test_watchful_a_non_finite_loss_stops_before_the_update_and_says_where(
     ids = undisturbed.samples[13]["ids"][8:]
     listed = ", ".join(map(str, ids))
     expected = f"step 13 (stage 1, patch side 2): the loss of rank 1 is nan; sample ids: {listed}"
-    expected += "; to leave such steps out: watch.on_nonfinite=skip"
+    expected += "; to exclude such steps: watch.on_nonfinite=skip"
     assert text == [f"{expected} | weights as before: True"] * 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, 14))
@@ -178,7 +178,7 @@ def _break_twice(trainer: Trainer, steps: list[int], last: int) -> None:
 
     def strict(at, *arguments):
         if at == last:
-            trainer.config.watch.on_nonfinite = "stop"
+            trainer.nonfinite.policy = "stop"
         return step(at, *arguments)
 
     trainer.engine.step = strict
