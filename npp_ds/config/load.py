@@ -95,7 +95,7 @@ def _hint(found: str, known: Iterable[str]) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a config file, unchecked. Raises UserError when it is unreadable or no YAML mapping."""
+    """Return the keys of a config file, unchecked. Raises UserError when it is unreadable or no YAML mapping."""
     try:
         raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:
@@ -139,7 +139,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The keys of a file laid over those of the recipe that its key `extends` names."""
+    """Return the keys of a file over those of the recipe that its key `extends` names."""
     raw = read_yaml(path)
     if path.name == "config.yaml" and path.with_name("environment.json").is_file():
         drop_replaced_by_stages(raw)  # a run's own file: it holds every key, and earlier versions allowed them
@@ -343,7 +343,7 @@ def _stage_problems(config: RunConfig) -> list[str]:
 
 
 def _replaced_problems(config: RunConfig, given: Collection[str]) -> list[str]:
-    """Problems with keys that the listed stages replace: `given` on the command line, or not at their defaults."""
+    """Return problems with keys that listed stages replace: `given` on the command line, or not at their defaults."""
     schedule, problems = config.schedule, []
     for name in REPLACED_BY_STAGES if schedule.stages is not None else ():
         value, default = getattr(schedule, name), type(schedule).model_fields[name].default

@@ -46,7 +46,7 @@ class _Section(BaseModel):
 
 
 def _types_in(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of: int and NoneType of `list[int] | None`."""
+    """Return the types that an annotation is made of: int and NoneType of `list[int] | None`."""
     parts = get_args(annotation)
     return set().union(*map(_types_in, parts)) if parts else {annotation}
 

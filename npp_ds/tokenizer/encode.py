@@ -77,7 +77,7 @@ class Encoding:
     """The encoding of one source into one folder; every process that takes part calls `run`, then `finish`."""
 
     def __init__(self, source: Source, tokenizer: VQModel, out: str | Path, settings: EncodeSettings):
-        """Raises UserError for impossible settings, and if `out` was made with other settings."""
+        """Raise UserError for impossible settings, and if `out` was made with other settings."""
         _check_settings(tokenizer, settings)
         self.source, self.tokenizer, self.out, self.settings = source, tokenizer, Path(out), settings
         self.work = self.out / WORK_FOLDER
