@@ -156,11 +156,11 @@ def test_a_sweep_waits_for_samples_of_other_processes_and_samples_the_parts_they
         assert list(islice(queue.take(1, lambda part: False), 1)) == [0]
         died = threading.Timer(0.5, queue.release, [0])
         died.start()
-        first, _ = run_sweep(replace(sweep, points=sweep.points[:1]), reference, Projection(16), place=places[0])
+        first, _ = run_sweep(replace(sweep, points=sweep.points[:1]), reference, Projection(16), process=places[0])
         died.join()
     sample_share(sweep, places[1])
     no_sampling(monkeypatch)
-    results, _ = run_sweep(sweep, reference, Projection(16), place=places[0])
+    results, _ = run_sweep(sweep, reference, Projection(16), process=places[0])
     digests = [[result["samples_sha256"] for result in some] for some in (expected, results)]
     assert digests[0] == digests[1] and first[0]["samples_sha256"] == digests[0][0]
 

@@ -495,7 +495,7 @@ def test_codes_are_decoded_only_by_the_tokenizer_that_made_them(tmp_path, monkey
     shards = {"vocab_size": 64, "num_classes": 3, "class_names": ["cat", "dog", "cow"], "tokenizer": made_by}
     manifest_of([], **shards).save(tmp_path / "shards")
     weights = open_weights(tiny_run(tmp_path / "run", train=tmp_path / "shards"))
-    with pytest.raises(UserError, match=r"the codes were made by vq\.safetensors.*not at hand; give its file with"):
+    with pytest.raises(UserError, match=r"the codes were made by vq\.safetensors.*not available; give its file with"):
         find_tokenizer(weights)
     assert find_tokenizer(weights, file).sha256 == made_by.sha256
     assert weights.class_names == ("cat", "dog", "cow")
