@@ -22,6 +22,9 @@ from npp_ds.utils.files import write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
+REPLACED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "sample_log.jsonl", "checkpoints/latest")
+"""Files of a run folder that a start replaces atomically, through a temporary file beside them."""
+
 
 def check_settings(config: RunConfig) -> None:
     """Raise UserError when the run folder belongs to a run with other settings."""
@@ -65,7 +68,7 @@ def checkpoint_to_resume(
     differ from those it was saved with.
     """
     checkpoints = config.directory / "checkpoints"
-    folders.remove_unfinished(checkpoints)
+    _remove_leftovers(config.directory)
     if from_step is None:
         folder = folders.newest_complete(checkpoints)
     else:
@@ -94,6 +97,14 @@ def checkpoint_to_resume(
     if from_step is not None:
         _set_aside_later_than(checkpoints, from_step)
     return folder, record
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    """Delete what killed starts left of files and checkpoints that they were writing; the lease is ours."""
+    for path in (run_dir / name for name in REPLACED_FILES):
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+    folders.remove_unfinished(run_dir / "checkpoints")
 
 
 def _newest_that_was_saved(run_dir: Path) -> int | None:

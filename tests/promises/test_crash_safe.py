@@ -24,6 +24,7 @@ from npp_ds.distributed.environment import host_name
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.training.metrics import read_events
+from npp_ds.training.run_folder import checkpoint_to_resume
 from npp_ds.training.trainer import Trainer
 from npp_ds.utils.files import sha256
 from runs import (
@@ -56,6 +57,15 @@ def _die(*_) -> None:
 
 class _DyingShutil:
     rmtree = _die
+
+
+def test_crash_safe_a_start_removes_what_killed_ones_left_of_files_and_checkpoints(tmp_path):
+    leftovers = [".config.yaml.12.tmp", ".metrics.jsonl.12.tmp", "checkpoints/.latest.12.tmp"]
+    (tmp_path / "checkpoints/step-00000003.ab12.tmp").mkdir(parents=True)
+    for name in leftovers:
+        (tmp_path / name).write_text("half")
+    assert checkpoint_to_resume(tiny_config(tmp_path, tmp_path), "fingerprint", None) is None
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def _die_in_the_second_save(trainer: Trainer, where: str, rank: int) -> None:
