@@ -37,6 +37,7 @@ class Checkpointing(Hook):
     ):
         self.config, self.schedule, self.processes, self.log = config, schedule, processes, log
         self.saver, self.nonfinite, self.data_fingerprint = saver, nonfinite, data_fingerprint
+        self.zero_stage = zero_stage_of(config)  # once: the settings file may change or go while the run trains
         self.last_saved: int | None = None
 
     def is_due(self, stage: Stage, done: int) -> bool:
@@ -59,7 +60,7 @@ class Checkpointing(Hook):
             step=done,
             stage=stage.index,
             world_size=self.processes.world_size,
-            zero_stage=zero_stage_of(self.config),
+            zero_stage=self.zero_stage,
             precision=self.config.precision,
             config_hash=self.config.hash(),
             config=self.config.bound_keys(),
