@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -39,11 +40,16 @@ class StepResult:
     was_applied: bool
 
 
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's groups: weight decay on tensors of two and more dimensions, none on the rest (as published)."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in model.parameters():
-        groups[len(getattr(parameter, "ds_shape", parameter.shape)) >= 2].append(parameter)
+        groups[len(shape_of(parameter)) >= 2].append(parameter)
     return [
         {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
@@ -59,6 +65,50 @@ def initial_model(config: RunConfig) -> Transformer:
     return Transformer(ModelConfig(**config.model.arguments()))
 
 
+def modules_of_matrices(model: nn.Module) -> list[str]:
+    """Return the full names of the classes of modules that have matrices as their own parameters.
+
+    Under autocast DeepSpeed (0.19.8) ignores `communication_data_type`; it sends the gradients of the modules in its
+    list `lower_precision_safe_modules` in bf16, and compares classes exactly.
+    """
+    own = {
+        type(module)
+        for module in model.modules()
+        if any(len(shape_of(p)) >= 2 for p in module.parameters(recurse=False))
+    }
+    return sorted(f"{found.__module__}.{found.__qualname__}" for found in own)
+
+
+def reduce_without_waiting(zero: Any) -> None:
+    """Let a ZeRO-2 optimizer with `overlap_comm` reduce gradients to their owners while the backward pass computes.
+
+    Where each gradient is sent to its owner alone (`use_multi_rank_bucket_allreduce: false`), DeepSpeed (0.19.8) waits
+    for the device before every reduction, to free gradients that are not in its contiguous buffers. Here all are.
+    """
+
+    def allreduce_and_copy(
+        small_bucket: list[Tensor],
+        communication_data_type: torch.dtype,
+        rank: int | None = None,
+        output_bucket: Sequence[Tensor | None] | None = None,
+        process_group: Any = None,
+        divide: bool = True,
+        log: Any = None,
+    ) -> None:
+        reduced = zero.allreduce_bucket(small_bucket, communication_data_type, rank, log, divide, process_group)
+        for tensor in (reduced, *small_bucket):
+            if tensor.is_cuda:  # allocated on the stream of the backward pass, perhaps
+                tensor.record_stream(torch.cuda.current_stream())
+        if rank in (None, dist.get_rank(process_group)):
+            outputs = output_bucket or [None] * len(small_bucket)
+            for own, sums, output in zip(small_bucket, zero.unflatten(reduced, small_bucket), outputs, strict=True):
+                zero._add_to_grad_partition_buffer(output, sums)
+                own.copy_(sums)
+
+    if zero.partition_gradients and zero.contiguous_gradients and zero.overlap_comm:
+        zero.allreduce_and_copy = allreduce_and_copy
+
+
 class TrainingEngine:
     """The model, its optimizer and DeepSpeed's engine around them."""
 
@@ -72,6 +122,8 @@ class TrainingEngine:
             model = initial_model(config)
         self.model_config = model.config
         apply_performance(model, config, processes.device)
+        if "torch_autocast" in settings and settings.get("communication_data_type") == "bf16":
+            settings["torch_autocast"]["lower_precision_safe_modules"] = modules_of_matrices(model)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer.weight_decay),
             lr=first_stage.peak_learning_rate,
@@ -80,6 +132,8 @@ class TrainingEngine:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        if settings["zero_optimization"]["stage"] < 3:
+            reduce_without_waiting(self.engine.optimizer)
         if config.performance.cuda_graphs:
             free_gradient_nodes(model.parameters())
         self.monitor = self.engine.monitor if self.engine.monitor.enabled else None
