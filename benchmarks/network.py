@@ -265,8 +265,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Bytes per parameter and optimizer step that each of n nodes sends, divided by (n - 1) / n; one process per "
         f"node, {m['n_layers']} layers of width {m['dim']} ({result['parameters'] / 1e6:.1f}M parameters). `gloo`: "
-        "counted at the nodes' interfaces, headers included. `NCCL`: the same collectives by the formulas of ring algorithms; "
-        "NCCL was not run.",
+        "counted at the nodes' interfaces, headers included. `NCCL`: the same collectives by the formulas of ring "
+        "algorithms; NCCL was not run.",
         "",
         "| settings | gradients | engine | micro-batches | nodes | collectives, elements per parameter | gloo | NCCL |",
         "|---|---|---|---|---|---|---|---|",
