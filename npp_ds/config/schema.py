@@ -71,6 +71,11 @@ class ModelSection(_Section):
         "auto",
         "attention kernel; sdpa: PyTorch's choice; auto: flash-attn if it is installed and can run, else sdpa",
     )
+    coarse_positions: Literal["paper", "centers"] = Field(
+        "paper",
+        description="rotary positions of patches with side p > 1: 0, 1, 2, .. along each axis (paper), or the patches' "
+        "centers in units of codes, (i + 0.5) * p - 0.5 (centers); at side 1 both are the same",
+    )
     activation_checkpointing: Literal["none", "selective", "block"] = _free(
         "none",
         "activations that the backward pass recomputes to save memory, with equal results: none, all but those of "

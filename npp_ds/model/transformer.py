@@ -23,7 +23,8 @@ from npp_ds.sizes import ffn_hidden
 class ModelConfig:
     """Sizes and options of a `Transformer`. Raises ValueError if sizes do not fit together.
 
-    `grid_size` is the side of the code map; `n_kv_heads` 0 or None stands for n_heads.
+    `grid_size` is the side of the code map; `n_kv_heads` 0 or None stands for n_heads. `coarse_positions` "paper"
+    numbers the rows and columns of patches 0, 1, 2, ..; "centers" takes their centers in units of codes.
     """
 
     dim: int
@@ -40,6 +41,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     attention: str = "auto"
     activation_checkpointing: str = "none"
+    coarse_positions: str = "paper"
 
     def __post_init__(self) -> None:
         if not self.n_kv_heads:
@@ -156,19 +158,26 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"{codes.shape[1]} patches do not fit a model of a {self.config.grid_size}x{self.config.grid_size} grid"
             )
-        rotary = rotary_table(coarse_grid, self.config.dim // self.config.n_heads, codes.device)
+        rotary = self._rotary(coarse_grid, isqrt(codes.shape[2]), codes.device)
         x = torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(codes[:, :-1])], dim=1)
         x = self.token_dropout(x)
         for layer in self.layers:
             x = checkpointed(self.config.activation_checkpointing, layer, x, rotary)
         return self.output(self.norm(x), codes if output == "loss" else None)
 
-    def new_cache(self, batch: int, grid: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
-        """Return a cache of zeros for `decode_step` on a `grid` x `grid` map."""
+    def _rotary(self, grid: int, patch_side: int, device: torch.device | str) -> Tensor:
+        """Return the rotary table of a `grid` x `grid` map of patches."""
+        unit = patch_side if self.config.coarse_positions == "centers" else 1
+        return rotary_table(grid, self.config.dim // self.config.n_heads, device, unit)
+
+    def new_cache(
+        self, batch: int, grid: int, dtype: torch.dtype, device: torch.device | str, patch_side: int = 1
+    ) -> KeyValueCache:
+        """Return a cache of zeros for `decode_step` on a `grid` x `grid` map of patches."""
         c = self.config
         shape = (batch, c.n_kv_heads, grid * grid, c.dim // c.n_heads)
         keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers] for _ in range(2))
-        return KeyValueCache(keys, values, rotary_table(grid, c.dim // c.n_heads, device))
+        return KeyValueCache(keys, values, self._rotary(grid, patch_side, device))
 
     def decode_step(
         self,
