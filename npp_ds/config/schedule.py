@@ -39,6 +39,7 @@ class StageEntry:
     final_learning_rate: float
     warmup_epochs: float
     decay_fraction: float
+    dropout_scale: float
 
     def length(self, steps_per_epoch: int) -> int:
         """Return the length in optimizer steps."""
@@ -64,6 +65,7 @@ class Stage:
     final_learning_rate: float
     warmup_steps: int
     decay_steps: int
+    dropout_scale: float = 1.0
 
     @property
     def steps(self) -> int:

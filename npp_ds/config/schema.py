@@ -139,6 +139,9 @@ class StageSection(_Section):
     final_learning_rate: float | None = Field(None, ge=0, description="learning rate at the stage's last step")
     warmup_epochs: float | None = Field(None, ge=0, description="length of the linear warm-up in epochs")
     decay_fraction: float | None = Field(None, ge=0, le=1, description="fraction of the steps, at the end, that decays")
+    dropout_scale: float | None = Field(
+        None, ge=0, le=1, description="factor on the model's four dropout rates in this stage; 0: none; null: 1"
+    )
 
 
 REPLACED_BY_STAGES = ("epochs", "patch_sides", "ratio")
@@ -364,6 +367,7 @@ class RunConfig(_Section):
             final_learning_rate=o.final_learning_rate,
             warmup_epochs=s.warmup_epochs,
             decay_fraction=s.decay_fraction,
+            dropout_scale=1.0,
         )
         if s.stages is not None:
             return [replace(inherited, **stage.model_dump(exclude_none=True)) for stage in s.stages]
@@ -400,6 +404,7 @@ class RunConfig(_Section):
                 final_learning_rate=s.final_learning_rate,
                 warmup_steps=warmup_steps,
                 decay_steps=min(round(s.decay_fraction * steps), steps - warmup_steps),
+                dropout_scale=s.dropout_scale,
             )
             stages.append(stage)
             step, epoch = stage.end_step, stage.end_epoch

@@ -57,7 +57,7 @@ class TrialSteps:
             torch.cuda.reset_peak_memory_stats()
         accumulated = stage.batch_size // (stage.micro_batch_size * self.context.processes.world_size)
         batches = [self._random_batch(stage)] * min(MICRO_BATCHES, accumulated)
-        self.engine.set_batch_sizes(stage)
+        self.engine.set_stage(stage)
         self.engine.step(0, batches, 0.0)  # the first step also allocates buffers
         start = time.perf_counter()
         result = self.engine.step(1, batches, 0.0)

@@ -144,6 +144,16 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim)
         self.output = Head(config.dim, config.vocab_size)
+        self.dropout_scale = 1.0
+
+    def scale_dropout(self, scale: float) -> None:
+        """Set all dropout rates to those of the config times `scale`."""
+        self.dropout_scale = scale
+        self.token_dropout.p = self.config.token_dropout * scale
+        for layer in self.layers:
+            layer.attention.residual_dropout.p = self.config.residual_dropout * scale
+            layer.attention.attention_dropout = self.config.attention_dropout * scale
+            layer.feed_forward.dropout.p = self.config.ffn_dropout * scale
 
     def forward(self, codes: Tensor, labels: Tensor, output: str = "loss") -> Tensor:
         """Return the mean loss in nats per code, a float32 scalar, of int64 codes[B, N, k] and labels[B].

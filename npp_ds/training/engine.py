@@ -88,8 +88,9 @@ class TrainingEngine:
         decay = config.optimizer.ema_decay
         self.ema = ShardedEMA(self.partitions, decay) if decay else None
 
-    def set_batch_sizes(self, stage: Stage) -> None:
-        """Set the batch size and micro-batch size of a stage; between two steps only."""
+    def set_stage(self, stage: Stage) -> None:
+        """Set the batch size, micro-batch size and dropout rates of a stage; between two steps only."""
+        self.engine.module.scale_dropout(stage.dropout_scale)
         self.engine.set_train_micro_batch_size(stage.micro_batch_size)
         self.engine.set_train_batch_size(stage.batch_size)
 

@@ -45,11 +45,11 @@ def events_named(events: list[Event], name: str, stage: int | None = None) -> li
 
 
 def stages_begun(events: list[Event]) -> list[Stage]:
-    """Return the stages that have begun, as their own events describe them."""
+    """Return the stages that have begun, as their own events describe them; a later key has its default."""
     names = {f.name for f in fields(Stage)} - {"index", "start_step"}
     begun = {e["stage"]: e for e in events_named(events, "stage")}
     return [
-        Stage(index=index, start_step=e["step"], **{name: e[name] for name in names})
+        Stage(index=index, start_step=e["step"], **{name: e[name] for name in names & e.keys()})
         for index, e in sorted(begun.items())
     ]
 

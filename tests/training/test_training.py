@@ -48,6 +48,16 @@ def test_losses_equal_plain_pytorch_across_two_stage_boundaries(
     assert max(norms) > config.optimizer.gradient_clipping > min(norms), "clipping acts on some steps, not on all"
 
 
+def test_a_stage_scales_dropout_and_the_next_one_has_its_own(pools, shards, tmp_path):
+    stages = [{"patch_side": 2, "steps": 3, "dropout_scale": 0}, {"patch_side": 1, "steps": 1}]
+    keys = {"schedule": {"stages": stages, "warmup_epochs": 0}, "validation": {"every": 0}}
+    rates = dict.fromkeys(NO_DROPOUT, 0.5)
+    pools[1].run(run, tiny_config(shards, tmp_path / "run", model=rates, **keys))
+    found = [line["loss"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"]
+    expected, _, _ = plain_losses(tiny_config(shards, tmp_path, model=NO_DROPOUT, **keys), 4)
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-5) and found[3] != pytest.approx(expected[3], rel=1e-5)
+
+
 @pytest.mark.parametrize(  # bf16 first: autocast leaves a mark on DeepSpeed's module
     "world_size, zero_stage, precision",
     [
