@@ -151,6 +151,7 @@ class Transformer(nn.Module):
         self.dropout_scale = scale
         self.token_dropout.p = self.config.token_dropout * scale
         for layer in self.layers:
+            assert isinstance(layer, Block)
             layer.attention.residual_dropout.p = self.config.residual_dropout * scale
             layer.attention.attention_dropout = self.config.attention_dropout * scale
             layer.feed_forward.dropout.p = self.config.ffn_dropout * scale
