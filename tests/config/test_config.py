@@ -9,7 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from npp_ds.cli import app
-from npp_ds.config.load import load_config, load_run, problems_of, recipe_names
+from npp_ds.config.checks import problems_of
+from npp_ds.config.load import load_config, load_run, recipe_names
 from npp_ds.config.schema import RunConfig, ScheduleSection
 from npp_ds.errors import UserError
 from npp_ds.sizes import SIZES
