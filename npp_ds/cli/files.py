@@ -7,6 +7,7 @@ import typer
 
 from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.errors import UserError
+from npp_ds.utils.format import counted
 
 
 def export(
@@ -61,9 +62,10 @@ def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.
     from npp_ds.data.shards import verify as find_problems
 
     if problems := find_problems(directory, show_progress=True):
-        raise UserError(f"{directory}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
+        raise UserError(f"{directory}: {counted(len(problems), 'problem')}\n" + "\n".join(f"  - {p}" for p in problems))
     manifest = Manifest.load(directory)
-    print(f"{directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, all as the manifest says")
+    found = f"{counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}"
+    print(f"{directory}: {found}, all as the manifest says")
 
 
 @shards.command()

@@ -1,7 +1,8 @@
 """Problems between the keys of a config, and between it, the number of processes and the training images."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
+from typing import Any
 
 from npp_ds.config.schema import REPLACED_BY_STAGES, RunConfig
 
@@ -77,12 +78,9 @@ def _stage_problems(config: RunConfig) -> list[str]:
     for name, beta in zip(("first", "second"), o.betas, strict=True):
         if not 0 <= beta < 1:
             problems.append(f"optimizer.betas: the {name} is {beta}, expected at least 0 and below 1")
-    for i, stage in enumerate(table):
-        if stage.final_learning_rate > stage.learning_rate:
-            problems.append(
-                f"optimizer.final_learning_rate: {stage.final_learning_rate} is above the peak {stage.learning_rate} "
-                f"of stage {i}; lower it"
-            )
+    for (final, peak), where in _grouped([(s.final_learning_rate, s.learning_rate) for s in table]).items():
+        if final > peak:
+            problems.append(f"optimizer.final_learning_rate: {final} is above the peak {peak} of {where}; lower it")
     return problems
 
 
@@ -128,40 +126,48 @@ def _evaluate_problems(config: RunConfig) -> list[str]:
 
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
-    stages_of: dict[int, list[int]] = {}
-    table = config.stage_table()
-    for i, stage in enumerate(table):
-        stages_of.setdefault(stage.batch_size, []).append(i)
-    problems = []
-    for batch_size, stages in stages_of.items():
-        if batch_size % world_size:
-            where = "every stage" if len(stages) == len(table) else f"stages {', '.join(map(str, stages))}"
-            problems.append(
-                f"schedule.batch_size: {batch_size} ({where}) is no multiple of {world_size} processes; use "
-                f"{max(1, round(batch_size / world_size)) * world_size}, or another number of processes"
-            )
-    return problems
+    return [
+        f"schedule.batch_size: {batch_size} ({where}) is no multiple of {world_size} processes; use "
+        f"{max(1, round(batch_size / world_size)) * world_size}, or another number of processes"
+        for batch_size, where in _grouped([stage.batch_size for stage in config.stage_table()]).items()
+        if batch_size % world_size
+    ]
 
 
 def _length_problems(config: RunConfig, num_samples: int) -> list[str]:
-    problems = []
-    for i, stage in enumerate(config.stage_table()):
-        steps_per_epoch = num_samples // stage.batch_size
-        if steps_per_epoch == 0:
-            problems.append(
-                f"schedule.batch_size: {stage.batch_size} exceeds the {num_samples} training images; lower it"
-            )
-            continue
+    problems, lengths = [], []
+    for stage in config.stage_table():
+        steps_per_epoch = max(1, num_samples // stage.batch_size)
         steps, warmup = stage.length(steps_per_epoch), stage.warmup_steps(steps_per_epoch)
-        if steps == 0:
+        lengths.append((stage.batch_size, stage.epochs, stage.warmup_epochs, steps, warmup))
+    for (batch_size, epochs, warmup_epochs, steps, warmup), where in _grouped(lengths).items():
+        if batch_size > num_samples:
             problems.append(
-                f"schedule: stage {i} lasts {stage.epochs} epochs of {steps_per_epoch}: no step at all; lengthen it"
+                f"schedule.batch_size: {batch_size} ({where}) exceeds the {num_samples} training images; lower it"
+            )
+        elif steps == 0:
+            problems.append(
+                f"schedule: {epochs} epochs of {num_samples // batch_size} steps ({where}) are no step at all; use more"
             )
         elif warmup > steps:
             problems.append(
-                f"schedule.warmup_epochs: {stage.warmup_epochs} ({warmup} steps) exceeds stage {i} of {steps}; lower it"
+                f"schedule.warmup_epochs: {warmup_epochs} ({warmup} steps) exceeds the {steps} of {where}; lower it"
             )
     return problems
+
+
+def _grouped(values: Sequence[Any]) -> dict[Any, str]:
+    """Return the different values of the stages, each with the stages that have it: stage 0, stages 0 and 2, .."""
+    stages_of: dict[Any, list[str]] = {}
+    for i, value in enumerate(values):
+        stages_of.setdefault(value, []).append(str(i))
+
+    def text(stages: list[str]) -> str:
+        *others, last = stages
+        several = f"stages {', '.join(others)} and {last}" if others else f"stage {last}"
+        return "every stage" if len(stages) == len(values) else several
+
+    return {value: text(stages) for value, stages in stages_of.items()}
 
 
 def _profile_problems(config: RunConfig, num_samples: int) -> list[str]:

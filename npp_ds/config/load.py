@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from npp_ds.config.checks import problems_of, replaced_problems
-from npp_ds.config.fields import section_of
+from npp_ds.config.fields import keys_of, section_of
 from npp_ds.config.schema import RECIPES, REPLACED_BY_STAGES, RunConfig, drop_replaced_by_stages
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, did_you_mean, similar_names
+from npp_ds.utils.format import counted
 
 _RUN_FILES = ("checkpoints", "metrics.jsonl", "environment.json")  # what a run leaves beside its config.yaml
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
@@ -53,7 +53,8 @@ def load_config(
         problems += [p for p in problems_of(config, world_size) if not _follows_from(p, dropped)]
     if config is None or problems:
         source = f"recipe {recipe}" if recipe else str(file)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        problems = list(dict.fromkeys(problems))
+        count = counted(len(problems), "problem")
         raise UserError(f"{count} in the config ({source}):\n" + "\n".join(f"  - {p}" for p in problems))
     return config
 
@@ -84,15 +85,10 @@ def load_run(
 def _recipe_path(name: str) -> Path:
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(
-            f"recipe {name}: no such recipe{_hint(name, recipe_names())}; recipes: {', '.join(recipe_names())}"
-        )
+        known = recipe_names()
+        hint = did_you_mean(similar_names(name, known))
+        raise UserError(f"recipe {name}: no such recipe{hint}; recipes: {', '.join(known)}")
     return path
-
-
-def _hint(found: str, known: Iterable[str]) -> str:
-    close = get_close_matches(found, list(known), n=1)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -220,11 +216,23 @@ def _describe(item: ErrorDetails) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
-        return f"{key}: unknown key{_hint(str(item['loc'][-1]), known)}; known here: {', '.join(known)}"
+        return f"{key}: unknown key{did_you_mean(_similar_keys(key, known))}; known here: {', '.join(known)}"
     if item["type"] == "missing":
         return f"{key}: missing; set it in the file or as {key}=..."
     expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{key}: found {item['input']!r}, expected {expected}{_meaning(item['loc'])}"
+    hint = did_you_mean(similar_names(str(item["input"]), re.findall("'([^']+)'", expected)))
+    return f"{key}: found {item['input']!r}, expected {expected}{_meaning(item['loc'])}{hint}"
+
+
+def _similar_keys(key: str, known: list[str]) -> list[str]:
+    """Return the keys that `key` may stand for: of its own section, where they are `known`, else of any section."""
+    section, dot, name = key.rpartition(".")
+    if here := similar_names(name, known):
+        return [f"{section}{dot}{other}" for other in here]
+    everywhere = [other for other, _ in keys_of(RunConfig)]
+    names = {other.rpartition(".")[2] for other in everywhere}
+    close = names & {name} or set(similar_names(name, sorted(names), most=1))
+    return sorted((other for other in everywhere if other.rpartition(".")[2] in close), key=len)[:2]
 
 
 def _section(location: tuple[str | int, ...]) -> type[BaseModel] | None:
