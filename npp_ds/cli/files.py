@@ -7,6 +7,7 @@ import typer
 
 from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.errors import UserError
+from npp_ds.utils.format import counted
 
 
 def export(
@@ -22,7 +23,10 @@ def export(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
 ) -> None:
-    """Write the weights of a run to one file, for sampling, for further training, or in the published format."""
+    """Write the weights of a run to one file, for sampling, for further training, or in the published format.
+
+    Example: npp export runs/xl_256 --out xl_256.safetensors
+    """
     from npp_ds.checkpoint.export import export_weights
     from npp_ds.checkpoint.open import open_weights
 
@@ -41,7 +45,10 @@ def import_(
     weights: WeightsKind = "raw",
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
 ) -> None:
-    """Convert a published LlamaGen or NPP checkpoint to a file for sampling, evaluation and further training."""
+    """Convert a published LlamaGen or NPP checkpoint to a file for sampling, evaluation and further training.
+
+    Example: npp import c2i_B_256.pt --out c2i_B_256.safetensors
+    """
     from npp_ds.checkpoint.export import export_weights
     from npp_ds.checkpoint.open import open_weights
 
@@ -51,19 +58,27 @@ def import_(
     warn(opened.guess_warning())
 
 
-shards = typer.Typer(help="Verify and show folders of code shards.", no_args_is_help=True)
+SHARDS_HELP = """Verify and show folders of code shards.
+
+Example: npp shards verify data/imagenet_256/train
+"""
+shards = typer.Typer(help=SHARDS_HELP, no_args_is_help=True)
 
 
 @shards.command()
 def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.json")]) -> None:
-    """Read every shard and check hashes, counts, keys, ranges of codes and labels; name each bad file."""
+    """Read every shard and check hashes, counts, keys, ranges of codes and labels; name each bad file.
+
+    Example: npp shards verify data/imagenet_256/train
+    """
     from npp_ds.data.shards import Manifest
     from npp_ds.data.shards import verify as find_problems
 
     if problems := find_problems(directory, show_progress=True):
-        raise UserError(f"{directory}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
+        raise UserError(f"{directory}: {counted(len(problems), 'problem')}\n" + "\n".join(f"  - {p}" for p in problems))
     manifest = Manifest.load(directory)
-    print(f"{directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, all as the manifest says")
+    found = f"{counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}"
+    print(f"{directory}: {found}, all as the manifest says")
 
 
 @shards.command()
@@ -78,7 +93,10 @@ def show(
     per_class: Annotated[int, typer.Option(min=1, max=50, help="images in a row")] = 8,
     seed: Annotated[int, typer.Option(help="another seed shows other images")] = 0,
 ) -> None:
-    """Show a set: its manifest, code usage, images per class, and a picture of random images by class."""
+    """Show a set: its manifest, code usage, images per class, and a picture of random images by class.
+
+    Example: npp shards show data/imagenet_256/train --tokenizer vq_ds16_c2i.pt
+    """
     from npp_ds.sampling.folder import sample_grid
     from npp_ds.tokenizer import contents
     from npp_ds.tokenizer.loading import tokenizer_of

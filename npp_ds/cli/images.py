@@ -53,6 +53,8 @@ def sample(
     """Sample images: grid.png, samples.npz for metrics, samples.json. Rerun the same command to resume.
 
     Several processes share the work: accelerate launch -m npp_ds sample ..., torchrun or srun.
+
+    Example: npp sample runs/quickstart --classes sneaker,bag --cfg-scale 3
     """
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.distributed.environment import choose_device, choose_dtype
@@ -174,6 +176,8 @@ def evaluate(
     """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement.
 
     One process evaluates; several (accelerate launch, torchrun or srun) share the sampling of a sweep.
+
+    Example: npp evaluate runs/xl_256 --reference VIRTUAL_imagenet256_labeled.npz
     """
     process = read_environment()
     if process.rank and (sweep is None or make_reference is not None):
@@ -281,7 +285,10 @@ def likelihood(
         Path | None, typer.Option(help="the JSON; default: RUN/likelihood.json or FILE.likelihood.json")
     ] = None,
 ) -> None:
-    """Evaluate held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure."""
+    """Evaluate held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure.
+
+    Example: npp likelihood runs/quickstart --limit 1000
+    """
     if read_environment().rank:  # one process does it all
         return
     from npp_ds.checkpoint.open import open_weights

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from npp_ds.cli import files, images, runs
+from npp_ds import __version__
+from npp_ds.cli import files, images, recipes, runs
 from npp_ds.cli.exit_codes import exit_code_of
 
 app = typer.Typer(
     name="npp",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in (
@@ -27,15 +27,28 @@ for command in (
     app.command()(command)
 app.command("import")(files.import_)
 app.add_typer(files.shards, name="shards")
+app.add_typer(recipes.recipes, name="recipes")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"npp_ds {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _group(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version and exit")
+    ] = False,
     local_rank: Annotated[
         int | None, typer.Option("--local_rank", hidden=True)
     ] = None,  # the deepspeed launcher adds it
 ) -> None:
-    """Train class-conditional autoregressive image models with Next Patch Prediction."""
+    """Train class-conditional autoregressive image models with Next Patch Prediction.
+
+    Example: npp plan --recipe xl_256 --gpus 8
+    """
 
 
 def main() -> None:

@@ -24,7 +24,10 @@ def train(
         int | None, typer.Option(help="resume from the checkpoint of this step; later ones are set aside")
     ] = None,
 ) -> None:
-    """Train or resume a run; for several processes use torchrun -m npp_ds train ..., or srun (slurm/)."""
+    """Train or resume a run; for several processes use torchrun -m npp_ds train ..., or srun (slurm/).
+
+    Example: npp train --recipe quickstart name=second seed=1
+    """
     try:
         with StopRequests() as stop:  # before the imports, which take seconds
             _train(recipe, config, overrides or (), from_step, stop)
@@ -60,7 +63,10 @@ def doctor(
     step: Annotated[bool, typer.Option("--step", help="also train a step at each patch side")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do."""
+    """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do.
+
+    Example: npp doctor --recipe xl_256 data.train=/data/train
+    """
     from npp_ds.doctor.runner import Request, run_doctor
 
     code = run_doctor(Request(recipe, config, tuple(overrides or ()), step, as_json))
@@ -89,7 +95,10 @@ def plan(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, days."""
+    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, days.
+
+    Example: npp plan --recipe xxl_256 --gpus 32 --gpu h100
+    """
     from npp_ds.config.load import load_config
     from npp_ds.planning.plan import make_plan
     from npp_ds.planning.table import print_plan
@@ -103,7 +112,10 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="a run folder")],
     next_step: Annotated[list[str] | None, typer.Option(help="a line for 'what to run next'; may be repeated")] = None,
 ) -> None:
-    """Plot a run and print its closing table: time per stage, cost, likelihood, samples, the paths of all files."""
+    """Plot a run and print its closing table: time per stage, cost, likelihood, samples, the paths of all files.
+
+    Example: npp report runs/quickstart
+    """
     from npp_ds.reporting.report import report_run
 
     report_run(run_dir, next_steps=next_step or ())

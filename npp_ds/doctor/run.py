@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from npp_ds.checkpoint.folders import saved_steps
-from npp_ds.config.load import problems_of
+from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import CheckpointSection, RunConfig
 from npp_ds.data import remote

@@ -26,6 +26,7 @@ from npp_ds.doctor import collectives, machine, run
 from npp_ds.doctor.checks import FAILURE, NOT_RUN, OK, WARNING, Check, Context, Result, Row, row_of
 from npp_ds.doctor.trial_steps import TrialSteps
 from npp_ds.errors import RendezvousError, UserError
+from npp_ds.utils.format import counted
 from npp_ds.utils.tables import make_table
 
 CHECK_TIMEOUT_SECONDS = 180.0  # Python starts slowly from a busy shared file system
@@ -236,7 +237,7 @@ def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> in
     elif not as_json:
         count = f"{len(warnings)} warning{'s' * (len(warnings) > 1)}"
         verdict = f"{count}, nothing that stops a run" if warnings else "all well"
-        print(f"{verdict}: {machine.counted(processes, nodes)}", flush=True)
+        print(f"{verdict}: {counted(processes, 'process')} on {counted(nodes, 'node')}", flush=True)
     return 0 if not failures else USER_ERROR if any(row.lasting for row in failures) else RETRYABLE
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from npp_ds.config.load import problems_of
+from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.store import available_manifest

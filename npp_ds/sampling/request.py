@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
 from npp_ds.checkpoint.open import Weights
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, did_you_mean, similar_names
 from npp_ds.sampling.folder import samples_of
 from npp_ds.sampling.logits_processing import Options
 from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES
@@ -105,11 +104,10 @@ def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_na
     found = [choice[0] for choice in choices]
     unknown = [str(w) for w, c in zip(wanted, found, strict=True) if not 0 <= c < num_classes]
     if unknown or not found:
-        close = [i for w in unknown for n in get_close_matches(w.casefold(), in_any_case) for i in in_any_case[n]]
-        hint = f" (did you mean {' or '.join(class_names[i] for i in close)}?)" if close else ""
+        hint = did_you_mean([name for w in unknown for name in similar_names(_normal(w), class_names)])
         names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
         raise UserError(
-            f"classes: found {', '.join(unknown) or 'none'}{hint}, expected numbers 0..{num_classes - 1}{names}"
+            f"classes: found {', '.join(unknown) or 'none'}{hint or ','} expected numbers 0..{num_classes - 1}{names}"
         )
     return found
 

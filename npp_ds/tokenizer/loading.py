@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npp_ds.checkpoint.safetensors_io import as_weights, misfits, opened_safetensors, read_torch
 from npp_ds.data.coding import HasTokenizerId, TokenizerId, tokenizer_mismatch
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, did_you_mean, similar_names
 from npp_ds.tokenizer.vq import VQConfig, VQModel
 from npp_ds.utils.files import sha256, write_atomic
 
@@ -82,9 +82,9 @@ def _file_of(name_or_path: str | Path) -> Path:
     """Return the file of a tokenizer. Raises UserError if there is none."""
     path = SHIPPED.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
-        raise UserError(
-            f"tokenizer {str(name_or_path)!r}: no such file; expected a checkpoint or one of {', '.join(SHIPPED)}"
-        )
+        name = str(name_or_path)
+        hint = did_you_mean(similar_names(name, SHIPPED))
+        raise UserError(f"tokenizer {name!r}: no such file{hint}; expected a checkpoint or one of {', '.join(SHIPPED)}")
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import npp_ds
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, did_you_mean, similar_names
 
 PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
 MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
@@ -43,8 +43,9 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
     shipped = shipped_configs()
     path = shipped.get(name_or_file, Path(name_or_file))
     if not path.is_file():
+        hint = did_you_mean(similar_names(name_or_file, shipped))
         raise UserError(
-            f"deepspeed.config: {name_or_file} is neither a file nor one of {', '.join(shipped)}; name one of these"
+            f"deepspeed.config: {name_or_file} is neither a file nor one of {', '.join(shipped)}{hint}; name one"
         )
     try:
         settings = json.loads(path.read_text())

@@ -4,7 +4,7 @@ import logging
 
 from npp_ds.checkpoint.folders import saved_steps
 from npp_ds.checkpoint.open import Weights, open_weights
-from npp_ds.config.load import problems_of
+from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.data.coding import Coding, Mismatch, meaning_mismatches, size_mismatches

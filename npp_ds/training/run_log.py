@@ -22,6 +22,7 @@ from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.hooks import FinishedStep, Hook, Logged
 from npp_ds.training.metrics import Event, MetricsLog, StepLog, events_named
 from npp_ds.training.throughput import Clock, peak_tflops, speed, take_peak_memory_gb
+from npp_ds.utils.format import counted
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class RunLog(Hook):
         )
         logger.info(
             f"{config.name}: {how} in {config.directory}; {config.model.parameters() / 1e6:.1f}M parameters, "
-            f"{self.processes.world_size} processes, ZeRO-{zero_stage_of(config)}, {config.precision}; "
+            f"{counted(self.processes.world_size, 'process')}, ZeRO-{zero_stage_of(config)}, {config.precision}; "
             + ", ".join(stages)
         )
         self._engine = engine

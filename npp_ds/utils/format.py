@@ -1,6 +1,12 @@
-"""Durations, sizes and times as text."""
+"""Counts, durations, sizes and times as text."""
 
 from datetime import datetime, timedelta, timezone
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 process`, `2 processes` or `1,200 images`; the plural is that of a regular noun."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def format_duration(seconds: float) -> str:

@@ -171,7 +171,7 @@ def test_a_wrong_key_is_reported_once(pair, config_file):
     (code, _, err), other = pair.run(checked, "schedule.epocs=3", file=config_file)
     assert (code, other) == (2, (2, "", ""))
     assert err.startswith("error: host n0 (rank 0): config: 1 problem")
-    assert "schedule.epocs: unknown key, did you mean epochs?" in err
+    assert "schedule.epocs: unknown key, did you mean schedule.epochs?" in err
 
 
 def test_a_run_folder_that_is_not_shared_is_found(pair, config_file, tmp_path):
@@ -353,7 +353,7 @@ def test_fewer_processes_than_gpus_and_a_gpu_in_use_are_warnings(monkeypatch):
     assert gpu(alone(device="cuda", nodes=("n0", "n0"))).state == OK
     found = gpu(alone(device="cuda", nodes=("n0", "n1")))
     assert found.state == WARNING
-    assert "2 GPUs and 1 processes on this node" in found.detail
+    assert "2 GPUs and 1 process on this node" in found.detail
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 10**9, 80 * 10**9))
     assert gpu_memory(alone(device="cuda")).state == OK
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
