@@ -1,4 +1,4 @@
-"""Commands for runs: train, doctor, plan, report."""
+"""Commands for runs: train, doctor, plan, status, report."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from npp_ds.cli.common import ConfigFile, Overrides, Recipe
-from npp_ds.cli.exit_codes import NON_FINITE, print_error
+from npp_ds.cli.exit_codes import NON_FINITE, USER_ERROR, print_error
 from npp_ds.distributed.environment import read_environment
 from npp_ds.errors import UserError
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
@@ -97,6 +97,21 @@ def plan(
 
     run = load_config(recipe, config, overrides or (), gpus)
     print_plan(make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images), json_)
+
+
+def status(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it again every few seconds, until Ctrl-C")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of one object per run")] = False,
+) -> None:
+    """Show where runs are, from their files: stage, loss, speed, cost, time left, checkpoint, warnings.
+
+    Example: npp status runs/* --watch
+    """
+    from npp_ds.reporting.status import show_status
+
+    if not show_status(runs, watch, as_json):
+        sys.exit(USER_ERROR)
 
 
 def report(

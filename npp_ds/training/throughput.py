@@ -52,7 +52,7 @@ class StepCosts:
     def __init__(self, stages: Sequence[Stage], model: ModelSection, lines: Iterable[dict[str, Any]] = ()):
         """`lines` are the events "train" of metrics.jsonl so far."""
         self.stages = stages
-        self._flops = [stage_flops(model, stage, stage.patch_side) / stage.steps for stage in stages]
+        self._flops = [step_flops(model, stage, stage.patch_side) for stage in stages]
         self._measured: dict[int, list[float]] = {}
         for line in lines:
             self.add(line)
@@ -88,9 +88,9 @@ class StepCosts:
         return TimeLeft(seconds[current], sum(seconds))
 
 
-def stage_flops(model: ModelSection, stage: Stage, patch_side: int) -> int:
-    """Return the model FLOPs of training on a stage's images at `patch_side`."""
-    return stage.steps * stage.batch_size * model.training_flops(num_positions(model.grid_size, patch_side))
+def step_flops(model: ModelSection, stage: Stage, patch_side: int) -> int:
+    """Return the model FLOPs of a step on a stage's batch at `patch_side`."""
+    return stage.batch_size * model.training_flops(num_positions(model.grid_size, patch_side))
 
 
 class Clock:
