@@ -88,15 +88,23 @@ def plan(
         typer.Option(min=0.001, max=1, help="model FLOPs over the peak; default: as measured, else 0.4"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the schedule into this file (.png, .svg, .pdf): sides, rates, cost")
+    ] = None,
 ) -> None:
-    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, days."""
+    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, time."""
     from npp_ds.config.load import load_config
     from npp_ds.planning.plan import make_plan
     from npp_ds.planning.table import print_plan
     from npp_ds.utils.gpu_specs import find_gpu
 
     run = load_config(recipe, config, overrides or (), gpus)
-    print_plan(make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images), json_)
+    planned = make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images)
+    if plot:
+        from npp_ds.planning.plot import write_plot
+
+        write_plot(planned, plot)
+    print_plan(planned, json_)
 
 
 def status(
