@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,11 +175,14 @@ def test_beside_a_terminal_each_logged_step_is_a_whole_line(monkeypatch, capsys)
     assert second.endswith("512 images/s  MFU 43.2%  eta 0:01:15"), "in the last stage both are one"
 
 
-def _told_to_monitors(processes: Processes, config) -> list[tuple[str, float, int]]:
-    trainer, told = Trainer(config, processes), []
-    trainer.engine.monitor = SimpleNamespace(write_events=told.extend, tb_monitor=None, wandb_monitor=None)
-    trainer.run()
-    return told
+def _told_to_monitors(processes: Processes, config) -> tuple[list[tuple[str, float, int]], list[str]]:
+    """The points that monitors get, and torch's warnings of what will change."""
+    told: list[tuple[str, float, int]] = []
+    with warnings.catch_warnings(record=True) as caught:
+        trainer = Trainer(config, processes)
+        trainer.engine.monitor = SimpleNamespace(write_events=told.extend, tb_monitor=None, wandb_monitor=None)
+        trainer.run()
+    return told, [str(warning.message) for warning in caught if warning.category is FutureWarning]
 
 
 @pytest.mark.processes
@@ -187,7 +191,8 @@ def test_a_training_line_holds_every_documented_figure_and_monitors_get_its_curv
         shards, tmp_path / "run", validation={"every": 0}, logging={"every": 7},
         schedule={"patch_sides": [2], "epochs": 1, "warmup_epochs": 0, "end_at_patch_side_one": False},
     )  # fmt: skip
-    told, _ = pair.run(_told_to_monitors, config)
+    (told, warned), (_, warned_too) = pair.run(_told_to_monitors, config)
+    assert warned == warned_too == []
     lines = events_named(read_events(tmp_path / "run" / "metrics.jsonl"), "train")
     assert [line["step"] for line in lines] == [1, 7, 10]
     page = (Path(__file__).parents[2] / "docs/training-metrics.md").read_text()
