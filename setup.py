@@ -54,6 +54,7 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
+        "wandb": ["wandb>=0.16"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.11",

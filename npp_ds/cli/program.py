@@ -18,6 +18,7 @@ for command in (
     runs.train,
     runs.doctor,
     runs.plan,
+    runs.status,
     runs.report,
     images.sample,
     images.evaluate,

@@ -1,4 +1,4 @@
-"""Commands for runs: train, doctor, plan, report."""
+"""Commands for runs: train, doctor, plan, status, report."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from npp_ds.cli.common import ConfigFile, Overrides, Recipe
-from npp_ds.cli.exit_codes import NON_FINITE, print_error
+from npp_ds.cli.exit_codes import NON_FINITE, USER_ERROR, print_error
 from npp_ds.distributed.environment import read_environment
 from npp_ds.errors import UserError
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
@@ -94,8 +94,11 @@ def plan(
         typer.Option(min=0.001, max=1, help="model FLOPs over the peak; default: as measured, else 0.4"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the schedule into this file (.png, .svg, .pdf): sides, rates, cost")
+    ] = None,
 ) -> None:
-    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, days.
+    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, time.
 
     Example: npp plan --recipe xxl_256 --gpus 32 --gpu h100
     """
@@ -105,7 +108,27 @@ def plan(
     from npp_ds.utils.gpu_specs import find_gpu
 
     run = load_config(recipe, config, overrides or (), gpus)
-    print_plan(make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images), json_)
+    planned = make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images)
+    if plot:
+        from npp_ds.planning.plot import write_plot
+
+        write_plot(planned, plot)
+    print_plan(planned, json_)
+
+
+def status(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it again every few seconds, until Ctrl-C")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of one object per run")] = False,
+) -> None:
+    """Show where runs are, from their files: stage, loss, speed, cost, time left, checkpoint, warnings.
+
+    Example: npp status runs/* --watch
+    """
+    from npp_ds.reporting.status import show_status
+
+    if not show_status(runs, watch, as_json):
+        sys.exit(USER_ERROR)
 
 
 def report(

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import warnings
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +30,8 @@ def import_deepspeed() -> ModuleType:
     # CPU processes of one host: not worth it for CPU runs, unused on GPUs. As of deepspeed 0.19.8.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.15 calls deprecated, with a warning on every rank.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 
@@ -98,6 +102,8 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
                 f"deepspeed.config {config.deepspeed.config}: zero_optimization.{section} is on nvme, which "
                 "checkpoints do not cover; use cpu, or drop the section"
             )
+    if "wandb" in config.logging.monitors:
+        _check_wandb()
     settings.update(decided)
     # DeepSpeed's timer (0.19.8) synchronizes the device in every micro-batch, for a figure that it would never print.
     settings.setdefault("timers", {"throughput": {"enabled": False}})
@@ -115,3 +121,12 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
             **({"project": config.name} if monitor == "wandb" else files),
         }
     return settings
+
+
+def _check_wandb() -> None:
+    try:
+        import_module("wandb")
+    except ImportError as error:
+        raise UserError(
+            f"logging.monitors: wandb cannot be imported ({error}); install it with `pip install wandb`, or drop it"
+        ) from error

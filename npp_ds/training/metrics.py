@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from npp_ds.config.schedule import Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.utils.files import write_text_atomic
 
@@ -52,6 +53,16 @@ def stages_begun(events: list[Event]) -> list[Stage]:
         Stage(index=index, start_step=e["step"], **{name: e[name] for name in names & e.keys()})
         for index, e in sorted(begun.items())
     ]
+
+
+def planned_stages(config: RunConfig, events: list[Event], images: int | None = None) -> list[Stage]:
+    """Return all stages of a run from its files: those that have begun as logged, the rest for `images` to train on.
+
+    Without `images` their number follows from whole epochs of the stages that have begun; [] if none has.
+    """
+    begun = stages_begun(events)
+    images = images or max((stage.steps_per_epoch * stage.batch_size for stage in begun), default=0)
+    return [*begun, *config.build_schedule(images).stages[len(begun) :]] if images else []
 
 
 class StepLog:

@@ -1,9 +1,11 @@
 """The folder of a run: its settings, its environment, and the checkpoint that a start resumes from."""
 
+import json
 import logging
 import platform
 import socket
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,11 +54,27 @@ def check_shared(run_dir: Path, token: str, patience: float = 60.0) -> None:
         time.sleep(0.5)
 
 
-def describe(config: RunConfig, processes: Processes) -> None:
-    """Write config.yaml (the resolved config) and environment.json (versions and device)."""
+def describe(config: RunConfig, processes: Processes, images: int) -> None:
+    """Write config.yaml (the resolved config) and environment.json (versions, device, number of training images)."""
     (config.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text_atomic(config.directory / "config.yaml", config.to_yaml())
-    write_json_atomic(config.directory / "environment.json", _environment(processes))
+    path = config.directory / "environment.json"
+    write_json_atomic(path, {**_environment(processes), "training_images": images, "starts": _starts(path)})
+
+
+def count_start(run_dir: Path) -> None:
+    """Add one to the `starts` in environment.json: those that trained, or were about to."""
+    path = run_dir / "environment.json"
+    with suppress(OSError):  # a full disk; the count is only for people
+        write_json_atomic(path, {**json.loads(path.read_bytes()), "starts": _starts(path) + 1})
+
+
+def _starts(path: Path) -> int:
+    """Return the starts counted so far; where an earlier version did not count them, a run with a log had one."""
+    try:
+        return json.loads(path.read_bytes())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return int(path.with_name("metrics.jsonl").is_file())
 
 
 def checkpoint_to_resume(

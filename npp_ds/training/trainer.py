@@ -71,7 +71,7 @@ class Trainer:
         self.resumed_from: tuple[Path, CheckpointRecord] | None = processes.on_first(
             run_folder.checkpoint_to_resume, config, fingerprint, from_step
         )
-        processes.on_first(run_folder.describe, config, processes)
+        processes.on_first(run_folder.describe, config, processes, len(self.train_store))
         record = self.resumed_from[1] if self.resumed_from else None
         self.first_step = record.step if record else 0
         self.initial: Weights | None = None if record else processes.on_first(initial_weights, config)

@@ -166,16 +166,6 @@ def test_an_engine_setting_that_cannot_work_is_reported_before_anything_is_writt
     assert not (tmp_path / "run").exists()
 
 
-def test_monitors_receive_what_metrics_hold(pair, shards, tmp_path):
-    keys = {"logging": {"monitors": ["csv", "tensorboard"]}, "schedule": {"patch_sides": [2, 1], "epochs": 2}}
-    pair.run(run, tiny_config(shards, tmp_path / "run", **keys))
-    monitor = tmp_path / "run" / "monitor" / "tiny"
-    losses = [float(t.split(",")[1]) for t in next(monitor.glob("*train_loss.csv")).read_text().splitlines()[1:]]
-    expected = [line["loss"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"]
-    assert losses == pytest.approx(expected)
-    assert list(monitor.glob("events.out.tfevents*"))
-
-
 @pytest.mark.parametrize("size", ["XXL", "2B"])
 def test_published_widths_build_step_save_and_load_under_zero_init(pair, tmp_path, shards, size):
     told = pair.run(_wide_model, tmp_path, size, timeout=300)
