@@ -56,7 +56,7 @@ def check_shared(run_dir: Path, token: str, patience: float = 60.0) -> None:
 
 
 def describe(config: RunConfig, processes: Processes) -> None:
-    """Write config.yaml (the resolved config) and environment.json (date, commit, versions and device of this start)."""
+    """Write config.yaml (the resolved config) and environment.json (date, commit, versions, device of this start)."""
     (config.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text_atomic(config.directory / "config.yaml", config.to_yaml())
     write_json_atomic(config.directory / "environment.json", _environment(processes))
