@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def _rounded(values: Iterable[float], digits: int = 5) -> list[float]:
 
 def binned(lines: Sequence[Event], name: str, most: int = MOST_POINTS) -> list[list[float]]:
     """Return at most `most` points of a figure; lines without it, or where it is not finite, are left out."""
-    known = [(e["step"], e[name]) for e in lines if e.get(name) is not None and np.isfinite(e[name])]
+    known = [(e["step"], e[name]) for e in lines if e.get(name) is not None and isfinite(e[name])]
     bins = np.array_split(np.array(known, np.float64).reshape(-1, 2), min(most, max(1, len(known))))
     if len(bins) == len(known):
         return [[int(step), *_rounded([value])] for step, value in known]
@@ -71,7 +72,7 @@ def axis_knots(run: RunData) -> np.ndarray:
 
 
 def _by_stage(run: RunData, name: str) -> list[list[list[float]]]:
-    parts = (binned(events_named(run.events, "train", stage.index), name) for stage in run.schedule.stages)
+    parts = (binned(lines, name) for lines in run.lines_by_stage)
     return [part for part in parts if part]
 
 

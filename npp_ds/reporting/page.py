@@ -59,12 +59,13 @@ def about_rows(run: RunData) -> list[tuple[str, str]]:
     if commit := environment.get("git_commit"):
         changed = ", with changed files" if commit.endswith("+") else ""
         rows.append(("commit", commit.rstrip("+") + changed))
-    if environment:
-        cores = environment.get("cpu_cores")
-        on = f"{environment['device']}{f', {cores} CPU cores' if cores else ''}"
-        rows.append(("hardware", f"{environment['world_size']} x {on}; {environment['platform']}"))
-        known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        rows.append(("software", f"npp_ds {environment['npp_ds']}, Python {environment['python']}, {known}"))
+    if "device" in environment:
+        cores = f", {environment['cpu_cores']} CPU cores" if environment.get("cpu_cores") else ""
+        processes, system = environment.get("world_size", 1), environment.get("platform", "")
+        rows.append(("hardware", f"{processes} x {environment['device']}{cores}; {system}"))
+    software = {"npp_ds": environment.get("npp_ds"), "Python": environment.get("python"), **versions}
+    if known := ", ".join(f"{name} {version}" for name, version in software.items() if version):
+        rows.append(("software", known))
     size = f": {manifest.num_samples:,} images, crops: {len(manifest.crops.names)} of each" if manifest else ""
     rows.append(("data", config.data.train + size))
     if config.data.val:

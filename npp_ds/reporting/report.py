@@ -25,34 +25,34 @@ def report_runs(
 ) -> list[RunSummary]:
     """Write the page of one run, or one page that compares several; print closing tables if `show`.
 
-    For one run, its folder gets training.png as well, and the page is report.html there unless `out` is given. For
-    several, `out` is by default comparison.html in the folder that holds the first run. Runs may be unfinished. Raises
-    UserError if a folder is not a run or has no training line yet, and if the page cannot be written.
+    By default the page of one run is report.html in its folder, which gets training.png as well, and that of several
+    is comparison.html in the folder that holds the first run. Only `out` is written if it is given. Runs may be
+    unfinished. Raises UserError if a folder is not a run or has no training line yet, or the page cannot be written.
     """
     runs = [read_run(run_dir) for run_dir in run_dirs]
-    alone = len(runs) == 1
-    out = check_writable(out or (runs[0].folder / PAGE_FILE if alone else runs[0].folder.parent / COMPARISON_FILE))
+    first = runs[0].folder
+    path = check_writable(out or (first / PAGE_FILE if len(runs) == 1 else first.parent / COMPARISON_FILE))
     patches, reason = patch_pictures(runs)
-    with explain_os_errors(out):
-        if alone:
+    with explain_os_errors(path):
+        if path == first / PAGE_FILE:
             plot = plot_run(runs[0].events, runs[0].schedule.stages, runs[0].config.name)
-            write_atomic(runs[0].folder / PLOT_FILE, lambda file: file.write(plot))
-        summaries = [_summarize(run, out, next_steps if run is runs[-1] else ()) for run in runs]
-        write_text_atomic(out, page(runs, summaries, patches, reason, next_steps))
+            write_atomic(first / PLOT_FILE, lambda file: file.write(plot))
+        summaries = [_summarize(run, path, next_steps if run is runs[-1] else ()) for run in runs]
+        write_text_atomic(path, page(runs, summaries, patches, reason, next_steps))
     if show:
         for summary in summaries:
             print_summary(summary)
     return summaries
 
 
-def _summarize(run: RunData, out: Path, next_steps: Sequence[str]) -> RunSummary:
+def _summarize(run: RunData, path: Path, next_steps: Sequence[str]) -> RunSummary:
     return summarize(
         run.config.name,
         run.events,
         run.schedule.stages,
         **run.costs(),
         evaluation=run.evaluation,
-        files=run.files(out),
+        files=run.files(path),
         next_steps=next_steps,
     )
 

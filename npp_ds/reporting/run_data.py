@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,17 @@ class RunData:
     evaluation: dict[str, Any] | None
     samples: Path | None
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """The stage table; without the training shards only the stages that have begun."""
         if self.manifest is None:
             return Schedule(tuple(stages_begun(self.events)))
         return self.config.build_schedule(self.manifest.num_samples)
+
+    @cached_property
+    def lines_by_stage(self) -> list[list[Event]]:
+        """The training lines of each stage."""
+        return [events_named(self.events, "train", stage.index) for stage in self.schedule.stages]
 
     def costs(self) -> dict[str, float]:
         """Return the costs relative to next-token training; none if not all stages are known."""
@@ -89,6 +95,14 @@ def newest_evaluation(run_dir: Path) -> tuple[dict[str, Any], Path] | None:
     return (json.loads(found.read_text()), found.parent) if found else None
 
 
+def _read_environment(path: Path) -> dict[str, Any]:
+    """Return what the last start recorded; earlier versions recorded less, and a copied folder may lack the file."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def read_run(run_dir: str | Path) -> RunData:
     """Read a run folder. The run may be unfinished. Raises UserError if it is none or has no training line yet."""
     folder = Path(run_dir)
@@ -96,13 +110,12 @@ def read_run(run_dir: str | Path) -> RunData:
     if not events_named(events, "train"):
         raise UserError(f"{folder}/metrics.jsonl: no training line yet; wait until the run has logged its first step")
     config = load_config(file=folder / "config.yaml")
-    environment = folder / "environment.json"
     evaluation = newest_evaluation(folder)
     samples = newest_record(folder / "samples", RECORD_FILE)
     return RunData(
         folder=folder,
         config=config,
-        environment=json.loads(environment.read_text()) if environment.is_file() else {},
+        environment=_read_environment(folder / "environment.json"),
         events=events,
         manifest=available_manifest(config.data.train, config.data.cache_dir),
         evaluation=evaluation[0] if evaluation else None,

@@ -95,8 +95,8 @@ addEventListener("load", () => {
   Object.assign(document.body.style, { width: "700px", maxWidth: "none", height: "950px", columns: "700px", columnGap: "0", columnFill: "auto" });
   const page_of = (e) => Math.floor((e.getBoundingClientRect().left - document.body.getBoundingClientRect().left + 1) / 700);
   result.pages = page_of(document.querySelector("dl > :last-child")) + 1;
-  result.torn = all("figure, .keep > table").filter((f) => {
-    const heading = f.querySelector("h3") || f.closest(".keep, section").querySelector("h2, h3");
+  result.torn = width < 700 ? [] : all("figure, .keep > table").filter((f) => {
+    const heading = f.querySelector("h3") || f.parentElement.closest(":has(h2, h3)").querySelector("h2, h3");
     return page_of(f) !== page_of(heading) || f.getClientRects().length > 1;
   }).map(name);
 

@@ -1,5 +1,6 @@
 """The report of a run: figures from a hand-made metrics.jsonl, the table, the plot, the self-contained page."""
 
+import base64
 import io
 import json
 import re
@@ -20,6 +21,7 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.reporting.curves import MOST_POINTS, axis_knots, binned, panels, plot_data
 from npp_ds.reporting.glossary import with_terms
+from npp_ds.reporting.page import picture
 from npp_ds.reporting.plot import plot_run, smooth
 from npp_ds.reporting.report import report_runs
 from npp_ds.reporting.run_data import read_run
@@ -356,6 +358,15 @@ def test_many_lines_become_few_points_that_keep_mean_and_extremes():
     assert all(1 <= mean < 2 and low == 1 for _, mean, low, _ in points)
     assert binned(lines[:8], "loss") == [[step, 1.0] for step in range(1, 6)]
     assert binned(lines[5:8], "loss") == [] and binned([], "loss") == []
+
+
+def test_large_pictures_are_stored_smaller():
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 1200, 3), np.uint8)).save(noise, "PNG")
+    stored = picture(noise.getvalue(), "", "").source
+    assert stored.startswith("data:image/jpeg;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(stored.partition(",")[2]))) as image:
+        assert image.size == (1024, 512)
 
 
 def test_a_page_of_many_steps_is_small(run_dir):

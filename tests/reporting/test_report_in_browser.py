@@ -53,13 +53,13 @@ def look_at(page: Path, width: int, scheme: int, folder: Path) -> dict:
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert "CONSOLE" not in done.stderr, done.stderr
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     found = re.search('<pre id="measured">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
-@pytest.mark.parametrize("width, scheme", [(390, LIGHT), (390, DARK), (1280, LIGHT), (1280, DARK)])
+@pytest.mark.parametrize("width, scheme", [(390, LIGHT), (1280, DARK)])
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_a_page_is_readable(pages, tmp_path, name, width, scheme):
     found = look_at(pages[name], width, scheme, tmp_path)
@@ -73,5 +73,5 @@ def test_a_page_is_readable(pages, tmp_path, name, width, scheme):
     assert found["axes"] == ["step", "epoch", "TFLOPs", "seconds of training"]
     assert found["moved"], "curves are drawn anew for another axis"
     assert re.fullmatch(r"(.+: [\d.e,-]+ after step \d+(; )?)+", found["values"]), "arrow keys read values"
-    assert found["pages"] > 3 and (width == 390 or found["torn"] == []), "print keeps a figure with its heading"
+    assert found["pages"] > 3 and found["torn"] == [], "print keeps a figure with its heading"
     assert found["tips"] > 5 and found["bad_tips"] == [] and found["closed_by_escape"]
