@@ -132,13 +132,19 @@ def status(
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="a run folder")],
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run folders; several: one page compares them")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="the page; default: RUN/report.html, for several comparison.html beside the first"),
+    ] = None,
     next_step: Annotated[list[str] | None, typer.Option(help="a line for 'what to run next'; may be repeated")] = None,
 ) -> None:
-    """Plot a run and print its closing table: time per stage, cost, likelihood, samples, the paths of all files.
+    """Write a page about a run, or about several, and print closing tables: time, cost, likelihood, samples, files.
 
     Example: npp report runs/quickstart
     """
-    from npp_ds.reporting.report import report_run
+    from npp_ds.reporting.report import report_runs
 
-    report_run(run_dir, next_steps=next_step or ())
+    report_runs(run_dirs, out=out, next_steps=next_step or ())

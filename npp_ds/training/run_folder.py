@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import socket
 import time
@@ -21,6 +22,8 @@ from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.training.metrics import events_named, read_events
 from npp_ds.utils.files import write_json_atomic, write_text_atomic
+from npp_ds.utils.format import utc_now
+from npp_ds.utils.records import git_commit
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ def check_shared(run_dir: Path, token: str, patience: float = 60.0) -> None:
 
 
 def describe(config: RunConfig, processes: Processes, images: int) -> None:
-    """Write config.yaml (the resolved config) and environment.json (versions, device, number of training images)."""
+    """Write config.yaml (the resolved config) and environment.json (date, commit, versions, device of this start)."""
     (config.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text_atomic(config.directory / "config.yaml", config.to_yaml())
     path = config.directory / "environment.json"
@@ -165,10 +168,13 @@ def _environment(processes: Processes) -> dict[str, Any]:
             versions[package] = None
     cuda = processes.device.type == "cuda"
     return {
+        "started_at": utc_now(),
+        "git_commit": git_commit(),
         "npp_ds": npp_ds.__version__,
         "python": platform.python_version(),
         "versions": versions,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(processes.device) if cuda else platform.processor() or platform.machine(),
+        "cpu_cores": os.cpu_count(),
         "world_size": processes.world_size,
     }

@@ -24,7 +24,7 @@ from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor
 from npp_ds.evaluation.extractors import ClassifierExtractor, Features, measure
 from npp_ds.evaluation.images import open_images, shard_paths
 from npp_ds.evaluation.reference import check_reference, load_reference, make_reference, recorded_extractor
-from npp_ds.reporting.report import newest_evaluation
+from npp_ds.reporting.run_data import newest_evaluation
 from npp_ds.sampling.folder import newest_samples, write_pngs, write_samples
 from npp_ds.tokenizer.sources import load_images, open_source
 from npp_ds.utils.files import write_json_atomic
