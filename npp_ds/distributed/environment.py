@@ -37,6 +37,11 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> ProcessInfo
     return ProcessInfo()
 
 
+def processes_on_node(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of processes of this launch on this machine; all of them if the launcher does not say it."""
+    return max(1, _number(environment, "LOCAL_WORLD_SIZE") or read_environment(environment).world_size)
+
+
 def host_name(environment: Mapping[str, str] = os.environ) -> str:
     """Return the name of this machine: SLURM's name for it, if there is one."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
