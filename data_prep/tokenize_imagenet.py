@@ -49,8 +49,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--crop-range", type=float, nargs="+", metavar="R", help="for ten crops: the crops are taken from the centre "
         "square of side image size x R, scaled to fit; 1.1 1.05 makes twenty (1.1)")  # fmt: skip
     add("--samples-per-shard", type=int, default=4096, metavar="N", help="images per shard (%(default)s)")
-    add("--batch-size", type=int, metavar="CROPS", help="crops through the tokenizer at once (default: as in the set in "
-        "--out; for a new one as many as fit half of the free memory, at most 256)")  # fmt: skip
+    add("--batch-size", type=int, metavar="CROPS", help="crops through the tokenizer at once (default: that of a set "
+        "in --out; for a new one as many as fit half of the free memory, at most 256)")  # fmt: skip
     add("--workers", type=int, metavar="N", help="processes that decode images, for each process that encodes; 0: none "
         f"(the processor cores that are available to it, at most {MOST_WORKERS})")  # fmt: skip
     add("--max-skipped", type=float, default=0.001, metavar="FRACTION", help="of unreadable images (%(default)s)")

@@ -33,11 +33,12 @@ def bytes_per_crop(config: VQConfig, image_size: int, precision: str) -> int:
 
 
 def fitting_batch(tokenizer: VQModel, image_size: int, precision: str, device: str) -> int:
-    """Return the largest power of two of crops, up to MOST_CROPS, that fits half of this process's free memory."""
-    processes = processes_on_node()
-    if device.startswith("cuda"):
-        processes = -(-processes // torch.cuda.device_count())
-    crops = free_memory(device) // (2 * processes * bytes_per_crop(tokenizer.config, image_size, precision))
+    """Return the largest power of two of crops, up to MOST_CROPS, that fits half of the free memory.
+
+    Each process has a GPU of its own; those on one machine share its memory if they use none.
+    """
+    share = free_memory(device) // (2 if device.startswith("cuda") else 2 * processes_on_node())
+    crops = share // bytes_per_crop(tokenizer.config, image_size, precision)
     return 1 << min(max(crops, 1), MOST_CROPS).bit_length() - 1
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from npp_ds.errors import UserError
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def free_memory(device: str) -> int:
@@ -19,13 +19,13 @@ def free_memory(device: str) -> int:
     return min([int(fields["MemAvailable"].split()[0]) << 10, *_left_in_groups()])
 
 
-def _left_in_groups(processes: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> Iterator[int]:
+def _left_in_groups() -> Iterator[int]:
     """Yield the bytes left below each memory limit of this process's groups (cgroups version 1 and 2)."""
-    for line in processes.read_text().splitlines() if processes.is_file() else ():
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        base = root / controllers
+        base = CGROUPS / controllers
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         group = base / path.lstrip("/")
         for folder in (group, *group.parents):
