@@ -10,6 +10,7 @@
 | 75 | a signal asked the run to stop and it saved: rerun the same command to resume (training/preemption.py) |
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Callable
@@ -34,6 +35,8 @@ def exit_code_of(action: Callable[[], object]) -> int:
         if process.world_size > 1:
             who = f"rank {process.rank}, host {host_name()}"
         show_logs(process.rank, to_stderr=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is printed escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         action()
     except UserError as error:
         if process.rank == 0 or not error.on_all_ranks:

@@ -27,6 +27,7 @@ from npp_ds.utils.format import utc_now
 from npp_ds.utils.records import git_commit
 
 PUBLISHED_COUNT = 50_000
+LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "GIF", "JPEG2000", "AVIF"}
 _VALIDATION = re.compile(r"(?<![a-z])val(idation)?(?![a-z])", re.IGNORECASE)
 
 
@@ -34,6 +35,10 @@ def find_caveats(images: ImageSet, measured: Measurement, reference: Reference, 
     """Return one sentence for each known reason why the metrics are not comparable; empty if there is none."""
     found = _of_counts(measured, reference, extractor) + _of_reference(measured, reference, extractor)
     found += _of_patch_sides(images.record)
+    if lossy := sorted(images.formats & LOSSY_FORMATS):
+        found.append(
+            f"samples were read from {' and '.join(lossy)} files, which can lose detail: save samples as PNG or .npz"
+        )
     if repeated := images.record.get("repeated_images"):
         found.append(f"{repeated} of the samples are copies of others")
     if extractor.name == INCEPTION:

@@ -102,7 +102,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
     for name, text in (
         ("missing", "no images found; expected a folder that `npp sample` wrote"),
         ("val-*.tar", "no images found"),
-        ("empty", "no images found; expected jpg, png"),
+        ("empty", "no images found; expected .*jpg, .*png"),
         ("text.npz", "no .npz file with images under 'arr_0'"),
         ("other.npz", "no .npz file with images under 'arr_0'"),
         ("float.npz", r"arr_0 is float64 \[2, 4, 4, 3\], expected uint8"),
@@ -290,6 +290,17 @@ def test_each_reason_why_results_are_not_comparable_is_reported_once(images, tmp
     ]
     found = warnings()[4:]
     assert len(found) == 4 and all(text.startswith(start) for text, start in zip(found, published, strict=True))
+
+
+@pytest.mark.parametrize("form, lossy", [("JPEG", True), ("PNG", False)])
+def test_samples_in_a_lossy_format_are_reported_whatever_their_names(form, lossy, images, tmp_path):
+    (tmp_path / "samples").mkdir()
+    for number, image in enumerate(images[:30]):
+        Image.fromarray(image).save(tmp_path / f"samples/{number}.png", form)
+    np.savez(tmp_path / "reference.npz", arr_0=images)
+    reference = load_reference(tmp_path / "reference.npz", Projection())
+    found = evaluate_images(open_images(tmp_path / "samples"), reference, Projection())["warnings"]
+    assert found == ["samples were read from JPEG files, which can lose detail: save samples as PNG or .npz"] * lossy
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,26 @@ def test_a_killed_decoding_process_is_one_clear_error(material):
 
 
 @pytest.mark.processes
+def test_a_crash_of_a_decoder_names_its_image(material, tmp_path, monkeypatch):
+    """A process that starts with this PYTHONPATH ends at once when it opens an image of 12345 bytes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "from PIL import Image\n"
+        "load = Image.open\n"
+        "Image.open = lambda file, **more: os._exit(99) if len(file.getvalue()) == 12345 else load(file, **more)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    images = write_tree(
+        tmp_path, {f"a/{name}.png": bytes(12345 if name == "evil" else 9) for name in ("b", "c", "evil", "z")}
+    )
+    with (
+        DecodePool(32, (), workers=1, ahead=32) as pool,
+        pytest.raises(UserError, match=r"exit code 99 .* while it decoded .*a/evil\.png;"),
+    ):
+        list(pool.map(tasks_of(0, open_source([images], "train").items)))
+
+
+@pytest.mark.processes
 def test_decoding_processes_keep_the_order_and_raise_what_they_meet(material, tmp_path):
     items = open_source([material[0]["imagefolder"]], "train").items
     with DecodePool(32, (1.1,), workers=3, ahead=0) as pool:
