@@ -11,6 +11,7 @@
 """
 
 import io
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def exit_code_of(action: Callable[[], object]) -> int:
         action()
     except UserError as error:
         if process.rank == 0 or not error.on_all_ranks:
-            print_error(f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}")
+            text = f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}"
+            print_error("\n".join(map(printable, re.split("\n(?=  )", text))))  # a list of problems is indented
         return USER_ERROR
     except RendezvousError as error:
         print_error(f"error: {error}")
@@ -61,5 +63,5 @@ def print_error(text: str) -> None:
     Characters of names that would control the terminal are escaped.
     """
     with suppress(OSError):
-        sys.stderr.write(printable(text, keep="\n") + "\n")
+        sys.stderr.write(printable(text, keep="\n\t") + "\n")
         sys.stderr.flush()

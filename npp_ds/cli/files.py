@@ -58,11 +58,12 @@ shards = typer.Typer(help="Verify and show folders of code shards.", no_args_is_
 @shards.command()
 def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.json")]) -> None:
     """Read every shard and check hashes, counts, keys, ranges of codes and labels; name each bad file."""
-    from npp_ds.data.shards import Manifest
+    from npp_ds.data.manifest import Manifest
     from npp_ds.data.shards import verify as find_problems
 
     if problems := find_problems(directory, show_progress=True):
-        raise UserError(f"{directory}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{directory}: {count}\n" + "\n".join(f"  - {p}" for p in problems))
     manifest = Manifest.load(directory)
     say(f"{directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, all as the manifest says")
 

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeGuard, TypeVar
 
-from npp_ds.data.shards import MANIFEST_NAME, Manifest, ShardInfo, check_file
+from npp_ds.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from npp_ds.data.shards import check_file
 from npp_ds.errors import UserError
 from npp_ds.utils.files import atomic_file
 from npp_ds.utils.logs import ANY_RANK

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from npp_ds.data.shards import Manifest, read_set, read_shard
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import read_set, read_shard
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.encode import Encoding

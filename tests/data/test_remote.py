@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from npp_ds.data import remote
-from npp_ds.data.shards import Manifest, ShardInfo, verify
+from npp_ds.data.manifest import Manifest, ShardInfo
+from npp_ds.data.shards import verify
 from npp_ds.data.store import available_manifest, load_manifest, stage
 from npp_ds.errors import UserError
 from runs import WATCHED, assert_same, outcome_of, run, tiny_config

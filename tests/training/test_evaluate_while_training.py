@@ -17,7 +17,8 @@ from image_sets import save_tiny_tokenizer, shipped_images
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.config.load import problems_of
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest, ShardWriter, TokenizerInfo, shard_name
+from npp_ds.data.manifest import Manifest, TokenizerInfo
+from npp_ds.data.shards import ShardWriter, shard_name
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import ClassifierExtractor
