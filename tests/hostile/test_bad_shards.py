@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import assert_refused
+import yaml
+from commands import assert_refused, run_limited
 
 from npp_ds.data.manifest import ShardInfo
 from npp_ds.utils.files import sha256
+from runs import tiny_config
 from shard_sets import manifest_of, write_set
 
 pytestmark = pytest.mark.processes
@@ -195,3 +197,18 @@ def test_bad_set_is_refused_with_the_file(tmp_path, case):
     write_set(tmp_path, 5)
     build(tmp_path)
     assert len(assert_refused("shards", "show", tmp_path, phrase=phrase)) < 2000
+
+
+def test_command_in_a_config_file_is_run_only_if_the_command_line_repeats_it(tmp_path, shards):
+    command = f"pipe:echo {{file}} >> {tmp_path}/log; cat {shards}/train/{{file}}"
+    config = tiny_config(shards, tmp_path / "run", data={"train": command, "cache_dir": str(tmp_path / "cache")})
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    for action in ("doctor", "train"):
+        for words in ((), (f"data.val={command} | tee",)):
+            assert_refused(action, "--config", file, *words, phrase="{file}: found in a file, expected on the command")
+        assert not (tmp_path / "log").exists()
+    done = run_limited("doctor", "--config", file, f"data.train={command}", seconds=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "manifest.json" in (tmp_path / "log").read_text()
