@@ -23,7 +23,7 @@ from npp_ds.distributed.environment import choose_device, read_environment
 from npp_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from npp_ds.data.shards import Manifest
+    from npp_ds.data.manifest import Manifest
     from npp_ds.tokenizer.sources import Source
 
 MOST_WORKERS = 16

@@ -11,6 +11,7 @@
 """
 
 import io
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from contextlib import suppress
 
 from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
 from npp_ds.errors import RendezvousError, UserError
+from npp_ds.utils.format import printable
 from npp_ds.utils.logs import show_logs
 
 FAILED, USER_ERROR, NON_FINITE = 1, 2, 3
@@ -40,7 +42,8 @@ def exit_code_of(action: Callable[[], object]) -> int:
         action()
     except UserError as error:
         if process.rank == 0 or not error.on_all_ranks:
-            print_error(f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}")
+            text = f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}"
+            print_error("\n".join(map(printable, re.split("\n(?=  )", text))))  # a list of problems is indented
         return USER_ERROR
     except RendezvousError as error:
         print_error(f"error: {error}")
@@ -55,7 +58,10 @@ def exit_code_of(action: Callable[[], object]) -> int:
 
 
 def print_error(text: str) -> None:
-    """Write to standard error in one piece, so that the messages of several processes do not mix."""
+    """Write to standard error in one piece, so that the messages of several processes do not mix.
+
+    Characters of names that would control the terminal are escaped.
+    """
     with suppress(OSError):
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(printable(text, keep="\n\t") + "\n")
         sys.stderr.flush()

@@ -54,4 +54,8 @@ def _group(
 
 def main() -> None:
     """Run the command line and exit."""
+    if any("pipe:" in word for word in sys.argv):
+        from npp_ds.data.remote import allow_commands
+
+        allow_commands(sys.argv[1:])
     sys.exit(exit_code_of(app))

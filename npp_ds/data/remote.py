@@ -10,12 +10,13 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeGuard, TypeVar
 
-from npp_ds.data.shards import MANIFEST_NAME, Manifest, ShardInfo, check_file
+from npp_ds.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from npp_ds.data.shards import check_file
 from npp_ds.errors import UserError
 from npp_ds.utils.files import atomic_file
 from npp_ds.utils.logs import ANY_RANK
@@ -30,6 +31,10 @@ _BLOCK_BYTES = 1 << 20
 Content = TypeVar("Content")
 
 
+_CLOSING = "\"'}]/ "  # what may follow a command in a word of the command line
+_allowed_words: list[str] = []
+
+
 class _TransferError(Exception):
     """The network delivered nothing, or not what was expected; another attempt may succeed."""
 
@@ -39,10 +44,19 @@ def is_remote(source: str | Path) -> TypeGuard[str]:
     return isinstance(source, str) and re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
 
 
+def allow_commands(words: Iterable[str]) -> None:
+    """Let this process run the `pipe:` commands that `words`, typed by a person, end with; all others are refused.
+
+    Otherwise the config of somebody else's run could run any command.
+    """
+    _allowed_words.extend(word.rstrip(_CLOSING) for word in words)
+
+
 def load_manifest(source: str) -> Manifest:
     """Fetch the manifest of the set at `source`.
 
-    Raises UserError if it cannot be fetched, is damaged, or lists file names that do not fit into a URL.
+    Raises UserError if it cannot be fetched, is damaged, lists file names that do not fit into a URL, or if `source` is
+    a command that `allow_commands` has not allowed.
     """
     address = _address(source, MANIFEST_NAME)
     content = _retry(address, lambda: b"".join(_blocks(address)), logging.DEBUG)  # every process reads it
@@ -74,6 +88,11 @@ def download(source: str, manifest: Manifest, folder: Path) -> None:
 
 
 def _address(source: str, file: str) -> str:
+    if source.startswith("pipe:") and not any(word.endswith(source.rstrip(_CLOSING)) for word in _allowed_words):
+        raise UserError(
+            f"{source}: found in a file, expected on the command line, because it runs a command; if you trust it, "
+            "give it there, as in data.train='pipe:..' or --data 'pipe:..'."
+        )
     if "{file}" in source:
         return source.replace("{file}", file)
     if source.startswith("pipe:"):

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from npp_ds.data import remote
-from npp_ds.data.shards import MANIFEST_NAME, Manifest, read_set
+from npp_ds.data.manifest import MANIFEST_NAME, Manifest
+from npp_ds.data.shards import read_set
 from npp_ds.errors import UserError
 from npp_ds.utils.files import fsync_directory, nearest_folder, write_text_atomic
 from npp_ds.utils.locks import lock, open_lock

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import expand_variables, load_manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError

@@ -9,7 +9,8 @@ from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import CheckpointSection, RunConfig
 from npp_ds.data import remote
-from npp_ds.data.shards import Manifest, ShardInfo, read_shard
+from npp_ds.data.manifest import Manifest, ShardInfo
+from npp_ds.data.shards import read_shard
 from npp_ds.data.store import find_staged, staging_folder
 from npp_ds.doctor.checks import FAILURE, WARNING, Check, Context, Result
 from npp_ds.errors import UserError

@@ -4,7 +4,7 @@ import json
 
 from npp_ds.planning.memory import PARTS
 from npp_ds.planning.plan import USABLE_MEMORY, Plan
-from npp_ds.utils.tables import make_table
+from npp_ds.utils.tables import make_table, plain_text
 
 STAGE_COLUMNS = ("patch\nside", "epochs", "steps", "posi-\ntions", "batch", "peak\nrate", "FLOPs", "share")
 TIME_COLUMNS = (
@@ -121,17 +121,16 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
         print(json.dumps(plan.as_json()))
         return
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console.width = min(console.width, MOST_COLUMNS)
     head = f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {plan.images:,} images ({plan.images_source})"
-    console.print(Text(f"{head}, {plan.precision}", style="bold"))
+    console.print(plain_text(f"{head}, {plan.precision}", "bold"))
     console.print(make_table(STAGE_COLUMNS, stage_rows(plan), title="stages"))
     unit = "hours" if uses_hours(24 * plan.days) else "days"
     console.print(make_table((*TIME_COLUMNS, unit), time_rows(plan), title=f"one step, and the {unit} of the stage"))
     zero = (f"ZeRO-{z.zero_stage}{' *' if z.is_chosen else ''}" for z in plan.zero)
     console.print(make_table(("", *zero), memory_rows(plan), title="memory of a GPU in GB"))
     for line in notes(plan):
-        console.print(Text(line))
+        console.print(plain_text(line))

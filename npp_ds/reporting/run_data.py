@@ -10,7 +10,7 @@ from typing import Any
 from npp_ds.config.load import load_config
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record

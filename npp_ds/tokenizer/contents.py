@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from npp_ds.data.shards import Manifest, read_set, read_shard
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import read_set, read_shard
 from npp_ds.data.store import available_manifest, expand_variables, find_staged
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.batches import BatchEncoder

@@ -15,15 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from npp_ds.data.shards import (
-    MANIFEST_NAME,
-    CodeAgreement,
-    Manifest,
-    ShardInfo,
-    ShardWriter,
-    TokenizerInfo,
-    shard_name,
-)
+from npp_ds.data.manifest import MANIFEST_NAME, CodeAgreement, Manifest, ShardInfo, TokenizerInfo
+from npp_ds.data.shards import ShardWriter, shard_name
 from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.batches import BatchEncoder, fitting_batch

@@ -14,7 +14,7 @@ import torch
 
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import EvaluateSection, RunConfig
-from npp_ds.data.shards import TokenizerInfo
+from npp_ds.data.manifest import TokenizerInfo
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import load_extractor

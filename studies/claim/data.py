@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npp_ds.data.shards import MANIFEST_NAME
+from npp_ds.data.manifest import MANIFEST_NAME
 from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import ClassifierExtractor
 from npp_ds.evaluation.metrics import Moments, Statistics

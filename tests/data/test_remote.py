@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from npp_ds.data import remote
-from npp_ds.data.shards import Manifest, ShardInfo, verify
+from npp_ds.data.manifest import Manifest, ShardInfo
+from npp_ds.data.shards import verify
 from npp_ds.data.store import available_manifest, load_manifest, stage
 from npp_ds.errors import UserError
 from runs import WATCHED, assert_same, outcome_of, run, tiny_config
@@ -270,6 +271,7 @@ def test_command_is_run_for_each_file(tmp_path):
     codes, labels = write_set(tmp_path / "shards", 20, num_shards=2)
     log = tmp_path / "log"
     source = f"pipe:echo {{file}} >> {log} && cat '{tmp_path}/shards/{{file}}'"
+    remote.allow_commands([f"data.train={source}"])
     assert_holds(stage(source, tmp_path / "cache"), codes, labels)
     assert log.read_text().split() == ["manifest.json", *SHARDS[:2]]
 
@@ -278,6 +280,7 @@ def test_command_that_fails_is_named_with_its_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.0)
     write_set(tmp_path / "shards", 20)
     failing = f"pipe:test {{file}} = manifest.json || exit 3; cat {tmp_path}/shards/{{file}}"
+    remote.allow_commands([failing, "pipe:cat /data"])
     with pytest.raises(UserError, match=rf"^pipe:.*{SHARDS[0]}.*: the command ended with exit code 3 .*in each of 4"):
         stage(failing, tmp_path / "cache")
     with pytest.raises(UserError, match=r"^pipe:cat /data: found no \{file\} in the command; .*pipe:ssh"):
@@ -311,6 +314,7 @@ def test_set_that_cannot_be_had_is_refused_by_its_url(tmp_path, published):
 def test_manifest_cannot_put_words_into_the_command(tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     manifest_of([ShardInfo(file=file, samples=1, bytes=1, sha256="0" * 64)]).save(tmp_path)
+    remote.allow_commands([f"pipe:cat {tmp_path}/{{file}}"])
     with pytest.raises(UserError, match=r"expected only letters, digits, .* in the name"):
         stage(f"pipe:cat {tmp_path}/{{file}}", tmp_path / "cache")
     assert not (tmp_path / "stolen").exists()
@@ -337,6 +341,7 @@ def test_manifest_of_a_staged_url_is_available_without_the_network(tmp_path):
     write_set(tmp_path / "shards", 20)
     source = f"pipe:cat {tmp_path}/shards/{{file}}"
     assert available_manifest(source, tmp_path / "cache") is None
+    remote.allow_commands([source])
     manifest = stage(source, tmp_path / "cache").manifest
     shutil.rmtree(tmp_path / "shards")
     assert available_manifest(source, tmp_path / "cache") == manifest

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from npp_ds.data import store as store_module
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest, stage
 from npp_ds.errors import UserError
 from shard_sets import files_limited_to, manifest_of, write_set

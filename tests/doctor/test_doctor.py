@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from npp_ds.config.load import load_config
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.doctor import collectives, runner
 from npp_ds.doctor.checks import FAILURE, OK, WARNING, Check, Context, Result, row_of

@@ -19,7 +19,8 @@ from commands import assert_printable, assert_refused, run_limited
 from PIL import Image, features
 
 from image_sets import add, encoded, save_tiny_tokenizer, write_tree
-from npp_ds.data.shards import Manifest, verify
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import verify
 from npp_ds.tokenizer.images import MAX_BYTES, ImageItem, ImageReader, UnreadableImage, decode
 from npp_ds.tokenizer.listing import passed_over_text
 

@@ -19,7 +19,7 @@ from PIL import Image
 from image_sets import save_tiny_tokenizer
 from npp_ds.checkpoint.export import export_weights
 from npp_ds.checkpoint.open import open_weights
-from npp_ds.data.shards import TokenizerInfo
+from npp_ds.data.manifest import TokenizerInfo
 from npp_ds.errors import UserError
 from npp_ds.model.patches import group
 from npp_ds.sampling import folder as sample_folder

@@ -19,7 +19,8 @@ import webdataset
 
 import image_sets
 from image_sets import encoded, save_tiny_tokenizer
-from npp_ds.data.shards import Manifest, read_shard, verify
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import read_shard, verify
 from npp_ds.data.store import stage
 from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError

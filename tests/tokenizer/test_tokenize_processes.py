@@ -20,7 +20,8 @@ from test_tokenize import digests
 
 from forks import fork_context
 from image_sets import WRITERS, image_files, save_tiny_tokenizer, write_tree
-from npp_ds.data.shards import Manifest, verify
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import verify
 from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import load_tokenizer

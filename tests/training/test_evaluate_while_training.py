@@ -17,7 +17,7 @@ from extractors import statistics
 from image_sets import save_tiny_tokenizer
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.config.checks import problems_of
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import ClassifierExtractor

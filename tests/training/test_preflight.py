@@ -12,7 +12,7 @@ from npp_ds.checkpoint.export import export_weights
 from npp_ds.checkpoint.open import TokenizerId, open_weights
 from npp_ds.cli import app
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.errors import UserError
 from npp_ds.evaluation.likelihood import likelihood_of
 from npp_ds.model import ModelConfig, Transformer
