@@ -1,8 +1,11 @@
 """Files that are complete or absent, whatever interrupts the writer, and their hashes."""
 
+import errno
 import hashlib
 import json
+import math
 import os
+import stat
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from npp_ds.errors import UserError
+
+SMALL_FILE_BYTES = 64 << 20  # limit for files that are read whole, such as manifests and configs
 
 
 def fsync_directory(directory: Path) -> None:
@@ -26,6 +31,51 @@ def nearest_folder(path: str | Path) -> Path:
     """Return `path` or its nearest parent that is a folder: its disk is the one that would hold `path`."""
     path = Path(path).absolute()
     return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def open_regular(path: str | Path, flags: int = 0) -> BinaryIO:
+    """Open a regular file for reading; `flags` are added to those of `os.open`.
+
+    Raises OSError, as `open` does, and also for a FIFO, a socket or a device, of which nothing is read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | flags)
+    try:
+        if stat.S_ISDIR(mode := os.fstat(descriptor).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: str | Path, limit: int = SMALL_FILE_BYTES) -> bytes:
+    """Return the content of a regular file. Raises OSError as `open_regular` does, and if it exceeds `limit` bytes."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if content is None or len(content) > limit:
+        raise OSError(errno.EFBIG, f"Larger than the {limit:,} bytes that such a file may have", str(path))
+    return content
+
+
+def read_json(path: str | Path, limit: int = SMALL_FILE_BYTES) -> Any:
+    """Return the value in a JSON file. Raises OSError as `read_small` does, ValueError as `parse_json` does."""
+    return parse_json(read_small(path, limit))
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return the value of a JSON text. Raises ValueError for anything else, deep nesting, and 1e400."""
+    try:
+        return json.loads(content, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"number {text[:32]} out of range")
+    return number
 
 
 @contextmanager
