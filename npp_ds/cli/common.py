@@ -1,10 +1,11 @@
 """Options and warnings that several commands share."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from npp_ds.utils.logs import say
 
 Recipe = Annotated[str | None, typer.Option(help="a shipped recipe")]
 ConfigFile = Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")]
@@ -23,4 +24,4 @@ GridSize = Annotated[
 def warn(text: str | None) -> None:
     """Print a warning, if there is one, on standard error."""
     if text:
-        print(text, file=sys.stderr, flush=True)
+        say(text, to_stderr=True)

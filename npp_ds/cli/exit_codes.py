@@ -10,6 +10,7 @@
 | 75 | a signal asked the run to stop and it saved: rerun the same command to resume (training/preemption.py) |
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from contextlib import suppress
 
 from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
 from npp_ds.errors import RendezvousError, UserError
+from npp_ds.utils.format import printable
 from npp_ds.utils.logs import show_logs
 
 FAILED, USER_ERROR, NON_FINITE = 1, 2, 3
@@ -34,6 +36,8 @@ def exit_code_of(action: Callable[[], object]) -> int:
         if process.world_size > 1:
             who = f"rank {process.rank}, host {host_name()}"
         show_logs(process.rank, to_stderr=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is printed escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         action()
     except UserError as error:
         if process.rank == 0 or not error.on_all_ranks:
@@ -52,7 +56,10 @@ def exit_code_of(action: Callable[[], object]) -> int:
 
 
 def print_error(text: str) -> None:
-    """Write to standard error in one piece, so that the messages of several processes do not mix."""
+    """Write to standard error in one piece, so that the messages of several processes do not mix.
+
+    Characters of names that would control the terminal are escaped.
+    """
     with suppress(OSError):
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(printable(text, keep="\n") + "\n")
         sys.stderr.flush()

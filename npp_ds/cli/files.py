@@ -7,6 +7,7 @@ import typer
 
 from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.errors import UserError
+from npp_ds.utils.logs import say
 
 
 def export(
@@ -28,7 +29,7 @@ def export(
 
     opened = open_weights(source, step=step, variant=weights, n_heads=heads, grid_size=grid_size, verify=True)
     export_weights(opened, out, layout=layout, dtype=dtype, force=force)
-    print(f"{out}: {opened.describe()}")
+    say(f"{out}: {opened.describe()}")
     if layout == "safetensors":  # the published format does not store the grid size
         warn(opened.guess_warning())
 
@@ -47,7 +48,7 @@ def import_(
 
     opened = open_weights(file, variant=weights, n_heads=heads, grid_size=grid_size)
     export_weights(opened, out, force=force)
-    print(f"{out}: {opened.describe()}")
+    say(f"{out}: {opened.describe()}")
     warn(opened.guess_warning())
 
 
@@ -63,7 +64,7 @@ def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.
     if problems := find_problems(directory, show_progress=True):
         raise UserError(f"{directory}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
     manifest = Manifest.load(directory)
-    print(f"{directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, all as the manifest says")
+    say(f"{directory}: {manifest.num_samples} images in {len(manifest.shards)} shards, all as the manifest says")
 
 
 @shards.command()
@@ -85,10 +86,10 @@ def show(
     from npp_ds.utils.files import write_atomic
 
     found = contents.read_contents(directory, show_progress=True)
-    print("\n".join(contents.describe(found)), flush=True)
+    say(*contents.describe(found))
     codes, labels = contents.random_codes(directory, found, classes, per_class, seed)
     images = contents.decode(tokenizer_of(found.manifest.tokenizer, tokenizer), codes)
     picture = sample_grid(images, labels, found.manifest.class_names, per_row=per_class, max_rows=classes)
     path = out or directory / "contact_sheet.png"
     write_atomic(path, lambda file: picture.save(file, "PNG"))
-    print(f"{path}: {len(labels)} random images of {len(set(labels.tolist()))} classes, each a random crop")
+    say(f"{path}: {len(labels)} random images of {len(set(labels.tolist()))} classes, each a random crop")

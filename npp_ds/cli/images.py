@@ -9,6 +9,7 @@ import typer
 from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError
+from npp_ds.utils.logs import say
 from npp_ds.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def sample(
     job = Sampling(found, decoder, request, folder, device=device, batch_size=batch_size, png=png)
     if process.rank == 0:
         if not found.config:
-            print(f"{source}: {found.describe()}", flush=True)
+            say(f"{source}: {found.describe()}")
         warn(found.guess_warning())
         warn(stage_warning(found, request.options))
     _run_sampling(job, process)
@@ -113,14 +114,14 @@ def _run_sampling(job: "Sampling", process: ProcessInfo) -> None:
         text = f"{error.filename or job.out}: {error.strerror or error}"
         raise UserError(f"{text}; finished parts are kept; run the same command again") from error
     if record is None:
-        print(f"process {process.rank} is done ({sampled} images); other processes are still running", flush=True)
+        say(f"process {process.rank} is done ({sampled} images); other processes are still running")
         return
     step = "" if record["checkpoint_step"] is None else f" of step {record['checkpoint_step']}"
     rate = (
         f"this process drew {sampled} at {job.images_per_second:.3g} images/s" if sampled else "nothing was left to do"
     )
     repeated = record["repeated_images"]
-    print(
+    say(
         f"{record['count']} images{step} in {job.out}: {rate}; "
         + (f"{repeated} are pixel for pixel equal to another one" if repeated else "no two are equal")
     )
@@ -226,7 +227,7 @@ def _make_reference(out: Path, against: _Against) -> None:
     extractor = against.open_extractor(None)
     with Progress("reference") as progress:
         made = make_reference(out, against.reference, extractor, against.image_size, progress)
-    print(f"{out}: statistics of {made.source.num_images} images by {extractor.name}")
+    say(f"{out}: statistics of {made.source.num_images} images by {extractor.name}")
 
 
 def _check_reference(source: Path | None, against: _Against) -> None:
@@ -236,7 +237,7 @@ def _check_reference(source: Path | None, against: _Against) -> None:
     tokenizer = open_weights(source).tokenizer if source else None
     extractor = against.open_extractor(tokenizer.name if tokenizer else None)
     check_reference(against.reference, extractor, against.image_size)
-    print(f"{against.reference}: fit to compare with, by {extractor.name}")
+    say(f"{against.reference}: fit to compare with, by {extractor.name}")
 
 
 def _evaluate(source: Path | None, samples: Path | None, against: _Against, out: Path | None) -> None:
@@ -254,8 +255,8 @@ def _evaluate(source: Path | None, samples: Path | None, against: _Against, out:
     reference = against.load(extractor)
     with Progress("samples") as progress:
         result = evaluate_images(images, reference, extractor, progress)
-    print(describe(result))
-    print(f"written to {write_result(result, path)}")
+    say(*describe(result).splitlines())
+    say(f"written to {write_result(result, path)}")
 
 
 def _sweep(sweep: "Sweep", process: ProcessInfo, against: _Against, out: Path | None) -> None:
@@ -266,7 +267,7 @@ def _sweep(sweep: "Sweep", process: ProcessInfo, against: _Against, out: Path | 
         return
     extractor = against.open_extractor(sweep.tokenizer.name)
     results, folder = run_sweep(sweep, against.load(extractor), extractor, out, Progress, process)
-    print(f"{table(sweep.name, results)}written to {folder}")
+    say(*table(sweep.name, results).splitlines(), f"written to {folder}")
 
 
 def likelihood(
@@ -310,7 +311,7 @@ def likelihood(
         )
     with explain_os_errors(path):
         picture = write_likelihood(path, result)
-    print(
+    say(
         f"{result['images']} images at patch side {patch_side}: {result['nats_per_code']:.4f} nats per code, "
         f"{result['bits_per_image']:.1f} bits per image, top-1 {result['top1_accuracy']:.2%}, "
         f"top-5 {result['top5_accuracy']:.2%} ({precision}); {path}, {picture}"

@@ -4,7 +4,7 @@ import json
 
 from npp_ds.planning.memory import PARTS
 from npp_ds.planning.plan import USABLE_MEMORY, Plan
-from npp_ds.utils.tables import make_table
+from npp_ds.utils.tables import make_table, plain_text
 
 STAGE_COLUMNS = ("patch side", "epochs", "steps", "positions", "batch", "peak rate", "FLOPs", "share")
 TIME_COLUMNS = ("patch side", "micro-batch", "accumulation", "MFU", "compute", "communication", "limit", "hours")
@@ -116,15 +116,14 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
         print(json.dumps(plan.as_json()))
         return
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console.width = 160
     head = f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {plan.images:,} images ({plan.images_source})"
-    console.print(Text(f"{head}, {plan.precision}", style="bold"))
+    console.print(plain_text(f"{head}, {plan.precision}", "bold"))
     console.print(make_table(STAGE_COLUMNS, stage_rows(plan), title="stages"))
     console.print(make_table(TIME_COLUMNS, time_rows(plan), title="one step"))
     console.print(make_table(MEMORY_COLUMNS, memory_rows(plan), title="memory of a GPU in GB"))
     for line in notes(plan):
-        console.print(Text(line), soft_wrap=True)
+        console.print(plain_text(line), soft_wrap=True)
