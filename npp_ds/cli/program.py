@@ -7,6 +7,8 @@ import typer
 
 from npp_ds.cli import files, images, runs
 from npp_ds.cli.exit_codes import exit_code_of
+from npp_ds.distributed.environment import read_environment
+from npp_ds.utils.logs import show_logs
 
 app = typer.Typer(
     name="npp",
@@ -36,6 +38,7 @@ def _group(
     ] = None,  # the deepspeed launcher adds it
 ) -> None:
     """Train class-conditional autoregressive image models with Next Patch Prediction."""
+    show_logs(read_environment().rank, to_stderr=True)
 
 
 def main() -> None:

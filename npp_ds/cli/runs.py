@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from npp_ds.cli.common import ConfigFile, Overrides, Recipe
+from npp_ds.cli.common import ConfigFile, Overrides, Recipe, warn
 from npp_ds.cli.exit_codes import NON_FINITE, print_error
 from npp_ds.distributed.environment import read_environment
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, memory_advice
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 from npp_ds.utils.gpu_specs import GPUS
 
@@ -46,7 +46,11 @@ def _train(
     from npp_ds.training.trainer import train as train_run
 
     try:
-        train_run(run, from_step, stop)
+        with memory_advice(
+            "lower schedule.micro_batch_size, set model.activation_checkpointing=block or deepspeed.config=zero3, or "
+            "use more processes; npp plan and npp doctor --step show what fits"
+        ):
+            train_run(run, from_step, stop)
     except NonFiniteError as error:
         if read_environment().rank == 0:
             print_error(f"error: {error}; stopped before the weights changed")
@@ -92,11 +96,13 @@ def plan(
     """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, days."""
     from npp_ds.config.load import load_config
     from npp_ds.planning.plan import make_plan
-    from npp_ds.planning.table import print_plan
+    from npp_ds.planning.table import memory_warning, print_plan
     from npp_ds.utils.gpu_specs import find_gpu
 
     run = load_config(recipe, config, overrides or (), gpus)
-    print_plan(make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images), json_)
+    made = make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images)
+    print_plan(made, json_)
+    warn(memory_warning(made))
 
 
 def report(

@@ -94,20 +94,25 @@ def notes(plan: Plan) -> list[str]:
             for v in plan.levers
         ]
         lines.append(f"schedule.coarse_batch_scale (docs/planning.md): {'; '.join(each)}")
+    return lines
+
+
+def memory_warning(plan: Plan) -> str | None:
+    """Return a warning if the run as configured does not fit the memory of the GPU."""
     if not any(z.fits for z in plan.zero if z.is_chosen):
-        lines.append(
-            "WARNING: the run does not fit this GPU, even one image at a time; use another ZeRO stage, "
+        return (
+            "the run does not fit this GPU, even one image at a time; use another ZeRO stage, "
             "model.activation_checkpointing=block, or more GPUs"
         )
-    elif any(s.micro_batch_size < s.configured_micro_batch_size for s in plan.stages):
-        most, configured = (
-            min(getattr(s, name) for s in plan.stages) for name in ("micro_batch_size", "configured_micro_batch_size")
-        )
-        lines.append(
-            f"WARNING: {configured} images at a time, as configured, do not fit; the plan is for the largest that do: "
-            f"set schedule.micro_batch_size={most}"
-        )
-    return lines
+    if all(s.micro_batch_size >= s.configured_micro_batch_size for s in plan.stages):
+        return None
+    most, configured = (
+        min(getattr(s, name) for s in plan.stages) for name in ("micro_batch_size", "configured_micro_batch_size")
+    )
+    return (
+        f"{configured} images at a time, as configured, do not fit; the plan is for the largest that do: "
+        f"set schedule.micro_batch_size={most}"
+    )
 
 
 def print_plan(plan: Plan, as_json: bool = False) -> None:

@@ -117,7 +117,7 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file in 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from npp_ds.utils.format import format_duration
@@ -58,7 +59,8 @@ class Progress:
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
         else:
-            print(f"{self.what}: {done}/{total} {text}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # a full disk or a closed pipe under the screen stops no work
+                print(f"{self.what}: {done}/{total} {text}", file=sys.stderr, flush=True)
 
 
 def _bar(what: str) -> "Bar":
