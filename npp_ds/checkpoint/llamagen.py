@@ -64,7 +64,7 @@ def inspect_published(path: Path, variant: str, n_heads: int | None, grid_size: 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shapes[CLASS_EMBEDDING] = (num_classes + 1, *shapes[CLASS_EMBEDDING][1:])
     steps = content.get("steps")
-    steps = steps if isinstance(steps, int) else None
+    steps = steps if type(steps) is int and 0 <= steps < 2**63 else None
     return PublishedModel(steps, model, shapes, grid_size is None, has_null_class)
 
 
@@ -106,13 +106,15 @@ def _plain(name: str) -> str:
 
 
 def _some(content: dict) -> str:
-    return ", ".join(map(str, list(content)[:3])) or "nothing"
+    return ", ".join(f"{name!s:.80}" for name in list(content)[:3]) or "nothing"
 
 
 def _saved_heads(buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> int | None:
     """Return the number of heads by the rotary table [positions, head_dim / 2, 2], None if it was not saved."""
     table, norm = buffers.get("freqs_cis"), tensors.get("norm.weight")
-    return norm.numel() // (2 * table.shape[1]) if norm is not None and table is not None and table.ndim == 3 else None
+    if norm is None or table is None or table.ndim != 3 or not table.shape[1]:
+        return None
+    return norm.numel() // (2 * table.shape[1])
 
 
 def _saved_grid_size(content: dict, buffers: dict[str, Tensor]) -> int | None:
@@ -167,7 +169,7 @@ def _infer_model(
     n_layers = next(i for i in range(len(tensors) + 1) if f"layers.{i}.attention.wqkv.weight" not in tensors)
     key_and_value_rows = shape("layers.0.attention.wqkv.weight")[0] - dim
     n_heads = known_heads or OTHER_HEADS.get((n_layers, dim)) or dim // HEAD_DIM
-    if not n_heads or dim % n_heads or (known_heads is None and dim % HEAD_DIM):
+    if not n_heads or not dim or dim % n_heads or (known_heads is None and dim % HEAD_DIM):
         heads = f"{known_heads} heads" if known_heads else f"heads of width {HEAD_DIM}, the usual one"
         raise UserError(f"{path}: its width {dim} does not divide into {heads}; give the number of heads (--heads)")
     n_kv_heads, rest = divmod(key_and_value_rows, 2 * (dim // n_heads))

@@ -98,6 +98,8 @@ def as_weights(path: Path, name: str, tensor: Tensor) -> Tensor:
     The check takes no memory beside the tensor.
     """
     check_type(path, name, tensor)
+    if tensor.numel() > tensor.untyped_storage().nbytes() // tensor.itemsize:
+        raise _no_weights(path, name, "a few stored values, repeated")  # 4 bytes can stand for any number
     values = tensor.float()
     if values.numel() and not torch.stack(values.aminmax()).isfinite().all():  # both are NaN if one value is
         wrong = values.numel() - int(values.isfinite().sum())
@@ -110,14 +112,15 @@ def as_weights(path: Path, name: str, tensor: Tensor) -> Tensor:
 
 def _no_weights(path: Path, name: str, found: str) -> UserError:
     return UserError(
-        f"{path}: {name} is {found}, expected a floating-point type: dense fp32, bf16, fp16 or fp64; convert the file"
+        f"{path}: {name:.80} is {found}, expected a floating-point type: dense fp32, bf16, fp16 or fp64; "
+        "convert the file"
     )
 
 
 def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
     """Describe up to three differences in names and shapes between the tensors of a file and a model; "" if none."""
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} does not belong there" for name in found if name not in expected]
+    problems += [f"{name:.80} does not belong there" for name in found if name not in expected]
     problems += [
         f"{name} is {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()

@@ -1,11 +1,12 @@
 """Options and warnings that several commands share."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from npp_ds.utils.logs import say
+logger = logging.getLogger(__name__)
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -41,6 +42,6 @@ GridSize = Annotated[
 
 
 def warn(text: str | None) -> None:
-    """Print a warning, if there is one, on standard error."""
+    """Log a warning, if there is one."""
     if text:
-        say(text, to_stderr=True)
+        logger.warning(text)

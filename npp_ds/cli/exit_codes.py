@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
-from npp_ds.errors import RendezvousError, UserError
+from npp_ds.errors import UserError, as_user_error
 from npp_ds.utils.format import printable
 from npp_ds.utils.logs import show_logs
 
@@ -26,12 +26,15 @@ FAILED, USER_ERROR, NON_FINITE = 1, 2, 3
 
 
 def exit_code_of(action: Callable[[], object]) -> int:
-    """Run `action()` and return 0, USER_ERROR after a UserError, or FAILED if the processes of a launch did not meet.
+    """Run `action()` and return 0, USER_ERROR for what a user can fix, or FAILED if processes have lost each other.
 
-    If all processes raise the same UserError, one of them prints it; else each names its rank and host. Any other error
-    is raised in a lone process; among several, its traceback is printed with rank and host, and the code is FAILED.
+    Both are printed as one line: also a full disk, missing rights, used-up memory (see `as_user_error`). If all
+    processes raise the same UserError, one of them prints it; else each names its rank and host. A programming error is
+    raised in a lone process; among several, its traceback is printed with rank and host, and the code is FAILED.
     """
     process, who = ProcessInfo(), ""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is printed escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         process = read_environment()
         if process.world_size > 1:
@@ -40,15 +43,16 @@ def exit_code_of(action: Callable[[], object]) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is printed escaped
             sys.stdout.reconfigure(errors="backslashreplace")
         action()
-    except UserError as error:
-        if process.rank == 0 or not error.on_all_ranks:
-            text = f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}"
-            print_error("\n".join(map(printable, re.split("\n(?=  )", text))))  # a list of problems is indented
-        return USER_ERROR
-    except RendezvousError as error:
-        print_error(f"error: {error}")
-        return FAILED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:  # nobody reads what is printed, as in | head
+            sys.stdout = None  # or Python would complain at exit
+            return FAILED
+        if found := as_user_error(error):
+            on_all_ranks = isinstance(found, UserError) and found.on_all_ranks
+            if process.rank == 0 or not on_all_ranks:
+                text = f"error ({who}): {found}" if who and not on_all_ranks else f"error: {found}"
+                print_error("\n".join(map(printable, re.split("\n(?=  )", text))))  # a list of problems is indented
+            return USER_ERROR if isinstance(found, UserError) else FAILED
         if not who:
             raise
         lines = traceback.format_exc().splitlines(keepends=True)

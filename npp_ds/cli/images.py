@@ -8,7 +8,7 @@ import typer
 
 from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.distributed.environment import ProcessInfo, read_environment
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, memory_advice
 from npp_ds.utils.logs import say
 from npp_ds.utils.progress import Progress
 
@@ -109,7 +109,7 @@ def sample(
 def _run_sampling(job: "Sampling", process: ProcessInfo) -> None:
     """Run the sampling of this process and print the result."""
     try:
-        with Progress("sampling", shown=process.rank == 0) as progress:
+        with Progress("sampling", shown=process.rank == 0) as progress, memory_advice("lower --batch-size"):
             sampled = job.run(process.rank, process.world_size, progress)
         record = job.finish()
     except OSError as error:

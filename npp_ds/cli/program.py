@@ -8,6 +8,8 @@ import typer
 from npp_ds import __version__
 from npp_ds.cli import files, images, recipes, runs
 from npp_ds.cli.exit_codes import exit_code_of
+from npp_ds.distributed.environment import read_environment
+from npp_ds.utils.logs import show_logs
 
 app = typer.Typer(
     name="npp",
@@ -50,6 +52,7 @@ def _group(
 
     Example: npp plan --recipe xl_256 --gpus 8
     """
+    show_logs(read_environment().rank, to_stderr=True)
 
 
 def main() -> None:

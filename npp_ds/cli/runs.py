@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from npp_ds.cli.common import ConfigFile, Overrides, Recipe
+from npp_ds.cli.common import ConfigFile, Overrides, Recipe, warn
 from npp_ds.cli.exit_codes import NON_FINITE, USER_ERROR, print_error
 from npp_ds.distributed.environment import read_environment
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, memory_advice
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 from npp_ds.utils.gpu_specs import GPUS
 
@@ -49,7 +49,11 @@ def _train(
     from npp_ds.training.trainer import train as train_run
 
     try:
-        train_run(run, from_step, stop)
+        with memory_advice(
+            "lower schedule.micro_batch_size, set model.activation_checkpointing=block or deepspeed.config=zero3, or "
+            "use more processes; npp plan and npp doctor --step show what fits"
+        ):
+            train_run(run, from_step, stop)
     except NonFiniteError as error:
         if read_environment().rank == 0:
             print_error(f"error: {error}; stopped before the weights changed")
@@ -114,6 +118,8 @@ def plan(
 
         write_plot(planned, plot)
     print_plan(planned, json_)
+    for warning in planned.warnings:
+        warn(warning)
 
 
 def status(

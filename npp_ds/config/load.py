@@ -14,9 +14,12 @@ from npp_ds.config.checks import problems_of, replaced_problems
 from npp_ds.config.fields import keys_of, section_of
 from npp_ds.config.schema import RECIPES, REPLACED_BY_STAGES, RunConfig, drop_replaced_by_stages
 from npp_ds.errors import UserError, did_you_mean, similar_names
+from npp_ds.utils.files import read_small
 from npp_ds.utils.format import counted
 
 _RUN_FILES = ("checkpoints", "metrics.jsonl", "environment.json")  # what a run leaves beside its config.yaml
+MOST_BYTES, MOST_LEVELS, MOST_VALUES = 1 << 20, 50, 10_000
+"""Limits of a config file: its size, the depth of its nesting, the number of its values with aliases expanded."""
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
 
 
@@ -94,7 +97,7 @@ def _recipe_path(name: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the keys of a config file, unchecked. Raises UserError when it is unreadable or no YAML mapping."""
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        raw = yaml.load(read_small(path, MOST_BYTES).decode(), _Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
     except _NOT_YAML as error:
@@ -106,7 +109,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without what reads as something else than it shows: keys given twice, numbers of base 8 or 60."""
+    """Safe YAML without what reads as something else than it shows: keys given twice, numbers of base 8 or 60.
+
+    Nesting and the number of values, with each alias counted as what it stands for, are limited: a file of ten lines
+    can otherwise stand for a billion values, on which whatever copies, compares or prints them spends hours.
+    """
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._depth = 0
+        self._values: dict[yaml.Node, int] = {}  # with those below it, by nodes that are complete
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        self._depth += 1
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index) if self._depth <= MOST_LEVELS else None
+        self._depth -= 1
+        if node is None or (is_alias and node not in self._values):
+            what = f"nested more than {MOST_LEVELS} levels deep" if node is None else "an alias stands in what it names"
+            raise ConstructorError(problem=what, problem_mark=mark)
+        if not is_alias:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            below = (part for item in parts for part in (item if isinstance(item, tuple) else (item,)))
+            self._values[node] = 1 + sum(self._values[part] for part in below)
+        if max(self._values[node], len(self._values)) > MOST_VALUES:
+            raise ConstructorError(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = set()
@@ -220,8 +249,10 @@ def _describe(item: ErrorDetails) -> str:
     if item["type"] == "missing":
         return f"{key}: missing; set it in the file or as {key}=..."
     expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    hint = did_you_mean(similar_names(str(item["input"]), re.findall("'([^']+)'", expected)))
-    return f"{key}: found {item['input']!r}, expected {expected}{_meaning(item['loc'])}{hint}"
+    found = repr(item["input"])
+    found = found if len(found) <= 200 else f"{found[:200]}..."
+    hint = did_you_mean(similar_names(str(item["input"])[:200], re.findall("'([^']+)'", expected)))
+    return f"{key}: found {found}, expected {expected}{_meaning(item['loc'])}{hint}"
 
 
 def _similar_keys(key: str, known: list[str]) -> list[str]:

@@ -34,16 +34,20 @@ def _free(default: Any, description: str, **bounds: Any) -> Any:
 
 class ModelSection(Section):
     size: str | None = Field(None, description="name of a published size, instead of dim, n_layers and n_heads")
-    dim: int | None = Field(None, ge=8, description="width of the residual stream")
-    n_layers: int | None = Field(None, ge=1, description="number of transformer blocks")
+    dim: int | None = Field(None, ge=8, le=1 << 16, description="width of the residual stream")
+    n_layers: int | None = Field(None, ge=1, le=1000, description="number of transformer blocks")
     n_heads: int | None = Field(None, ge=1, description="number of attention heads; dim / n_heads is the head width")
     n_kv_heads: int | None = Field(
         None, ge=1, description="number of key and value heads (grouped-query attention); null: n_heads"
     )
     vocab_size: int = Field(16384, ge=2, le=65536, description="number of codes in the tokenizer's codebook")
     grid_size: int = Field(16, ge=1, le=1024, description="side of an image's code map: 16 at 256 px, 24 at 384 px")
-    num_classes: int = Field(1000, ge=1, description="number of classes, without the null class of guidance")
-    ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
+    num_classes: int = Field(
+        1000, ge=1, le=10_000_000, description="number of classes, without the null class of guidance"
+    )
+    ffn_multiple_of: int = Field(
+        256, ge=1, le=1 << 18, description="the feed-forward width is rounded up to a multiple of this"
+    )
     token_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the embedded sequence")
     residual_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the attention projection")
     ffn_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the feed-forward layer")

@@ -17,7 +17,7 @@ from npp_ds.distributed.environment import (
     read_environment,
     srun_rendezvous,
 )
-from npp_ds.errors import RendezvousError, UserError
+from npp_ds.errors import RendezvousError, UserError, as_user_error
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """Limit for the rendezvous: imports from a shared file system may take one node minutes longer than another."""
@@ -59,7 +59,7 @@ class Processes:
     def on_first(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """Return the result of `action(*arguments)` on the first process, on all.
 
-        A UserError or an OSError of the action is raised as a UserError on all.
+        An error of the action that a user can fix (`as_user_error`) is raised as a UserError on all.
         """
         shared: list[Any] = [_attempt(action, *arguments) if self.is_first else None]
         dist.broadcast_object_list(shared, device=self.device)
@@ -79,13 +79,13 @@ class Processes:
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """Return (result, None), or (None, text of the error) after a UserError or an OSError."""
+    """Return (result, None), or (None, text of the error) after one that a user can fix."""
     try:
         return action(*arguments), None
-    except UserError as error:
-        return None, str(error)
-    except OSError as error:
-        return None, f"{error.filename}: {error.strerror}; fix that, or name another path"
+    except Exception as error:
+        if not isinstance(found := as_user_error(error), UserError):
+            raise
+        return None, str(found)
 
 
 def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:

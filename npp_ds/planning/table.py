@@ -112,7 +112,7 @@ def notes(plan: Plan) -> list[str]:
         f"memory: the maximum of each part; fits: a peak of at most {USABLE_MEMORY:.0%} of {gpu.memory_gb:g} GB; "
         f"*: the ZeRO stage of the run, activation checkpointing {plan.activation_checkpointing}"
     )
-    return lines + [f"WARNING: {text}" for text in plan.warnings]
+    return lines
 
 
 def print_plan(plan: Plan, as_json: bool = False) -> None:

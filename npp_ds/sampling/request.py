@@ -165,6 +165,6 @@ def stage_warning(weights: Weights, options: Options) -> str | None:
     if weights.patch_side in (None, options.patch_side):
         return None
     return (
-        f"WARNING: these weights are from a stage of patch side {weights.patch_side} and are sampled at "
+        f"these weights are from a stage of patch side {weights.patch_side} and are sampled at "
         f"{options.patch_side}; sample them with --patch-side {weights.patch_side}"
     )

@@ -11,7 +11,7 @@ from typing import Any
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
-from npp_ds.utils.files import write_text_atomic
+from npp_ds.utils.files import open_regular, parse_json, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,12 @@ def read_events(path: str | Path, warn: bool = True) -> list[Event]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the metrics of a run, as `npp train` writes them")
-    lines = path.read_bytes().split(b"\n")
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            event = json.loads(line or b"null")
+            event = parse_json(line or b"null")
             if event is not None:
                 events.append({**event, "event": event["event"], "step": int(event["step"])})
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from npp_ds.utils.format import format_duration
@@ -103,7 +104,8 @@ class Progress:
             self._live.show(done / max(total, 1), [fact for fact in shown if fact[1]])
         else:
             text = ", ".join(filter(None, [self.unit, rate, facts, left]))
-            print(f"{self.what}: {done}/{total} {text}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # a full disk or a closed pipe under the screen stops no work
+                print(f"{self.what}: {done}/{total} {text}", file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[Item], what: str, total: int, shown: bool = True) -> Iterator[Item]:

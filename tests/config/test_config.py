@@ -231,7 +231,11 @@ def test_a_run_that_was_started_with_such_keys_can_be_read_and_resumed(tmp_path)
     [
         ("seed: 1\nname: a\nseed: 2", "line 3: seed is given twice; remove one"),
         ("schedule:\n  stages:\n    - {patch_side: 1, epochs: 1, epochs: 2}", "line 3: epochs is given twice"),
-        ("seed: " + "[" * 5000, "maximum recursion depth exceeded"),
+        ("seed: " + "[" * 5000, "line 1: nested more than 50 levels deep"),
+        ("a: &a [1]\n" + "\n".join(f"a{i}: &a [{'*a,' * 9}]" for i in range(9)), "line 5: more than 10,000 values"),
+        ("seed: [" + "1," * 20_000 + "]", "line 1: more than 10,000 values"),
+        ("seed: &a [*a]", "line 1: an alias stands in what it names"),
+        ("name: \0", "unacceptable character #x0000"),
         ("seed: 0100", "line 1: 0100 would be octal; write it without the zero, or quote it"),
         ("seed: -0_17", "line 1: -0_17 would be octal"),
         ("seed: 1:4", "line 1: 1:4 would be a number of base 60; quote it"),
