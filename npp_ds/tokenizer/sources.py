@@ -28,6 +28,8 @@ FOLDER_EXTENSIONS = (*SHARD_EXTENSIONS, "bmp", "gif", "pgm", "ppm", "tif", "tiff
 """Extensions of images in class folders: everything that Pillow reads, because no image may be missed for its name."""
 SPLIT_NAMES = {"train", "val", "test", "validation"}
 CLASSES_FILE = "classes.txt"
+IMAGENET = Path(__file__).parent.parent / "assets" / "imagenet_classes.txt"
+"""Class list of ImageNet-1K, "<WordNet id> <name>"; `npp_ds/assets/README.md` says where it is from."""
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -84,7 +86,7 @@ def open_source(
     else:
         items, folders = _list_imagenet_tar(found[0])
         name, beside = found[0].name, found[0].parent / CLASSES_FILE
-    names = _read_class_list(class_list or beside, folders) if class_list or beside.is_file() else folders
+    names = read_class_list(class_list or beside, folders) if class_list or beside.is_file() else folders
     highest = max(items, key=lambda item: item.label)
     if names and highest.label >= len(names):
         raise UserError(f"{highest.where}, {highest.key}: label {highest.label}, but only {len(names)} class names")
@@ -323,14 +325,15 @@ def _files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     return (member for member in tar_members(file) if not member.isdir())
 
 
-def _read_class_list(path: str | Path, folders: Sequence[str]) -> list[str]:
+def read_class_list(path: str | Path, folders: Sequence[str]) -> list[str]:
     """Read class names in label order from a file with one class per line: `name`, `id` or `id name`.
 
     `folders` are the sorted class folders of the images, or empty if the labels come with the images. A list with ids
     (WordNet ids, or names of class folders) must have the ids of the folders in their order, because any other order
-    gives images wrong labels. A list without ids must have as many lines as there are folders. Raises UserError with
-    the difference.
+    gives images wrong labels. A list without ids must have as many lines as there are folders. The path "imagenet" is
+    the shipped list of ImageNet-1K. Raises UserError with the difference.
     """
+    path = IMAGENET if str(path) == "imagenet" else path
     lines = _lines(path)
     ids = _ids(lines, set(folders))
     if ids is None:
