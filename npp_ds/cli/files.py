@@ -82,6 +82,70 @@ def verify(directory: Annotated[Path, typer.Argument(help="folder with manifest.
     say(f"{directory}: {found}, all as the manifest says")
 
 
+@shards.command("import-llamagen")
+def import_llamagen(
+    codes: Annotated[Path, typer.Argument(help="folder of 0.npy, 1.npy, .. such as imagenet256_codes")],
+    labels: Annotated[Path, typer.Argument(help="folder of the labels, such as imagenet256_labels")],
+    out: Annotated[Path, typer.Option(help="folder for the code shards and their manifest")],
+    more_codes: Annotated[
+        Path | None, typer.Option(help="a second folder of codes of the same images, with another crop range")
+    ] = None,
+    crop_range: Annotated[
+        list[float] | None, typer.Option(help="of ten crops, once per folder; default: 1.1, of a second folder 1.05")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="the file that made the codes; without it the set's tokenizer is unknown")
+    ] = None,
+    class_list: Annotated[
+        str | None, typer.Option(help="imagenet, or a file with one class name a line; default: no names")
+    ] = None,
+    split: Annotated[str, typer.Option(help="prefix of the shards")] = "train",
+    vocab_size: Annotated[int | None, typer.Option(min=1, max=65536, help="default: 16384, or the tokenizer's")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="default: 1000, or those of the class list")] = None,
+    downsample: Annotated[
+        int | None, typer.Option(min=1, help="pixels per code; default: 16, or the tokenizer's")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="images per shard")] = 4096,
+) -> None:
+    """Turn codes that LlamaGen's or NPP's extract_codes_c2i.py wrote into a set of shards. Rerun to resume."""
+    from npp_ds.data.manifest import TokenizerInfo
+    from npp_ds.tokenizer.listing import read_class_list
+    from npp_ds.tokenizer.llamagen_codes import PRECISION, CodeFolders, ImportSettings, import_codes
+
+    name, sha256 = "unknown", ""
+    if tokenizer is not None:
+        from npp_ds.tokenizer.loading import load_tokenizer
+
+        model = load_tokenizer(tokenizer)
+        name, sha256 = model.name, model.sha256
+        for option, given, its in (
+            ("vocab-size", vocab_size, model.config.codebook_size),
+            ("downsample", downsample, model.downsample),
+        ):
+            if given not in (None, its):
+                raise UserError(f"--{option}: found {given}, but tokenizer {name} has {its}; leave the option out")
+        vocab_size, downsample = model.config.codebook_size, model.downsample
+    names = read_class_list(class_list, []) if class_list else []
+    if num_classes and names and num_classes != len(names):
+        raise UserError(f"--num-classes: found {num_classes}, but {class_list} has {len(names)} names")
+    settings = ImportSettings(
+        TokenizerInfo(name=name, sha256=sha256, downsample=downsample or 16, precision=PRECISION),
+        split=split,
+        vocab_size=vocab_size or 16384,
+        num_classes=num_classes or len(names) or 1000,
+        class_names=names,
+        crop_ranges=tuple(crop_range or ((1.1, 1.05) if more_codes else (1.1,))),
+        samples_per_shard=samples_per_shard,
+    )
+    folders = CodeFolders([codes, *([more_codes] if more_codes else [])], labels)
+    manifest = import_codes(folders, settings, out)
+    print(f"{out}: {manifest.num_samples:,} images, {manifest.num_crops} crops each, {len(manifest.shards)} shards")
+    if folders.repeated:
+        print(f"{folders.repeated} files at the end repeat the first ones and were left out")
+    if not sha256:
+        warn("WARNING: which tokenizer made these codes is not recorded; give its file with --tokenizer to record it")
+
+
 @shards.command()
 def show(
     directory: Annotated[Path, typer.Argument(help="folder with manifest.json")],

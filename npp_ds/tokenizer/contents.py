@@ -80,7 +80,7 @@ def describe(contents: Contents) -> list[str]:
         f"source       {source.get('kind', '?')}, {source.get('name', '?')}",
         f"crops        {m.num_crops} ({crops}) of {m.image_size} x {m.image_size} pixels",
         f"codes        {m.grid_size} x {m.grid_size} a crop, vocabulary {m.vocab_size:,}",
-        f"tokenizer    {m.tokenizer.name}, SHA-256 {m.tokenizer.sha256}",
+        f"tokenizer    {m.tokenizer.name}, SHA-256 {m.tokenizer.sha256 or 'not known'}",
         f"precision    {m.tokenizer.precision}" + (f" ({m.tokenizer.agreement})" if m.tokenizer.agreement else ""),
         f"shards       {len(m.shards)}, {compare_sizes(stored, source.get('bytes'))}",
         f"made by      {m.created_by}",

@@ -57,7 +57,7 @@ def tokenizer_of(made_by: HasTokenizerId | None, name_or_path: str | Path | None
 
 def _available(made_by: HasTokenizerId | None) -> str:
     """Return the name or path of an available tokenizer that made the codes. Raises UserError if there is none."""
-    if made_by is None:
+    if made_by is None or not made_by.sha256:
         raise UserError("tokenizer: not known which one made the codes; give its name or file with --tokenizer")
     for name, path in (*SHIPPED.items(), (made_by.name, Path(made_by.name))):
         if path.is_file() and sha256(path) == made_by.sha256:
