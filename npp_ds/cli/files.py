@@ -107,7 +107,10 @@ def import_llamagen(
     ] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="images per shard")] = 4096,
 ) -> None:
-    """Turn codes that LlamaGen's or NPP's extract_codes_c2i.py wrote into a set of shards. Rerun to resume."""
+    """Turn codes that LlamaGen's or NPP's extract_codes_c2i.py wrote into a set of shards. Rerun to resume.
+
+    Example: npp shards import-llamagen imagenet256_codes imagenet256_labels --out data/imagenet_256/train
+    """
     from npp_ds.data.manifest import TokenizerInfo
     from npp_ds.tokenizer.listing import read_class_list
     from npp_ds.tokenizer.llamagen_codes import PRECISION, CodeFolders, ImportSettings, import_codes

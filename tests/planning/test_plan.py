@@ -125,7 +125,7 @@ def test_a_configured_micro_batch_that_does_not_fit_is_a_warning_with_one_that_d
     output = " ".join(output.split())
     assert "WARNING: 32 images at a time, as configured, do not fit" in output
     assert "set schedule.micro_batch_size=16" in output
-    (warning,) = json.loads(CliRunner().invoke(app, [*arguments, "schedule.micro_batch_size=32", "--json"]).output)[
+    (warning,) = json.loads(CliRunner().invoke(app, [*arguments, "schedule.micro_batch_size=32", "--json"]).stdout)[
         "warnings"
     ]
     assert warning in output
