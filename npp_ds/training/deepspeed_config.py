@@ -1,8 +1,8 @@
 """DeepSpeed: its import, and its JSON settings from ds_configs/ or a file, with every "auto" filled from the config."""
 
-import json
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +11,7 @@ import npp_ds
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
+from npp_ds.utils.files import read_json
 
 PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
 MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
@@ -47,7 +48,7 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
             f"deepspeed.config: {name_or_file} is neither a file nor one of {', '.join(shipped)}; name one of these"
         )
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
@@ -60,6 +61,16 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
 def zero_stage_of(config: RunConfig) -> int:
     """Return the ZeRO stage (1, 2 or 3) that a run asks for."""
     return read_settings(config.deepspeed.config)["zero_optimization"]["stage"]
+
+
+def check_monitors(config: RunConfig) -> None:
+    """Raise UserError if the package of a monitor in `logging.monitors` is not installed."""
+    for monitor in config.logging.monitors:
+        if monitor != "csv" and find_spec(monitor) is None:
+            raise UserError(
+                f"logging.monitors: {monitor}, but the Python package {monitor} is not installed; install it, or "
+                f"remove {monitor} from logging.monitors"
+            )
 
 
 def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[str, Any]:
