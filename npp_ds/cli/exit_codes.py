@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
-from npp_ds.errors import UserError, as_user_error
+from npp_ds.errors import RendezvousError, UserError, as_user_error
 from npp_ds.utils.format import printable
 from npp_ds.utils.logs import show_logs
 
@@ -49,8 +49,9 @@ def exit_code_of(action: Callable[[], object]) -> int:
             return FAILED
         if found := as_user_error(error):
             on_all_ranks = isinstance(found, UserError) and found.on_all_ranks
+            names_itself = on_all_ranks or isinstance(error, RendezvousError)
             if process.rank == 0 or not on_all_ranks:
-                text = f"error ({who}): {found}" if who and not on_all_ranks else f"error: {found}"
+                text = f"error ({who}): {found}" if who and not names_itself else f"error: {found}"
                 print_error("\n".join(map(printable, re.split("\n(?=  )", text))))  # a list of problems is indented
             return USER_ERROR if isinstance(found, UserError) else FAILED
         if not who:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npp_ds.checkpoint.safetensors_io import as_weights
+from npp_ds.checkpoint.safetensors_io import as_weights, read_torch
 from npp_ds.errors import UserError
 from npp_ds.evaluation.images import ImageSet
 from npp_ds.evaluation.metrics import Moments, Statistics
@@ -276,14 +276,17 @@ def _load_network(path: Path) -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {
+            name: tensor if name.endswith(".num_batches_tracked") else as_weights(path, name, tensor)
+            for name, tensor in read_torch(path).items()
+        }
         # torch-fidelity (0.4.0) unpickles any object in its file, so it gets a copy of the tensors, read safely.
         safe = io.BytesIO()
         torch.save(tensors, safe)
         safe.seek(0)
         return FeatureExtractorInceptionV3(INCEPTION, [POOL, LOGITS], feature_extractor_weights_path=safe)
     except Exception as error:  # damaged files raise exceptions of many types
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__).removeprefix(f"{path}: ")
         raise UserError(
             f"{path}: holds no weights of torch-fidelity's Inception ({reason}); expected {_wanted()}"
         ) from error

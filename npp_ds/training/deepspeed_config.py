@@ -1,6 +1,5 @@
 """DeepSpeed: its import, and its JSON settings from ds_configs/ or a file, with every "auto" filled from the config."""
 
-import json
 import logging
 import os
 import warnings
@@ -13,6 +12,7 @@ import npp_ds
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError, did_you_mean, similar_names
+from npp_ds.utils.files import read_json
 
 PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
 MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
@@ -52,7 +52,7 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
             f"deepspeed.config: {name_or_file} is neither a file nor one of {', '.join(shipped)}{hint}; name one"
         )
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
@@ -65,6 +65,20 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
 def zero_stage_of(config: RunConfig) -> int:
     """Return the ZeRO stage (1, 2 or 3) that a run asks for."""
     return read_settings(config.deepspeed.config)["zero_optimization"]["stage"]
+
+
+def check_monitors(config: RunConfig) -> None:
+    """Raise UserError if the package of a monitor in `logging.monitors` cannot be imported."""
+    for monitor in config.logging.monitors:
+        if monitor == "csv":
+            continue
+        try:
+            import_module("torch.utils.tensorboard" if monitor == "tensorboard" else monitor)
+        except ImportError as error:
+            raise UserError(
+                f"logging.monitors: {monitor} cannot be imported ({error}); install it with `pip install {monitor}`, "
+                "or drop it"
+            ) from error
 
 
 def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[str, Any]:
@@ -102,8 +116,6 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
                 f"deepspeed.config {config.deepspeed.config}: zero_optimization.{section} is on nvme, which "
                 "checkpoints do not cover; use cpu, or drop the section"
             )
-    if "wandb" in config.logging.monitors:
-        _check_wandb()
     settings.update(decided)
     # DeepSpeed's timer (0.19.8) synchronizes the device in every micro-batch, for a figure that it would never print.
     settings.setdefault("timers", {"throughput": {"enabled": False}})
@@ -121,12 +133,3 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
             **({"project": config.name} if monitor == "wandb" else files),
         }
     return settings
-
-
-def _check_wandb() -> None:
-    try:
-        import_module("wandb")
-    except ImportError as error:
-        raise UserError(
-            f"logging.monitors: wandb cannot be imported ({error}); install it with `pip install wandb`, or drop it"
-        ) from error

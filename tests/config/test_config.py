@@ -232,7 +232,10 @@ def test_a_run_that_was_started_with_such_keys_can_be_read_and_resumed(tmp_path)
         ("seed: 1\nname: a\nseed: 2", "line 3: seed is given twice; remove one"),
         ("schedule:\n  stages:\n    - {patch_side: 1, epochs: 1, epochs: 2}", "line 3: epochs is given twice"),
         ("seed: " + "[" * 5000, "line 1: nested more than 50 levels deep"),
-        ("a: &a [1]\n" + "\n".join(f"a{i}: &a [{'*a,' * 9}]" for i in range(9)), "line 5: more than 10,000 values"),
+        (
+            "a0: &a0 1\n" + "\n".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]" for i in range(9)),
+            "line 6: more than 10,000",
+        ),
         ("seed: [" + "1," * 20_000 + "]", "line 1: more than 10,000 values"),
         ("seed: &a [*a]", "line 1: an alias stands in what it names"),
         ("name: \0", "unacceptable character #x0000"),

@@ -23,14 +23,15 @@ from npp_ds.doctor import collectives, runner
 from npp_ds.doctor.checks import FAILURE, OK, WARNING, Check, Context, Result, row_of
 from npp_ds.doctor.collectives import temporary_folder
 from npp_ds.doctor.machine import cores, gpu, gpu_memory, missing_gpu, software, world_size
-from npp_ds.doctor.run import checkpoint_bytes, checkpoint_space, most_checkpoints, staging
+from npp_ds.doctor.run import CHECKS, checkpoint_bytes, checkpoint_space, most_checkpoints, staging
 from npp_ds.doctor.runner import Request, Runner, StoreExchange
 from npp_ds.errors import RendezvousError
-from npp_ds.training.engine import TrainingEngine
+from npp_ds.training.engine import TrainingEngine, initial_model
 from runs import shards_in, tiny_config
 from shard_sets import write_set
 from workers import free_port
 
+CHECK_WEIGHTS = next(check for check in CHECKS if check.name == "weights")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -417,6 +418,18 @@ def test_disks_without_room_for_checkpoints_stop_fresh_runs_alone(shards, tmp_pa
     assert checkpoint_space(alone(config)).state == resumed
     save(alone(config).schedule.total_steps)
     assert checkpoint_space(alone(config)) is None
+
+
+def test_weights_to_start_from_are_read(shards, tmp_path):
+    state = initial_model(tiny_config(shards, tmp_path / "run")).state_dict()
+    config = tiny_config(shards, tmp_path / "run", init_from=str(tmp_path / "c2i.pt"))
+    torch.save({"model": state}, config.init_from)
+    assert CHECK_WEIGHTS.run(alone(config)).detail.endswith("all finite")
+    state["norm.weight"][3] = torch.nan
+    torch.save({"model": state}, config.init_from)
+    found = CHECK_WEIGHTS.run(alone(config))
+    assert (found.state, found.lasting) == (FAILURE, True)
+    assert f"{config.init_from}: norm.weight: 1 of 32 values are NaN" in found.detail
 
 
 def test_nodes_without_room_to_stage_are_found(shards, tmp_path, monkeypatch):
