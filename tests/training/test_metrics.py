@@ -196,7 +196,7 @@ def test_a_training_line_holds_every_documented_figure_and_monitors_get_its_curv
     lines = events_named(read_events(tmp_path / "run" / "metrics.jsonl"), "train")
     assert [line["step"] for line in lines] == [1, 7, 10]
     page = (Path(__file__).parents[2] / "docs/training-metrics.md").read_text()
-    rows = [row.split("|")[1] for row in page.split("## Samples compared")[0].splitlines() if row.startswith("| `")]
+    rows = [row.split("|")[1] for row in page.split("## Training lines")[1].split("\n## ")[0].splitlines() if row.startswith("| `")]
     documented = {key for row in rows for key in re.findall("`([a-z_]+)`", row)}
     assert lines[0].keys() == documented | {"event", "step"}
     for line in lines:
