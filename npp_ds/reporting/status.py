@@ -173,12 +173,8 @@ def _flops(config: RunConfig, stages: Sequence[Stage], step: int | None, coarse:
 
 def _newest_checkpoint(checkpoints: Path) -> int | None:
     """Return the step of the newest checkpoint whose files are there in their sizes."""
-    complete = (s for s in folders.saved_steps(checkpoints) if not folders.find_problem(_at(checkpoints, s), False))
-    return next(complete, None)
-
-
-def _at(checkpoints: Path, step: int) -> Path:
-    return folders.folder_of(checkpoints, step)
+    steps = folders.saved_steps(checkpoints)
+    return next((s for s in steps if not folders.find_problem(folders.folder_of(checkpoints, s), verify=False)), None)
 
 
 def _state(
@@ -247,7 +243,7 @@ def _rows(s: RunStatus) -> list[tuple[str, str]]:
         rows.append(("speed", f"{s.images_per_second:,.0f} images/s{mfu}{wait}"))
     if s.flops and s.next_token_flops and s.saved_share is not None:
         spent = f"{s.flops:.3g} FLOPs in {format_duration(s.elapsed_seconds)}"
-        spent += f" on {s.processes} processes" if s.processes else ""
+        spent += f" on {s.processes} process{'' if s.processes == 1 else 'es'}" if s.processes else ""
         saved = f"{1 - s.saved_share:.3f} of next-token training ({s.saved_share:.0%} saved)"
         rows += [("spent", spent), ("cost", f"{saved}; {s.planned_cost:.3f} when finished")]
     if s.eta_seconds is not None and s.stage_eta_seconds is not None and s.state != "finished":
