@@ -45,8 +45,8 @@ class RunStatus:
 
     `state` is starting, running, finished, stopped, or stalled (no step for too long, or ended by the watchdog). Loss,
     rates and `step` are those of the last training line. FLOPs are model FLOPs so far and those of next-token training
-    on the same images; `planned_cost` is their ratio for the whole run. Times are in seconds; `process_seconds` are
-    those of all processes, `eta_seconds` of training only.
+    on the same images; `planned_cost` is their ratio for the whole run. Times are those of training, in seconds;
+    `process_seconds` count as many processes as the last start had.
     """
 
     run: str
@@ -104,9 +104,8 @@ def _status(run: Path) -> RunStatus:
     last: Event = lines[-1] if lines else {}
     stages = _stages(config, events, environment)
     costs = StepCosts(stages, config.model, lines)
-    step = last.get("step", 0)
-    current = next((s for s in stages if max(step, 1) <= s.end_step), None)
-    left = costs.left(step)
+    step, left = last.get("step", 0), costs.left(last.get("step", 0))
+    current = stages[(events_named(events, "stage") or [{"stage": 0}])[-1]["stage"]] if stages else None
     validation = ([e for e in events_named(events, "validation") if e.get("patch_side") == 1] or [{}])[-1]
     evaluation = (events_named(events, "evaluation") or [{}])[-1]
     processes, elapsed = environment.get("world_size"), last.get("elapsed_seconds", 0.0)
@@ -140,8 +139,8 @@ def _status(run: Path) -> RunStatus:
         next_token_flops=plain,
         saved_share=1 - spent / plain if plain else None,
         planned_cost=_flops(config, stages, None, True) / _flops(config, stages, None, False) if stages else None,
-        stage_eta_seconds=left.stage if left else None,
-        eta_seconds=left.run if left else None,
+        stage_eta_seconds=left[current.index] if left and current else None,
+        eta_seconds=sum(left) if left else None,
         checkpoint_step=_newest_checkpoint(run / "checkpoints"),
         restarts=max(environment["starts"] - 1, 0) if "starts" in environment else None,
         warnings=_warnings(run, events),
@@ -174,12 +173,8 @@ def _flops(config: RunConfig, stages: Sequence[Stage], step: int | None, coarse:
 
 def _newest_checkpoint(checkpoints: Path) -> int | None:
     """Return the step of the newest checkpoint whose files are there in their sizes."""
-    complete = (s for s in folders.saved_steps(checkpoints) if not folders.find_problem(_at(checkpoints, s), False))
-    return next(complete, None)
-
-
-def _at(checkpoints: Path, step: int) -> Path:
-    return folders.folder_of(checkpoints, step)
+    steps = folders.saved_steps(checkpoints)
+    return next((s for s in steps if not folders.find_problem(folders.folder_of(checkpoints, s), verify=False)), None)
 
 
 def _state(
@@ -248,7 +243,7 @@ def _rows(s: RunStatus) -> list[tuple[str, str]]:
         rows.append(("speed", f"{s.images_per_second:,.0f} images/s{mfu}{wait}"))
     if s.flops and s.next_token_flops and s.saved_share is not None:
         spent = f"{s.flops:.3g} FLOPs in {format_duration(s.elapsed_seconds)}"
-        spent += f" on {s.processes} processes" if s.processes else ""
+        spent += f" on {s.processes} process{'' if s.processes == 1 else 'es'}" if s.processes else ""
         saved = f"{1 - s.saved_share:.3f} of next-token training ({s.saved_share:.0%} saved)"
         rows += [("spent", spent), ("cost", f"{saved}; {s.planned_cost:.3f} when finished")]
     if s.eta_seconds is not None and s.stage_eta_seconds is not None and s.state != "finished":
@@ -308,7 +303,7 @@ def show_status(runs: Sequence[Path], watch: bool = False, as_json: bool = False
 
     def show(found: list[RunStatus], problems: dict[str, str]) -> None:
         if as_json:
-            broken = [{"run": run, "problem": problem} for run, problem in problems.items()]
+            broken = [{"run": run, "state": "unreadable", "problem": text} for run, text in problems.items()]
             print(json.dumps([*map(asdict, found), *broken]), flush=True)
             return
         if found:

@@ -75,7 +75,7 @@ def count_start(run_dir: Path) -> None:
 def _starts(path: Path) -> int:
     """Return the starts counted so far; where an earlier version did not count them, a run with a log had one."""
     try:
-        return json.loads(path.read_bytes())["starts"]
+        return int(json.loads(path.read_bytes())["starts"])
     except (OSError, ValueError, KeyError, TypeError):
         return int(path.with_name("metrics.jsonl").is_file())
 

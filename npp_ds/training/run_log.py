@@ -160,7 +160,7 @@ class RunLog(Hook):
         }
         self._costs.add(line)
         if left := self._costs.left(step.done):
-            line |= {"stage_eta_seconds": left.stage, "eta_seconds": left.run}
+            line |= {"stage_eta_seconds": left[stage.index], "eta_seconds": sum(left)}
         self.write("train", step.done, **line)
         if self._progress:
             self._progress.show({"step": step.done, **line})

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import ModelSection
@@ -32,13 +32,6 @@ class Lap:
     steps: int
     images: int
     data_wait_share: float
-
-
-class TimeLeft(NamedTuple):
-    """Seconds of training left in the stage and in the run; validation, evaluation and saving come on top."""
-
-    stage: float
-    run: float
 
 
 class StepCosts:
@@ -78,14 +71,15 @@ class StepCosts:
         costs = self._measured[index]
         return median(costs[max(1, len(costs) - RECENT) :] or costs)
 
-    def left(self, done: int) -> TimeLeft | None:
-        """Return the time left after `done` steps, of the stage of the last one; None before any training line."""
+    def left(self, done: int) -> list[float]:
+        """Return the seconds of training left in each stage after `done` steps; [] before any training line.
+
+        Validation, evaluation and saving come on top.
+        """
         if not self._measured:
-            return None
-        steps = [stage.end_step - min(max(done, stage.start_step), stage.end_step) for stage in self.stages]
-        seconds = [n and n * self.seconds_per_step(index) for index, n in enumerate(steps)]
-        current = next(stage.index for stage in self.stages if max(done, 1) <= stage.end_step)
-        return TimeLeft(seconds[current], sum(seconds))
+            return []
+        steps = (stage.end_step - min(max(done, stage.start_step), stage.end_step) for stage in self.stages)
+        return [n * self.seconds_per_step(index) for index, n in enumerate(steps)]
 
 
 def step_flops(model: ModelSection, stage: Stage, patch_side: int) -> int:

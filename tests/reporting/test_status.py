@@ -98,6 +98,12 @@ def test_figures_come_from_the_files_alone(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_stage_that_has_begun_is_the_current_one_before_its_first_line(tmp_path):
+    status = read_status(make_run(tmp_path / "run", 561))
+    assert (status.stage, status.patch_side, status.step) == (3, 1, 560)
+    assert status.stage_eta_seconds == status.eta_seconds == pytest.approx(560 * 64 / 210, rel=0.05)
+
+
 @pytest.mark.parametrize("columns", [40, 80, 170])
 def test_runs_are_readable_at_any_width_and_side_by_side_where_there_is_space(tmp_path, monkeypatch, columns):
     names = [make_run(tmp_path / name, 350, *EVENTS).relative_to(tmp_path) for name in "ab"]

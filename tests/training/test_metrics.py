@@ -15,11 +15,13 @@ import pytest
 
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.training.metrics import MetricsLog, events_named, read_events
+from npp_ds.reporting.status import read_status
+from npp_ds.training.metrics import MetricsLog, events_named, read_events, stages_begun
 from npp_ds.training.run_log import Progress
+from npp_ds.training.throughput import StepCosts
 from npp_ds.training.trainer import Trainer
 from npp_ds.utils.logs import show_logs
-from runs import logs, tiny_config
+from runs import logs, run, run_and_stop_after, tiny_config
 
 LINE = {
     "event": "train", "step": 30, "stage": 1, "patch_side": 2, "epoch": 3, "loss": 4.25, "learning_rate": 1e-4,
@@ -196,7 +198,11 @@ def test_a_training_line_holds_every_documented_figure_and_monitors_get_its_curv
     lines = events_named(read_events(tmp_path / "run" / "metrics.jsonl"), "train")
     assert [line["step"] for line in lines] == [1, 7, 10]
     page = (Path(__file__).parents[2] / "docs/training-metrics.md").read_text()
-    rows = [row.split("|")[1] for row in page.split("## Samples compared")[0].splitlines() if row.startswith("| `")]
+    rows = [
+        row.split("|")[1]
+        for row in page.split("## Training lines")[1].split("\n## ")[0].splitlines()
+        if row.startswith("| `")
+    ]
     documented = {key for row in rows for key in re.findall("`([a-z_]+)`", row)}
     assert lines[0].keys() == documented | {"event", "step"}
     for line in lines:
@@ -207,3 +213,25 @@ def test_a_training_line_holds_every_documented_figure_and_monitors_get_its_curv
     curves = documented - {"epoch", "elapsed_seconds", "mfu", "stage_eta_seconds", "eta_seconds"}
     expected = {(f"train/{name}", line[name], line["step"]) for line in lines for name in curves}
     assert {event for event in told if event[0].startswith("train/")} == expected
+
+
+@pytest.mark.processes
+def test_the_time_left_of_a_resumed_run_counts_the_lines_before_and_status_reads_it_from_the_files(
+    pair, shards, tmp_path
+):
+    config = tiny_config(shards, tmp_path / "run", validation={"every": 0}, logging={"every": 3})
+    pair.run(run_and_stop_after, config, 15)
+    assert read_status(config.directory).eta_seconds > 0
+    pair.run(run, config)
+    events = read_events(config.directory / "metrics.jsonl")
+    lines, stages = events_named(events, "train"), stages_begun(events)
+    assert [line["step"] for line in lines] == [1, 3, 6, 9, 10, 12, 15, 18, 20, *range(21, 40, 3), 40]
+    for number, line in enumerate(lines, start=1):
+        left = StepCosts(stages, config.model, lines[:number]).left(line["step"])
+        assert line["eta_seconds"] == pytest.approx(sum(left))
+        assert line["stage_eta_seconds"] == pytest.approx(left[line["stage"]])
+    status = read_status(config.directory)
+    assert (status.state, status.restarts, status.stage, status.step, status.eta_seconds) == ("finished", 1, 3, 40, 0)
+    assert status.checkpoint_step == 40
+    pair.run(run, config)
+    assert read_status(config.directory).restarts == 1, "a start that finds nothing to do is none"

@@ -104,25 +104,25 @@ def test_the_time_left_is_right_across_the_quickstarts_stages(done):
     left = StepCosts(SCHEDULE.stages, QUICKSTART.model, quickstart_lines(done)).left(done)
     assert [s.end_step for s in SCHEDULE.stages] == [140, 560, 1120]
     stage = SCHEDULE.stage_at(done - 1)
-    assert left.run == pytest.approx(quickstart_seconds(done, 1120), rel=0.05)
-    assert left.stage == pytest.approx(quickstart_seconds(done, stage.end_step), rel=0.05)
+    assert sum(left) == pytest.approx(quickstart_seconds(done, 1120), rel=0.05)
+    assert left[stage.index] == pytest.approx(quickstart_seconds(done, stage.end_step), rel=0.05)
     if done == 350:
         at_this_rate = (1120 - 350) * 64 / RATES[2]
-        assert left.run > 2 * at_this_rate
+        assert sum(left) > 2 * at_this_rate
 
 
 def test_a_stage_without_figures_costs_what_the_nearest_one_does_by_flops():
     costs = StepCosts(SCHEDULE.stages, QUICKSTART.model)
-    assert costs.left(0) is None
+    assert costs.left(0) == []
     costs.add({"step": 1, "stage": 0})  # no rate
-    assert costs.left(1) is None
+    assert costs.left(1) == []
     for line in quickstart_lines(100):
         costs.add(line)
     flops = [QUICKSTART.model.training_flops(positions) for positions in (4, 16, 64)]
     expected = [64 / RATES[4] * n * f / flops[0] for n, f in zip((40, 420, 560), flops, strict=True)]
-    assert costs.left(100) == pytest.approx((expected[0], sum(expected)))
+    assert costs.left(100) == pytest.approx(expected)
     only_fine = StepCosts(SCHEDULE.stages, QUICKSTART.model, [{"step": 570, "stage": 2, "images_per_second": 210.0}])
-    assert only_fine.left(1120) == (0, 0) and only_fine.left(140).stage == 0
+    assert only_fine.left(1120) == [0, 0, 0] and only_fine.left(140)[0] == 0
 
 
 @pytest.mark.parametrize("rates, factor", [({4: 300.0, 2: 620.0, 1: 1.0}, 1.0), ({4: 1e6, 2: 100.0, 1: 1.0}, None)])
