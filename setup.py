@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+DOCS = ["mkdocs<2", "mkdocs-material>=9.5"]
 
 setup(
     name="npp_ds",
@@ -55,7 +56,9 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
         "wandb": ["wandb>=0.16"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8",
