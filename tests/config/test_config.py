@@ -357,9 +357,11 @@ def test_a_key_that_a_saved_config_lacks_has_its_default():
     stages = "schedule.stages=[{patch_side: 2, epochs: 3}, {patch_side: 1, epochs: 3}]"
     saved = load_config("b_256", overrides=[stages]).bound_keys()
     del saved["optimizer"]["eps"], saved["schedule"]["stages"][1]["warmup_epochs"], saved["init_from"]
+    del saved["model"]["coarse_positions"], saved["schedule"]["stages"][0]["dropout_scale"]
     assert not load_config("b_256", overrides=[stages]).differences_from(saved)
-    changed = [stages, "optimizer.eps=1e-6", "schedule.stages.1.warmup_epochs=2"]
+    changed = [stages, "optimizer.eps=1e-6", "schedule.stages.1.warmup_epochs=2", "model.coarse_positions=centers"]
     assert load_config("b_256", overrides=changed).differences_from(saved) == [
+        "model.coarse_positions: it has 'paper', asked for 'centers'",
         "optimizer.eps: it has 1e-08, asked for 1e-06",
         "schedule.stages.1.warmup_epochs: it has None, asked for 2.0",
     ]

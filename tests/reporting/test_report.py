@@ -156,6 +156,8 @@ def test_a_resumed_run_reads_like_one_that_was_never_stopped(tmp_path):
 def test_the_stage_table_is_read_back_from_the_metrics():
     assert tuple(stages_begun(run_lines())) == STAGES
     assert tuple(stages_begun(run_lines(last_step=30))) == STAGES[:2]
+    of_earlier_versions = [{k: v for k, v in line.items() if k != "dropout_scale"} for line in run_lines()]
+    assert tuple(stages_begun(of_earlier_versions)) == STAGES
 
 
 def printed(summary, width: int = 160) -> str:
