@@ -15,6 +15,7 @@ from pathlib import Path
 
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.errors import UserError
+from npp_ds.training.preemption import PREEMPTED, Preempted
 
 RESULTS = Path(__file__).parents[1] / "results" / "claim"
 PLAN = Path(__file__).parent / "plan.yaml"
@@ -38,7 +39,10 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     options = parse()
-    return exit_code_of(lambda: study(options))
+    try:
+        return exit_code_of(lambda: study(options))
+    except Preempted:
+        return PREEMPTED
 
 
 def study(options: argparse.Namespace) -> None:

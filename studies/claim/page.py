@@ -102,7 +102,8 @@ def write_page(plan: Plan, path: Path) -> None:
     machines = sorted({r["machine"] + f", torch {r['torch']}" for of_arm in results.values() for r in of_arm.values()})
     text += [
         "```",
-        f"\nRuns so far were made on: {'; '.join(machines) or 'none'}. Core seconds are processor time of training.",
+        f"\nRuns so far were made on: {'; '.join(machines) or 'none'}. Core seconds are processor time of "
+        "training, more on a busy machine; `--part seconds` measures the seconds of an idle one.",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, "\n".join(text) + "\n")

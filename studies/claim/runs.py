@@ -1,6 +1,7 @@
 """Train and measure one run of the study, and run those of a part, several at a time; all of it resumes."""
 
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from studies.claim.plan import Plan, Run
 
 CPU_FILE = "cpu_seconds.json"
 SAMPLE_BATCH = 250
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 SHOWN = 40
 
 
@@ -72,6 +73,7 @@ def make_run(plan: Plan, run: Run, images: Path, out: Path) -> None:
         "torch": torch.__version__,
         "npp_ds": npp_ds.__version__,
         "machine": f"{platform.machine()}, 1 thread",
+        "load_average": round(os.getloadavg()[0], 1),
     }
     write_json_atomic(plan.file(run), result)
 
