@@ -130,10 +130,10 @@ def encode_images(options: argparse.Namespace) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line. The work is done by then, so a reader that has gone away, as in `| head`, is no failure."""
+    """Print a line. The work is done by then, so a reader that has gone away or a full disk there is no failure."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         sys.stdout = None  # type: ignore[assignment]  # or Python would try again when it ends
 
 

@@ -2,9 +2,7 @@
 
 import gzip
 import io
-import os
 import re
-import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -16,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.listing import formats
+from npp_ds.tokenizer.listing import formats, open_plain
 
 MAX_SIDE = 20_000
 """Longest side in pixels of an image that is scaled to a short side of 256. Larger ones are damaged and fill memory."""
@@ -94,9 +92,8 @@ class ImageReader:
 
 def open_decompressed(path: str | Path) -> BinaryIO:
     """Open a file for reading; one whose name ends in .gz is decompressed. Raises OSError for a pipe or a device."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path}: not a plain file")
-    return cast(BinaryIO, gzip.open(path)) if str(path).endswith(".gz") else open(path, "rb")
+    file = open_plain(path)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if str(path).endswith(".gz") else file
 
 
 def decode(data: bytes) -> Image.Image:

@@ -11,7 +11,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, features
 
@@ -46,6 +47,7 @@ WORDNET_ID = re.compile(r"n\d{8}")
 HIDDEN = "hidden or left by a system"
 PREFIX_BYTES = 32
 MOST_REASONS = 20
+MOST_BYTES_OF_A_LIST = 64 << 20
 
 PassedOver = Counter[str]
 """Number of files or folders that were passed over, by reason."""
@@ -72,8 +74,7 @@ def extension_of(name: str) -> str:
 
 def is_litter(path: str) -> bool:
     """Return whether a part of a relative path is hidden, or a name of LITTER."""
-    parts = (part.lower() for part in PurePath(path).parts)
-    return any(part in LITTER or (part.startswith(".") and part != "..") for part in parts)
+    return any(part.lower() in LITTER or (part[:1] == "." and part not in (".", "..")) for part in path.split("/"))
 
 
 def is_image(name: str, read: Callable[[], bytes], passed_over: PassedOver) -> bool:
@@ -114,16 +115,20 @@ def _begins_like_image(prefix: bytes) -> bool:
     return bool(prefix) and any(accept(prefix.ljust(PREFIX_BYTES, b"\0")) for accept in accepts)
 
 
-def _prefix(path: str) -> bytes:
+def open_plain(path: str | Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError as `open` does, and for a pipe or a device, which may have no end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        return b""
-    with open(path, "rb") as file:
-        return file.read(PREFIX_BYTES)
+        raise OSError(f"{path}: not a plain file")
+    return open(path, "rb")
 
 
 def _is_image_file(entry: os.DirEntry, passed_over: PassedOver) -> bool:
+    def prefix() -> bytes:
+        with open_plain(entry.path) as file:
+            return file.read(PREFIX_BYTES)
+
     try:
-        return is_image(entry.name, lambda: _prefix(entry.path), passed_over)
+        return is_image(entry.name, prefix, passed_over)
     except OSError:  # without an extension and unreadable: listed, so that its loss is reported
         return True
 
@@ -135,6 +140,11 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
 def image_files(root: Path, folder: str, passed_over: PassedOver) -> list[tuple[str, ...]]:
     """Return the sorted paths, as parts, of all images at any depth of `folder` ("" for the root itself).
 
@@ -142,15 +152,15 @@ def image_files(root: Path, folder: str, passed_over: PassedOver) -> list[tuple[
     folder above it would not end, and for a folder that cannot be read.
     """
     found: list[tuple[str, ...]] = []
-    seen = {os.path.realpath(root): root} if folder else {}
+    seen = {_identity(root): root} if folder else {}
     waiting: list[tuple[str, ...]] = [(folder,) if folder else ()]
     while waiting:
         parts = waiting.pop()
         path = root.joinpath(*parts)
-        if first := seen.get(real := os.path.realpath(path)):
-            raise UserError(f"{path}: the same folder as {first}; remove the link, or keep one of the two")
-        seen[real] = path
         with explain_os_errors(path, "make the folder readable or remove it"), os.scandir(path) as entries:
+            if first := seen.get(identity := _identity(path)):
+                raise UserError(f"{path}: the same folder as {first}; remove the link, or keep one of the two")
+            seen[identity] = path
             for entry in entries:
                 if is_litter(entry.name):
                     passed_over[HIDDEN] += 1
@@ -164,8 +174,7 @@ def image_files(root: Path, folder: str, passed_over: PassedOver) -> list[tuple[
 def class_folders(root: Path, passed_over: PassedOver) -> list[str]:
     """Return the sorted names of the class folders in `root`.
 
-    Raises UserError for a link to nothing, because without a class the labels of others would shift, and for a name
-    that is no UTF-8.
+    Raises UserError for a link to nothing, because without a class the labels of others would shift.
     """
     names = []
     with explain_os_errors(root, "make the folder readable"), os.scandir(root) as entries:
@@ -181,7 +190,7 @@ def class_folders(root: Path, passed_over: PassedOver) -> list[str]:
                 )
             elif entry.name != CLASSES_FILE and _is_image_file(entry, passed_over):
                 passed_over["image beside the class folders"] += 1
-    return _checked(root, sorted(names))
+    return sorted(names)
 
 
 def read_class_list(path: str | Path, folders: Sequence[str]) -> list[str]:
@@ -209,7 +218,7 @@ def read_class_list(path: str | Path, folders: Sequence[str]) -> list[str]:
     return [line.removeprefix(label).strip() or label for label, line in zip(ids, lines, strict=True)]
 
 
-def _checked(where: str | Path, names: list[str]) -> list[str]:
+def checked_names(where: str | Path, names: list[str]) -> list[str]:
     """Return the names. Raises UserError for one with control characters, or not in UTF-8 as manifests must be."""
     if bad := [name for name in names if re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name)]:
         raise UserError(f"{where}: class {bad[0]!r} has control characters or is no UTF-8; rename it")
@@ -222,13 +231,14 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 def _lines(path: str | Path) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        with open_plain(path) as file:
+            lines = file.read(MOST_BYTES_OF_A_LIST).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no list of class names ({error})") from error
     lines = [line.strip().replace("\t", " ") for line in lines if line.strip()]
     if not lines:
         raise UserError(f"{path}: empty; expected one class name a line, in the order of the labels")
-    return _checked(path, lines)
+    return lines
 
 
 def _ids(lines: list[str], folders: set[str]) -> list[str] | None:

@@ -24,6 +24,7 @@ from npp_ds.tokenizer.listing import (
     HIDDEN,
     PREFIX_BYTES,
     PassedOver,
+    checked_names,
     class_folders,
     extensions,
     image_files,
@@ -108,7 +109,8 @@ def open_source(
     else:
         items, folders = _list_imagenet_tar(found[0], passed_over)
         name, beside = found[0].name, found[0].parent / CLASSES_FILE
-    names = read_class_list(class_list or beside, folders) if class_list or beside.is_file() else folders
+    names = read_class_list(class_list or beside, folders) if class_list or os.path.lexists(beside) else folders
+    checked_names(class_list or found[0], names)
     highest = max(items, key=lambda item: item.label)
     if names and highest.label >= len(names):
         raise UserError(f"{highest.where}, {highest.key}: label {highest.label}, but only {len(names)} class names")

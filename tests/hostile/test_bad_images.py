@@ -1,5 +1,6 @@
 """Folders, tars and images as strangers leave them: refused in one line, or taken and all that is left out counted."""
 
+import gzip
 import io
 import os
 import re
@@ -65,18 +66,31 @@ def many_ways(folder: Path) -> None:
     (folder / "train/a/deep").symlink_to(folder / "d0")
 
 
+def class_tar(folder: Path) -> None:
+    folder.mkdir()
+    name, outer = "\x1b[2J.tar", folder / "ILSVRC2012_img_train.tar"
+    outer.write_bytes(tar_bytes((name, tar_bytes(("1.png", PNG)))))
+
+
 def numbered(folder: Path) -> None:
     write_tree(folder, {f"{number}/1.png": PNG for number in range(12)})
     (folder / "train/classes.txt").write_text("\n".join(f"class {number}" for number in range(12)))
 
 
+def tar_bytes(*members: tuple[str, bytes]) -> bytes:
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w") as tar:
+        for name, data in members:
+            add(tar, name, data)
+    return buffer.getvalue()
+
+
 def shard(*members: tuple[str, bytes], compressed: bool = False) -> Callable[[Path], None]:
     def build(folder: Path) -> None:
         folder.mkdir()
-        name, mode = ("train-0.tar.gz", "w:gz") if compressed else ("train-0.tar", "w")
-        with tarfile.open(folder / name, mode) as tar:
-            for name, data in members:
-                add(tar, name, data)
+        data = tar_bytes(*members)
+        (folder / f"train-0.tar{'.gz' if compressed else ''}").write_bytes(
+            gzip.compress(data, 1) if compressed else data
+        )
 
     return build
 
@@ -105,6 +119,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "names alone for numbered folders": (numbered, "0, 1, 10, 11 and 8 more"),
     "class of no UTF-8": (partial(class_named, "\udcff"), "has control characters or is no UTF-8"),
     "class with an escape sequence": (partial(class_named, "c\x1b[2J"), "has control characters or is no UTF-8"),
+    "class tar with an escape sequence": (class_tar, "has control characters or is no UTF-8"),
+    "class list that never ends": (partial(link, "classes.txt", "/dev/zero"), "classes.txt: no list of class names"),
     "shard that is a pipe": (partial(fifo, "train-0.tar"), "train-0.tar: not a plain file"),
     "class list that is a folder": (lambda folder: (tree(folder) / "list.txt").mkdir(), "no list of class names"),
     "huge cls": (
@@ -153,6 +169,14 @@ def linked_class(folder: Path) -> None:
     (folder / "other").mkdir()
 
 
+def deep(folder: Path) -> None:
+    path = tree(folder) / "train/b"
+    for _ in range(1200):
+        path = path / "d"
+        path.mkdir()
+    (path / "3.png").write_bytes(PNG)
+
+
 TAR_LITTER = [("._x.png", b"mac"), ("__MACOSX/y.cls", b"7"), ("x.png", PNG), ("x.cls", b"0"), ("README", b"hi")]
 OPTIONAL = [("avif", "AVIF", "avif"), ("jp2", "JPEG2000", "jpg_2000"), ("webp", "WEBP", "webp")]
 TAKEN: dict[str, tuple[Callable[[Path], object], int, int, str]] = {
@@ -164,13 +188,15 @@ TAKEN: dict[str, tuple[Callable[[Path], object], int, int, str]] = {
         0,
         "1 (not an image: .eps), 1 (not an image: .heic), 1 (not an image: .txt), 1 (not an image: no known extension)",
     ),
+    "folders in 1200 folders": (deep, 3, 0, ""),
+    "names of no UTF-8": (lambda f: (tree(f) / "train/a/\udcff\n.png").write_bytes(PNG), 3, 0, ""),
     "an empty class": (lambda f: (tree(f) / "train/empty").mkdir(), 2, 0, "no images of 1 classes (empty)"),
     "a class beyond ASCII": (lambda f: (tree(f) / "train/ü").mkdir(), 2, 0, "no images of 1 classes (ü)"),
     "an image that links to itself": (partial(link, "a/x.JPEG", "x.JPEG"), 2, 1, "1 images skipped"),
     "a link to nothing": (partial(link, "a/lost", "nowhere"), 2, 1, "1 images skipped"),
     "a pipe among images": (partial(fifo, "train/a/x.png"), 2, 1, "1 images skipped"),
     "a device among images": (partial(link, "a/x.png", "/dev/zero"), 2, 1, "1 images skipped"),
-    "a pipe without an extension": (partial(fifo, "train/a/pipe"), 2, 0, "1 (not an image: no known extension)"),
+    "a pipe without an extension": (partial(fifo, "train/a/pipe"), 2, 1, "1 images skipped"),
     "Ghostscript's input": (
         lambda f: tree(f, **{"a/x.JPEG": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9"}),
         2,
@@ -204,12 +230,15 @@ def test_a_terminal_without_the_letters_of_a_class_gets_escapes(tokenizer, tmp_p
     assert b"no images of 1 classes (\\xfc)" in printed.getvalue()
 
 
-def test_a_reader_that_has_gone_away_is_no_failure_of_a_complete_set(tokenizer, tmp_path):
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_what_becomes_of_the_closing_line_is_no_failure_of_a_complete_set(output, tokenizer, tmp_path):
     tree(tmp_path / "images")
     reading, writing = os.pipe()
     os.close(reading)
-    line = [sys.executable, SCRIPT, *words(tmp_path / "images", tokenizer)]
-    done = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    with open(writing if output == "closed pipe" else "/dev/full", "w", closefd=output == "full disk") as stdout:
+        line = [sys.executable, SCRIPT, *words(tmp_path / "images", tokenizer)]
+        done = subprocess.run(line, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
     assert (done.returncode, done.stderr) == (0, "") and verify(tmp_path / "out") == []
 
 
