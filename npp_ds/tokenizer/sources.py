@@ -18,6 +18,7 @@ import numpy as np
 
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import crop
+from npp_ds.tokenizer.imagenet import VALIDATION_TAR, class_list_file, list_validation_tar
 from npp_ds.tokenizer.images import ImageItem, decoded_images, open_decompressed, with_unique_keys
 from npp_ds.utils.files import tar_members
 
@@ -28,8 +29,6 @@ FOLDER_EXTENSIONS = (*SHARD_EXTENSIONS, "bmp", "gif", "pgm", "ppm", "tif", "tiff
 """Extensions of images in class folders: everything that Pillow reads, because no image may be missed for its name."""
 SPLIT_NAMES = {"train", "val", "test", "validation"}
 CLASSES_FILE = "classes.txt"
-IMAGENET = Path(__file__).parent.parent / "assets" / "imagenet_classes.txt"
-"""Class list of ImageNet-1K, "<WordNet id> <name>"; `npp_ds/assets/README.md` says where it is from."""
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -63,19 +62,29 @@ class Source:
 
 
 def open_source(
-    images: Sequence[str | Path], split: str, class_list: str | Path | None = None, variant: str = "auto"
+    images: Sequence[str | Path],
+    split: str,
+    class_list: str | Path | None = None,
+    variant: str = "auto",
+    labels: Path | None = None,
 ) -> Source:
     """List a source of one of VARIANTS; auto detects which.
 
     webdataset: image shards, as a folder with `<split>-*.tar` or .tar.gz, or as such files. imagefolder: a folder with
     class folders, directly or under `<split>/`. imagenet-tar: a tar of one tar per class, or a folder with
-    ILSVRC2012_img_<split>.tar. Raises UserError if there is none of these, or if labels and class list disagree.
+    ILSVRC2012_img_<split>.tar. `class_list` is a file, or "imagenet" for the shipped one. With `labels` the images are
+    those of ILSVRC2012_img_val.tar (or its folder), and that file has their classes. Raises UserError if there is none
+    of these, or if labels and class list disagree.
     """
     paths = [Path(path) for path in images]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: not found; expected a folder of images or of image shards, or tar files")
-    variant, found = _find(paths, split, variant)
+    if labels is not None:
+        tar = paths[0] / VALIDATION_TAR if paths[0].is_dir() else paths[0]
+        variant, found = "imagenet-val-tar", [tar]
+    else:
+        variant, found = _find(paths, split, variant)
     folders: list[str] = []
     if variant == "webdataset":
         items = list_shards(found)
@@ -83,10 +92,15 @@ def open_source(
     elif variant == "imagefolder":
         items, folders = _list_image_folder(found[0])
         name, beside = found[0].name, found[0] / CLASSES_FILE
+    elif labels is not None:
+        items, folders = list_validation_tar(found[0], labels)
+        name, beside = found[0].name, found[0].parent / CLASSES_FILE
     else:
         items, folders = _list_imagenet_tar(found[0])
         name, beside = found[0].name, found[0].parent / CLASSES_FILE
-    names = read_class_list(class_list or beside, folders) if class_list or beside.is_file() else folders
+    names = (
+        read_class_list(class_list_file(class_list or beside), folders) if class_list or beside.is_file() else folders
+    )
     highest = max(items, key=lambda item: item.label)
     if names and highest.label >= len(names):
         raise UserError(f"{highest.where}, {highest.key}: label {highest.label}, but only {len(names)} class names")
@@ -226,7 +240,7 @@ def _list_imagenet_tar(path: Path) -> tuple[list[ImageItem], list[str]]:
             elif extension[1:].lower() in FOLDER_EXTENSIONS:
                 raise UserError(
                     f"{path}: holds the image {member.name} and not only one tar per class, so its class is not known; "
-                    "sort the images into class folders and give their root"
+                    "give the file of their labels (--labels), or sort the images into class folders"
                 )
     classes = sorted(found)
     items = []
@@ -330,10 +344,9 @@ def read_class_list(path: str | Path, folders: Sequence[str]) -> list[str]:
 
     `folders` are the sorted class folders of the images, or empty if the labels come with the images. A list with ids
     (WordNet ids, or names of class folders) must have the ids of the folders in their order, because any other order
-    gives images wrong labels. A list without ids must have as many lines as there are folders. The path "imagenet" is
-    the shipped list of ImageNet-1K. Raises UserError with the difference.
+    gives images wrong labels. A list without ids must have as many lines as there are folders. Raises UserError with
+    the difference.
     """
-    path = IMAGENET if str(path) == "imagenet" else path
     lines = _lines(path)
     ids = _ids(lines, set(folders))
     if ids is None:
