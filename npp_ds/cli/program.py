@@ -20,6 +20,7 @@ for command in (
     runs.plan,
     runs.report,
     images.sample,
+    images.demo,
     images.evaluate,
     images.likelihood,
     files.export,
