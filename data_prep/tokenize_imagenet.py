@@ -38,9 +38,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the code shards and their manifest")
     add("--split", default="train", help="prefix of the shards, read and written (%(default)s)")
     add("--source", choices=["auto", "webdataset", "imagefolder", "imagenet-tar"], default="auto", help="(%(default)s)")
+    add("--labels", type=Path, metavar="FILE", help="classes of the images in ILSVRC2012_img_val.tar: the devkit's "
+        "ground truth, a WordNet id a line, or image and class a line")  # fmt: skip
     add("--class-list", "--class-names", type=Path, metavar="FILE", help="one class a line in label order: name, id "
-        "or 'id name'; ids must be the class folders (default: classes.txt beside the images, or the class "
-        "folders)")  # fmt: skip
+        "or 'id name', or imagenet for the shipped list; ids must be the class folders (default: classes.txt beside "
+        "the images, or the class folders)")  # fmt: skip
     add("--tokenizer", required=True, metavar="NAME_OR_PATH", help="fashion_mnist, or a checkpoint file")
     add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], default="fp32", help="of the encoder; for others than "
         "fp32 the agreement of the first codes with fp32 is measured, printed and recorded (%(default)s)")  # fmt: skip
@@ -115,7 +117,7 @@ def encode_images(options: argparse.Namespace) -> None:
         precision=options.precision,
         workers=default_workers() if options.workers is None else options.workers,
     )
-    source = open_source(options.images, options.split, options.class_list, options.source)
+    source = open_source(options.images, options.split, options.class_list, options.source, options.labels)
     encoding = Encoding(source, load_tokenizer(options.tokenizer).to(settings.device), options.out, settings)
     if options.dry_run:
         if place.rank == 0:

@@ -26,7 +26,8 @@ from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.utils.files import parse_json, sha256
+from npp_ds.utils.files import parse_json, read_json, sha256
+from npp_ds.utils.hub import CONFIG_FILE, WEIGHTS_FILE
 
 STATES = {"raw": MASTER, "ema": "ema"}  # the state of a checkpoint that holds each variant of the weights
 EXPORTED_SUFFIX = ".safetensors"
@@ -138,7 +139,7 @@ def open_weights(
     grid_size: int | None = None,
     verify: bool = False,
 ) -> Weights:
-    """Open the weights of a run folder, of a file of `npp export` or `npp import`, or of a published checkpoint.
+    """Open the weights of a run folder, of a file or folder that `npp export` or `npp import` wrote, or as published.
 
     A run folder gives those of its newest complete checkpoint, or of the checkpoint of `step`. `variant` is "raw", or
     "ema" for the moving average. An exported file holds a single variant; "raw" accepts either. `n_heads` and
@@ -150,6 +151,8 @@ def open_weights(
     path = Path(path)
     if variant not in STATES:
         raise UserError(f"weights: found {variant!r}, expected one of {', '.join(STATES)}")
+    if (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file():
+        path = path / WEIGHTS_FILE
     if path.is_dir():
         weights = _open_run(path, step, variant, verify)
     elif not path.is_file():
@@ -236,6 +239,8 @@ def _manifest_of(config: RunConfig, record: CheckpointRecord) -> Manifest | None
 def _open_exported(path: Path) -> Weights:
     with opened_safetensors(path) as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
+        if text is None and path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+            text = _described_by_config(path.parent)
         if text is None:
             raise UserError(f"{path}: not written by npp_ds; expected a file made by npp export or npp import")
         found = shapes_of_weights(path, file)
@@ -267,7 +272,7 @@ _ClassName = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
 
 class _Tokenizer(BaseModel):
     name: _Name
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sha256: str = Field(pattern="^([0-9a-f]{64})?$")  # "" if unknown, as of imported codes
 
 
 class _Metadata(BaseModel):
@@ -290,6 +295,17 @@ class _Metadata(BaseModel):
         if len(self.class_names) not in (0, self.model.num_classes):
             raise ValueError(f"{len(self.class_names)} class_names for {self.model.num_classes} classes")
         return self
+
+
+def _described_by_config(folder: Path) -> str:
+    """Return metadata for a folder of `Transformer.save_pretrained`, which describes the shape of the model only."""
+    unknown = dict.fromkeys(("step", "config_hash", "tokenizer"))
+    try:
+        model = read_json(folder / CONFIG_FILE)
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: not valid JSON ({error}); save the model again") from None
+    about = {"format": METADATA_FORMAT, "name": folder.name, "kind": "raw", "class_names": []}
+    return json.dumps({**about, **unknown, "model": model})
 
 
 def _parse_metadata(path: Path, text: str) -> dict[str, Any]:

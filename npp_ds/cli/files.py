@@ -1,7 +1,7 @@
 """Commands about files: export and import of weights, and folders of code shards."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,21 +10,29 @@ from npp_ds.errors import UserError
 from npp_ds.utils.format import counted
 from npp_ds.utils.logs import say
 
+if TYPE_CHECKING:
+    from npp_ds.checkpoint.open import Weights
+
 
 def export(
     source: Annotated[Path, typer.Argument(help="a run folder, or a file of weights")],
-    out: Annotated[Path, typer.Option(help="the file to write: .safetensors, or .pt for the published format")],
+    out: Annotated[Path, typer.Option(help="the file to write: .safetensors, .pt (published), or a folder (hub)")],
     step: Annotated[int | None, typer.Option(help="checkpoint; default: the newest complete one")] = None,
     weights: WeightsKind = "raw",
     heads: Heads = None,
     grid_size: GridSize = None,
     layout: Annotated[
-        str, typer.Option("--format", help="safetensors, or published: what the published sampling scripts load")
+        str, typer.Option("--format", help="safetensors; published: for its sampling scripts; hub: for Hugging Face")
     ] = "safetensors",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="of a hub folder: the tokenizer to include; default: that of a run, if available")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
 ) -> None:
     """Write the weights of a run to one file, for sampling, for further training, or in the published format.
+
+    --format hub writes a folder with config.json, safetensors, tokenizer and a model card, for from_pretrained.
 
     Example: npp export runs/xl_256 --out xl_256.safetensors
     """
@@ -32,10 +40,34 @@ def export(
     from npp_ds.checkpoint.open import open_weights
 
     opened = open_weights(source, step=step, variant=weights, n_heads=heads, grid_size=grid_size, verify=True)
-    export_weights(opened, out, layout=layout, dtype=dtype, force=force)
+    if layout == "hub":
+        _export_hub(opened, out, dtype, force, tokenizer)
+    elif tokenizer is not None:
+        raise UserError(
+            f"--tokenizer: found {tokenizer} with --format {layout}; only a hub folder includes a tokenizer"
+        )
+    else:
+        export_weights(opened, out, layout=layout, dtype=dtype, force=force)
     say(f"{out}: {opened.describe()}")
     if layout == "safetensors":  # the published format does not store the grid size
         warn(opened.guess_warning())
+
+
+def _export_hub(opened: "Weights", out: Path, dtype: str, force: bool, tokenizer: str | None) -> None:
+    from npp_ds.checkpoint.export import export_hub
+    from npp_ds.reporting.model_card import model_card
+    from npp_ds.sampling.request import find_tokenizer
+
+    try:
+        decoder = find_tokenizer(opened, tokenizer)
+    except UserError as error:
+        if tokenizer is not None:
+            raise
+        decoder = None
+        warn(f"WARNING: {out} will hold no tokenizer ({error})")
+    save = decoder.save_pretrained if decoder else None
+    files = model_card(opened, out.name, decoder is not None)
+    export_hub(opened, out, dtype=dtype, force=force, save_tokenizer=save, files=files)
 
 
 def import_(
@@ -112,6 +144,7 @@ def import_llamagen(
     Example: npp shards import-llamagen imagenet256_codes imagenet256_labels --out data/imagenet_256/train
     """
     from npp_ds.data.manifest import TokenizerInfo
+    from npp_ds.tokenizer.imagenet import class_list_file
     from npp_ds.tokenizer.listing import read_class_list
     from npp_ds.tokenizer.llamagen_codes import PRECISION, CodeFolders, ImportSettings, import_codes
 
@@ -128,7 +161,7 @@ def import_llamagen(
             if given not in (None, its):
                 raise UserError(f"--{option}: found {given}, but tokenizer {name} has {its}; leave the option out")
         vocab_size, downsample = model.config.codebook_size, model.downsample
-    names = read_class_list(class_list, []) if class_list else []
+    names = read_class_list(class_list_file(class_list), []) if class_list else []
     if num_classes and names and num_classes != len(names):
         raise UserError(f"--num-classes: found {num_classes}, but {class_list} has {len(names)} names")
     settings = ImportSettings(

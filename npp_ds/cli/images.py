@@ -9,11 +9,13 @@ import typer
 from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError, memory_advice
+from npp_ds.utils.files import check_writable
 from npp_ds.utils.logs import say
 from npp_ds.utils.progress import Progress
 
 if TYPE_CHECKING:
     from npp_ds.evaluation.extractors import Extractor
+    from npp_ds.evaluation.images import ImageSet
     from npp_ds.evaluation.reference import Reference
     from npp_ds.evaluation.sweep import Sweep
     from npp_ds.sampling.job import Sampling
@@ -129,12 +131,44 @@ def _run_sampling(job: "Sampling", process: ProcessInfo) -> None:
     )
 
 
+def demo(
+    source: Annotated[Path, typer.Argument(help="a run folder, an exported file or folder, a published checkpoint")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 7860,
+    tokenizer: Annotated[str | None, typer.Option(help="its name or file; default: that of the run")] = None,
+    step: Annotated[int | None, typer.Option(help="checkpoint; default: the newest complete one")] = None,
+    weights: WeightsKind = "raw",
+    heads: Heads = None,
+    grid_size: GridSize = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Serve a page to this machine alone that samples the model: class, guidance, seed. Needs npp_ds[demo]."""
+    try:
+        from npp_ds.sampling.demo import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"npp demo needs {error.name}: pip install 'npp_ds[demo]' (starlette and uvicorn)") from None
+    from npp_ds.sampling.image_model import load
+
+    model = load(
+        source,
+        tokenizer=tokenizer,
+        step=step,
+        weights=weights,
+        device=device,
+        dtype=dtype,
+        heads=heads,
+        grid_size=grid_size,
+    )
+    serve(model, source, port)
+
+
 def evaluate(
-    reference: Annotated[
-        str, typer.Option(help="an .npz of statistics (ADM's, or our own) or of images, image shards, or a folder")
-    ],
     source: Annotated[
         Path | None, typer.Argument(help="a run folder, whose newest samples are evaluated; with --sweep any weights")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="an .npz of statistics (ADM's, or our own) or of images, image shards, or a folder"),
     ] = None,
     samples: Annotated[
         Path | None, typer.Option(help="evaluate a folder of `npp sample`, an .npz, or a folder of images")
@@ -156,6 +190,10 @@ def evaluate(
         Path | None, typer.Option(help="only write the reference's statistics to this .npz")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="only check that reference and extractor fit the run")] = False,
+    reconstruction: Annotated[
+        str | None,
+        typer.Option(help="evaluate --tokenizer itself: these images, encoded and decoded; against them, by default"),
+    ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(help="sample and evaluate for each of cfg=1.5,1.75,2.0, checkpoint=1000,2000 or checkpoint=all"),
@@ -170,7 +208,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="of a sweep: of the samples; default: that of each checkpoint's stage"),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="of a sweep: name or file; default: that of the run")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="of a reconstruction, or of a sweep (default: that of the run): name or file")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="of a sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     batch_size: Annotated[int, typer.Option(help="of a sweep: images decoded at a time")] = 64,
 ) -> None:
@@ -183,9 +223,13 @@ def evaluate(
     process = read_environment()
     if process.rank and (sweep is None or make_reference is not None):
         return
-    against = _Against(reference, extractor, inception_weights, image_size)
+    if reference is None and reconstruction is None:
+        raise UserError("--reference: missing; give ADM's .npz, statistics of --make-reference, or images")
+    against = _Against(reference or str(reconstruction), extractor, inception_weights, image_size)
     if make_reference is not None:
         _make_reference(make_reference, against)
+    elif reconstruction is not None:
+        _evaluate_tokenizer(reconstruction, tokenizer, against, out)
     elif check:
         _check_reference(source, against)
     elif sweep is not None:
@@ -245,7 +289,7 @@ def _check_reference(source: Path | None, against: _Against) -> None:
 
 
 def _evaluate(source: Path | None, samples: Path | None, against: _Against, out: Path | None) -> None:
-    from npp_ds.evaluation.evaluate import describe, evaluate_images, result_file, write_result
+    from npp_ds.evaluation.evaluate import result_file
     from npp_ds.evaluation.images import open_images
     from npp_ds.sampling.folder import newest_samples
 
@@ -254,13 +298,31 @@ def _evaluate(source: Path | None, samples: Path | None, against: _Against, out:
             raise UserError("nothing to evaluate: give a run folder, --samples, or --make-reference OUT.npz")
         samples = newest_samples(source)
     images = open_images(samples)
-    path = result_file(images.path, out)
+    _report(images, against, result_file(images.path, out))
+
+
+def _report(images: "ImageSet", against: _Against, path: Path) -> None:
+    """Evaluate images, print the result and write it to `path`."""
+    from npp_ds.evaluation.evaluate import describe, evaluate_images, write_result
+
     extractor = against.open_extractor(images.record.get("tokenizer", {}).get("name"))
     reference = against.load(extractor)
     with Progress("samples") as progress:
         result = evaluate_images(images, reference, extractor, progress)
     say(*describe(result).splitlines())
     say(f"written to {write_result(result, path)}")
+
+
+def _evaluate_tokenizer(images: str, tokenizer: str | None, against: _Against, out: Path | None) -> None:
+    from npp_ds.distributed.environment import choose_device
+    from npp_ds.evaluation.images import open_images, reconstructed
+    from npp_ds.tokenizer.loading import load_tokenizer
+
+    if tokenizer is None:
+        raise UserError("--tokenizer: missing; give the name or file of the tokenizer that reconstructs the images")
+    path = check_writable(out or Path("reconstruction.json"))
+    found = open_images(images, against.image_size)
+    _report(reconstructed(found, load_tokenizer(tokenizer), choose_device("auto", 0)), against, path)
 
 
 def _sweep(sweep: "Sweep", process: ProcessInfo, against: _Against, out: Path | None) -> None:
@@ -295,7 +357,7 @@ def likelihood(
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.evaluation.likelihood import likelihood_of
     from npp_ds.reporting.plot import write_likelihood
-    from npp_ds.utils.files import check_writable, explain_os_errors
+    from npp_ds.utils.files import explain_os_errors
 
     opened = open_weights(source, step=step, variant=weights)
     shards = data or (opened.config.data.val if opened.config else None)

@@ -23,6 +23,7 @@ for command in (
     runs.status,
     runs.report,
     images.sample,
+    images.demo,
     images.evaluate,
     images.likelihood,
     files.export,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,12 @@ from npp_ds.tokenizer.images import ImageItem, decoded_images
 from npp_ds.tokenizer.listing import PassedOver, extensions, image_files, log_passed_over, shortened
 from npp_ds.tokenizer.sources import SHARD_SUFFIXES, file_item, list_shards
 
+if TYPE_CHECKING:
+    from npp_ds.tokenizer.vq import VQModel
+
 IMAGES_KEY = "arr_0"
+RECONSTRUCTION = "reconstruction"
+RECONSTRUCTED_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,33 @@ def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
     items = list_shards([Path(p) for p in shard_paths(source)], Counter())
     labels = np.array([item.label for item in items], dtype=np.int64)
     return _encoded(str(source), "shards", items, labels, image_size)
+
+
+def reconstructed(images: ImageSet, tokenizer: "VQModel", device: str) -> ImageSet:
+    """Return the images as a tokenizer reproduces them: encoded to codes and decoded, in fp32, rounded as samples are.
+
+    Raises UserError, while they are read, for images whose sides are not multiples of the pixels per code.
+    """
+    import torch
+
+    from npp_ds.tokenizer.vq import to_input, to_uint8
+
+    tokenizer = tokenizer.to(device)
+
+    def batches(n: int) -> Iterator[np.ndarray]:
+        for batch in images.batches(n):
+            size = batch.shape[1:3]
+            if size[0] != size[1] or size[0] % tokenizer.downsample:
+                raise UserError(
+                    f"{images.path}: {size[1]}x{size[0]} pixels; {tokenizer.name} encodes squares whose side is a "
+                    f"multiple of {tokenizer.downsample}; set --image-size to crop all images"
+                )
+            parts = torch.from_numpy(batch).to(device).split(RECONSTRUCTED_AT_A_TIME)
+            decoded = [to_uint8(tokenizer.decode(tokenizer.encode(to_input(part)))) for part in parts]
+            yield torch.cat(decoded).cpu().numpy()
+
+    record = {"tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256}}
+    return ImageSet(images.path, RECONSTRUCTION, images.count, batches, images.labels, record)
 
 
 def _check_finished(path: Path) -> None:

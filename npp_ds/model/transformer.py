@@ -17,6 +17,7 @@ from npp_ds.model.layers import Embedding, Linear, RMSNorm
 from npp_ds.model.loss import patch_cross_entropy
 from npp_ds.model.patches import PatchEmbedding
 from npp_ds.sizes import ffn_hidden
+from npp_ds.utils.hub import HubModel
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Head(nn.Module):
         return patch_cross_entropy(hidden, self.weight, targets, self.loss_kernel)
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, HubModel):
     """Predicts patch i of an image from its class and patches 0..i-1; with k = 1 this is next-token prediction."""
 
     def __init__(self, config: ModelConfig):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from npp_ds.checkpoint.export import TOKENIZER_FOLDER
 from npp_ds.checkpoint.open import Weights
 from npp_ds.errors import UserError, did_you_mean, similar_names
 from npp_ds.sampling.folder import samples_of
@@ -11,6 +12,7 @@ from npp_ds.sampling.logits_processing import Options
 from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
+from npp_ds.utils.hub import WEIGHTS_FILE
 
 PART_SIZE = 256
 
@@ -133,10 +135,15 @@ def _normal(name: str) -> str:
 def find_tokenizer(weights: Weights, tokenizer: str | Path | None = None) -> VQModel:
     """Load the tokenizer that decodes the codes of these weights.
 
-    It is the one given by name or file, else that of the run's config, else an available one that made the codes of the
-    training data. Raises UserError if none is known, and if another tokenizer made those codes.
+    It is the one given by name or file, else that of the run's config or of the exported folder, else an available one
+    that made the codes of the training data. Raises UserError if none is known, and if another one made those codes.
     """
-    return tokenizer_of(weights.tokenizer, tokenizer or (weights.config.data.tokenizer if weights.config else None))
+    beside = weights.path.parent / TOKENIZER_FOLDER
+    if weights.config:
+        tokenizer = tokenizer or weights.config.data.tokenizer
+    elif weights.path.name == WEIGHTS_FILE and beside.is_dir():
+        tokenizer = tokenizer or beside
+    return tokenizer_of(weights.tokenizer, tokenizer)
 
 
 def default_folder(weights: Weights, request: Request) -> Path:

@@ -41,8 +41,6 @@ LITTER = {
 }  # fmt: skip
 """Names, in small letters, of files and folders that systems leave anywhere. Names that begin with a dot count too."""
 CLASSES_FILE = "classes.txt"
-IMAGENET = Path(__file__).parent.parent / "assets" / "imagenet_classes.txt"
-"""Class list of ImageNet-1K, "<WordNet id> <name>"; `npp_ds/assets/README.md` says where it is from."""
 WORDNET_ID = re.compile(r"n\d{8}")
 HIDDEN = "hidden or left by a system"
 PREFIX_BYTES = 32
@@ -199,10 +197,8 @@ def read_class_list(path: str | Path, folders: Sequence[str]) -> list[str]:
     `folders` are the sorted class folders of the images, or empty if the labels come with the images. A list with ids
     (WordNet ids, or names of class folders) must have the ids of the folders in their order, because any other order
     gives images wrong labels. A list without ids must have as many lines as there are folders, and the folders must
-    have the same order as text and by their numbers. The path "imagenet" is the shipped list of ImageNet-1K. Raises
-    UserError with the difference.
+    have the same order as text and by their numbers. Raises UserError with the difference.
     """
-    path = IMAGENET if str(path) == "imagenet" else path
     lines = _lines(path)
     ids = _ids(lines, set(folders))
     if ids is None:

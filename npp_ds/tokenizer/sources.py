@@ -18,6 +18,7 @@ import numpy as np
 
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import crop
+from npp_ds.tokenizer.imagenet import VALIDATION_TAR, class_list_file, list_validation_tar
 from npp_ds.tokenizer.images import ImageItem, decoded_images, open_decompressed, with_unique_keys
 from npp_ds.tokenizer.listing import (
     CLASSES_FILE,
@@ -85,19 +86,29 @@ class Source:
 
 
 def open_source(
-    images: Sequence[str | Path], split: str, class_list: str | Path | None = None, variant: str = "auto"
+    images: Sequence[str | Path],
+    split: str,
+    class_list: str | Path | None = None,
+    variant: str = "auto",
+    labels: Path | None = None,
 ) -> Source:
     """List a source of one of VARIANTS; auto detects which.
 
     webdataset: image shards, as a folder with `<split>-*.tar` or .tar.gz, or as such files. imagefolder: a folder with
     class folders, directly or under `<split>/`. imagenet-tar: a tar of one tar per class, or a folder with
-    ILSVRC2012_img_<split>.tar. Raises UserError if there is none of these, or if labels and class list disagree.
+    ILSVRC2012_img_<split>.tar. `class_list` is a file, or "imagenet" for the shipped one. With `labels` the images are
+    those of ILSVRC2012_img_val.tar (or its folder), and that file has their classes. Raises UserError if there is none
+    of these, or if labels and class list disagree.
     """
     paths = [Path(path) for path in images]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: not found; expected a folder of images or of image shards, or tar files")
-    variant, found = _find(paths, split, variant)
+    if labels is not None:
+        tar = paths[0] / VALIDATION_TAR if paths[0].is_dir() else paths[0]
+        variant, found = "imagenet-val-tar", [tar]
+    else:
+        variant, found = _find(paths, split, variant)
     folders: list[str] = []
     passed_over: PassedOver = Counter()
     if variant == "webdataset":
@@ -106,10 +117,14 @@ def open_source(
     elif variant == "imagefolder":
         items, folders = _list_image_folder(found[0], passed_over)
         name, beside = found[0].name, found[0] / CLASSES_FILE
+    elif labels is not None:
+        items, folders = list_validation_tar(found[0], labels)
+        name, beside = found[0].name, found[0].parent / CLASSES_FILE
     else:
         items, folders = _list_imagenet_tar(found[0], passed_over)
         name, beside = found[0].name, found[0].parent / CLASSES_FILE
-    names = read_class_list(class_list or beside, folders) if class_list or os.path.lexists(beside) else folders
+    use = class_list or os.path.lexists(beside)
+    names = read_class_list(class_list_file(class_list or beside), folders) if use else folders
     checked_names(class_list or found[0], names)
     highest = max(items, key=lambda item: item.label)
     if names and highest.label >= len(names):
@@ -240,7 +255,7 @@ def _list_imagenet_tar(path: Path, passed_over: PassedOver) -> tuple[list[ImageI
             elif _is_image(file, member, passed_over):
                 raise UserError(
                     f"{path}: holds the image {member.name} and not only one tar per class, so its class is not known; "
-                    "sort the images into class folders and give their root"
+                    "give the file of their labels (--labels), or sort the images into class folders"
                 )
     classes = sorted(found)
     items = []

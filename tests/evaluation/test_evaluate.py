@@ -427,7 +427,7 @@ def test_an_unwritable_result_is_reported_before_measuring(images, tmp_path, mon
 def test_the_commands_of_the_guide_name_options_that_exist():
     guide = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
     commands = [shlex.split(line) for line in re.findall(r"^ *((?:npp|accelerate) .*)$", guide, re.MULTILINE)]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for words in commands:
         _, command, *arguments = words[words.index("npp_ds") if "npp_ds" in words else 0 :]
         get_command(app).commands[command].make_context(command, arguments)

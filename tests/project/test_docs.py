@@ -18,7 +18,8 @@ from npp_ds.config.checks import problems_of
 from npp_ds.config.fields import keys_of
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest, verify
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import verify
 from npp_ds.training.preemption import PREEMPTED
 from npp_ds.training.watchdog import STALLED
 

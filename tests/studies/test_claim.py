@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from npp_ds.config.load import problems_of
+from npp_ds.config.checks import problems_of
 from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import SHIPPED as CLASSIFIER
 from npp_ds.tokenizer.loading import SHIPPED as TOKENIZERS
