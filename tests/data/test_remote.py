@@ -1,9 +1,11 @@
 """Shards behind a URL: fetched once per node, complete or not at all, resumed after any interruption."""
 
+import contextlib
 import logging
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -148,8 +150,53 @@ def test_server_that_falls_silent_is_given_up_and_asked_again(tmp_path, publishe
     server, codes, labels = published
     server.faults[SHARDS[1]] = [stall]
     assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
-    assert f"{SHARDS[1]}: curl ended with exit code 28" in caplog.messages[1]
+    assert f"{SHARDS[1]}: too slow: below 16,000 bytes a second after 1 s" in caplog.messages[1]
     assert [server.requests[name] for name in SHARDS] == [1, 2, 1]
+
+
+def drip(handler, content):
+    """Two bytes at a time, slowly, until the other side has gone."""
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b"[[")
+            time.sleep(0.05)
+
+
+def flood(handler, content):
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b" " * (1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (stall, "too slow: not done"),
+        (drip, "too slow: not done"),
+        (flood, "more than the 10,000,000 bytes"),
+    ],
+)
+def test_manifest_that_does_not_end_is_given_up(tmp_path, published, monkeypatch, fault, reason):
+    server, _, _ = published
+    monkeypatch.setattr(remote, "MANIFEST_SECONDS", 2)
+    monkeypatch.setattr(remote, "SMALL_FILE_BYTES", 10_000_000)
+    server.faults["manifest.json"] = [fault] * 4
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"^{server.url}/manifest.json: {reason}"):
+        stage(server.url, tmp_path / "cache")
+    assert time.monotonic() - started < 20
+    assert server.requests["manifest.json"] == 1
+
+
+def test_shard_that_arrives_too_slowly_is_given_up(tmp_path, published):
+    server, _, _ = published
+    server.faults[SHARDS[1]] = [drip] * 4
+    with pytest.raises(UserError, match=f"{SHARDS[1]}: too slow: below 16,000 bytes a second .*in each of 4 tries"):
+        stage(server.url, tmp_path / "cache")
 
 
 def test_download_resumes_from_another_server_when_the_first_one_died(tmp_path, published):
