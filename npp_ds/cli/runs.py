@@ -11,7 +11,7 @@ import typer
 from npp_ds.cli.common import ConfigFile, Overrides, Recipe, warn
 from npp_ds.cli.exit_codes import NON_FINITE, print_error
 from npp_ds.distributed.environment import read_environment
-from npp_ds.errors import UserError, memory_advice
+from npp_ds.errors import UserError, content_of, memory_advice
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 from npp_ds.utils.gpu_specs import GPUS
 
@@ -112,4 +112,5 @@ def report(
     """Plot a run and print its closing table: time per stage, cost, likelihood, samples, the paths of all files."""
     from npp_ds.reporting.report import report_run
 
-    report_run(run_dir, next_steps=next_step or ())
+    with content_of(run_dir, "what npp train, sample and evaluate write"):
+        report_run(run_dir, next_steps=next_step or ())
