@@ -5,9 +5,11 @@ UserError means "a person can fix this" (exit code 2), RendezvousError "try agai
 
 import errno
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 _OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG),
@@ -92,6 +94,23 @@ def memory_advice(advice: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory: {_first_sentences(error)}; {advice}") from error
+
+
+@contextmanager
+def content_of(path: object, expected: str) -> Iterator[None]:
+    """Turn what wrong content of files under `path` raises in the block into a UserError that names the line of code.
+
+    For commands that show files of many kinds, whose content may be anybody's, and change nothing.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(at.filename).name}:{at.lineno}"
+        reason = f"{type(error).__name__}: {_first_sentences(error)}, {where}"
+        raise UserError(f"{path}: its files do not hold {expected} ({reason}); restore them") from error
 
 
 def _first_sentences(error: BaseException) -> str:

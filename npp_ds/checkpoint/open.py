@@ -3,6 +3,7 @@
 `open_weights` reads what describes the weights. The tensors are read later, one by one.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass

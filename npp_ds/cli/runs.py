@@ -11,7 +11,7 @@ import typer
 from npp_ds.cli.common import ConfigFile, Overrides, Recipe, warn
 from npp_ds.cli.exit_codes import NON_FINITE, USER_ERROR, print_error
 from npp_ds.distributed.environment import read_environment
-from npp_ds.errors import UserError, memory_advice
+from npp_ds.errors import UserError, content_of, memory_advice
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 from npp_ds.utils.gpu_specs import GPUS
 
@@ -153,4 +153,5 @@ def report(
     """
     from npp_ds.reporting.report import report_runs
 
-    report_runs(run_dirs, out=out, next_steps=next_step or ())
+    with content_of(run_dirs[0], "what npp train, sample and evaluate write"):
+        report_runs(run_dirs, out=out, next_steps=next_step or ())

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from npp_ds.errors import UserError
@@ -32,7 +32,7 @@ SLOWEST_HEARTBEAT = 20.0
 LEASE_BYTES = 64 << 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class Owner:
     """A start of a run. `beat` is counted up as long as its first process lives."""
 

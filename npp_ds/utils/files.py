@@ -93,7 +93,8 @@ def plain_name(name: str) -> str:
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; when the block ends, flush it to disk and rename it to `path`.
 
-    If the block raises (a full disk, an interrupt), the temporary file is removed and `path` stays as it was.
+    If the block raises (a full disk, an interrupt), the temporary file is removed and `path` stays as it was. Errors
+    of the system name `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -103,9 +104,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # the first error counts
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(temporary)):
+            error.filename = str(path)
         raise
     fsync_directory(path.parent)
 
