@@ -153,5 +153,5 @@ def report(
     """
     from npp_ds.reporting.report import report_runs
 
-    with content_of(run_dirs[0], "what npp train, sample and evaluate write"):
+    with content_of(", ".join(map(str, run_dirs)), "what npp train, sample and evaluate write"):
         report_runs(run_dirs, out=out, next_steps=next_step or ())
