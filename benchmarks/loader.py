@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.common import command_line, in_the_same_turn, machine, made_by, parsed, publish, rates_in_turn
 from npp_ds.config.schedule import Stage
 from npp_ds.data.loader import StageLoader
+from npp_ds.data.manifest import CropInfo, Manifest, TokenizerInfo
 from npp_ds.data.order import batch_ids, epoch_permutation
-from npp_ds.data.shards import CropInfo, Manifest, ShardWriter, TokenizerInfo, shard_name
+from npp_ds.data.shards import ShardWriter, shard_name
 from npp_ds.data.store import CodeStore, stage
 
 BATCH, GRID, VOCABULARY, CLASSES = 256, 16, 16384, 1000

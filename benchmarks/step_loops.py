@@ -99,7 +99,7 @@ class EngineLoop:
     def step(self, stage: Stage, batches: Batches) -> Tensor:
         """Take one step and return its loss, computed before the update."""
         if stage is not self.stage:
-            self.engine.set_batch_sizes(stage)
+            self.engine.set_stage(stage)
             self.stage = stage
         self.steps += 1
         return self.engine.step(self.steps, batches, 1e-4).loss

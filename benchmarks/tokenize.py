@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.common import command_line, machine, made_by, parsed, publish, spread
-from npp_ds.data.shards import Manifest, ShardWriter
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import ShardWriter
 from npp_ds.tokenizer import VQ16, VQModel, load_tokenizer
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.crops import squares

@@ -8,8 +8,10 @@ This command made the shipped ones:
 import argparse
 import gzip
 import io
+import math
 import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,19 +38,24 @@ CLASS_NAMES = (
     "Ankle boot",
 )
 PADDING = 2
+MOST_BYTES = 1 << 30  # of an unpacked file; those of Fashion-MNIST have 47 MB
 
 
 def read_idx(path: Path) -> np.ndarray:
     """Read the uint8 array of an IDX file (http://yann.lecun.com/exdb/mnist), plain or gzip. Raises UserError."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+    try:
+        with open(path, "rb") as plain, gzip.open(plain) as unpacked:
+            compressed = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            data = (unpacked if compressed else plain).read(MOST_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy it again") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or data[3] > 3 or len(data) < 4 + 4 * data[3]:
         raise UserError(f"{path}: not an IDX file of unsigned bytes (starts with {data[:4].hex() or 'nothing'})")
     dimensions = data[3]
     shape = struct.unpack_from(f">{dimensions}I", data, 4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-    if values.size != np.prod(shape):
+    if values.size != math.prod(shape):
         raise UserError(f"{path}: {values.size} values, its header says {shape}; the file is cut off, copy it again")
     return values.reshape(shape)
 

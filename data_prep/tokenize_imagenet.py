@@ -23,7 +23,8 @@ from npp_ds.distributed.environment import choose_device, read_environment
 from npp_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from npp_ds.data.shards import Manifest
+    from npp_ds.data.manifest import Manifest
+    from npp_ds.tokenizer.sources import Source
 
 MOST_WORKERS = 16
 
@@ -37,9 +38,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the code shards and their manifest")
     add("--split", default="train", help="prefix of the shards, read and written (%(default)s)")
     add("--source", choices=["auto", "webdataset", "imagefolder", "imagenet-tar"], default="auto", help="(%(default)s)")
+    add("--labels", type=Path, metavar="FILE", help="classes of the images in ILSVRC2012_img_val.tar: the devkit's "
+        "ground truth, a WordNet id a line, or image and class a line")  # fmt: skip
     add("--class-list", "--class-names", type=Path, metavar="FILE", help="one class a line in label order: name, id "
-        "or 'id name'; ids must be the class folders (default: classes.txt beside the images, or the class "
-        "folders)")  # fmt: skip
+        "or 'id name', or imagenet for the shipped list; ids must be the class folders (default: classes.txt beside "
+        "the images, or the class folders)")  # fmt: skip
     add("--tokenizer", required=True, metavar="NAME_OR_PATH", help="fashion_mnist, or a checkpoint file")
     add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], default="fp32", help="of the encoder; for others than "
         "fp32 the agreement of the first codes with fp32 is measured, printed and recorded (%(default)s)")  # fmt: skip
@@ -48,9 +51,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--crop-range", type=float, nargs="+", metavar="R", help="for ten crops: the crops are taken from the centre "
         "square of side image size x R, scaled to fit; 1.1 1.05 makes twenty (1.1)")  # fmt: skip
     add("--samples-per-shard", type=int, default=4096, metavar="N", help="images per shard (%(default)s)")
-    add(
-        "--batch-size", type=int, default=256, metavar="CROPS", help="crops through the tokenizer at once (%(default)s)"
-    )
+    add("--batch-size", type=int, metavar="CROPS", help="crops through the tokenizer at once (default: that of a set "
+        "in --out; for a new one as many as fit half of the free memory, at most 256)")  # fmt: skip
     add("--workers", type=int, metavar="N", help="processes that decode images, for each process that encodes; 0: none "
         f"(the processor cores that are available to it, at most {MOST_WORKERS})")  # fmt: skip
     add("--max-skipped", type=float, default=0.001, metavar="FRACTION", help="of unreadable images (%(default)s)")
@@ -115,25 +117,45 @@ def encode_images(options: argparse.Namespace) -> None:
         precision=options.precision,
         workers=default_workers() if options.workers is None else options.workers,
     )
-    source = open_source(options.images, options.split, options.class_list, options.source)
+    source = open_source(options.images, options.split, options.class_list, options.source, options.labels)
     encoding = Encoding(source, load_tokenizer(options.tokenizer).to(settings.device), options.out, settings)
     if options.dry_run:
         if place.rank == 0:
-            print(f"{options.out}, not written: {estimate(encoding, place.world_size)}")
+            say(f"{options.out}, not written: {estimate(encoding, place.world_size)}{remarks(source)}")
         return
     encoded = encoding.run(place.rank, place.world_size)
     manifest = encoding.finish()
     if manifest is not None:
-        report(manifest, options.out, encoded, time.monotonic() - started)
+        report(manifest, source, options.out, encoded, time.monotonic() - started)
     else:
-        print(f"process {place.rank} is done ({encoded} images); others are still encoding", flush=True)
+        say(f"process {place.rank} is done ({encoded} images); others are still encoding")
 
 
-def report(manifest: "Manifest", out: Path, encoded: int, seconds: float) -> None:
+def say(text: str) -> None:
+    """Print a line. The work is done by then, so a reader that has gone away or a full disk there is no failure."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = None  # type: ignore[assignment]  # or Python would try again when it ends
+
+
+def remarks(source: "Source") -> str:
+    """Return what the closing line says of classes without images and of files that were passed over."""
+    from npp_ds.tokenizer.listing import passed_over_text, some
+
+    empty = source.classes_without_images
+    found = [
+        f"no images of {len(empty)} classes ({some(empty)})" if empty else "",
+        passed_over_text(source.passed_over),
+    ]
+    return "".join(f"; {text}" for text in found if text)
+
+
+def report(manifest: "Manifest", source: "Source", out: Path, encoded: int, seconds: float) -> None:
     from npp_ds.tokenizer.contents import compare_sizes
 
     size = compare_sizes(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
-    print(
+    say(
         f"{out}: {manifest.num_samples} images x {manifest.num_crops} crops x {manifest.num_tokens} codes in "
         f"{len(manifest.shards)} shards, {size}; {len(manifest.skipped)} images skipped; "
         + (
@@ -141,6 +163,7 @@ def report(manifest: "Manifest", out: Path, encoded: int, seconds: float) -> Non
             if encoded
             else "nothing was left to do"
         )
+        + remarks(source)
     )
 
 

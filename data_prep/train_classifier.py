@@ -29,11 +29,13 @@ SHIFT = 2
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", required=True, help="folder with train-*.tar[.gz] image shards")
-    add("--validation", required=True, help="folder with val-*.tar[.gz] image shards")
+    add("--images", required=True, help="folder with train-*.tar[.gz] image shards, or an ImageFolder tree")
+    add("--validation", required=True, help="folder with val-*.tar[.gz] image shards, or an ImageFolder tree")
     add("--tokenizer", default="fashion_mnist", help="its reconstructions are trained on too (%(default)s)")
     add("--reconstructed", type=int, default=20000, help="number of images to reconstruct (%(default)s)")
     add("--out", type=Path, required=True, help="the .safetensors to write")
+    add("--widths", type=int, nargs=4, default=[1, 32, 48, 64], help="channels before, between and after the "
+        "convolutions; the first is 1 for grey values, 3 for colours (1 32 48 64)")  # fmt: skip
     add("--epochs", type=int, default=6, help="(%(default)s)")
     add("--batch-size", type=int, default=128, help="(%(default)s)")
     add("--learning-rate", type=float, default=2e-3, help="peak (%(default)s)")
@@ -64,7 +66,7 @@ def fit(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> 
     """Train a classifier on images uint8 [N, 32, 32, 3] and labels int64 [N]."""
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    model = Classifier(int(labels.max()) + 1).train()
+    model = Classifier(int(labels.max()) + 1, options.widths).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
     steps_per_epoch = len(images) // options.batch_size
     total = options.epochs * steps_per_epoch

@@ -18,7 +18,7 @@ import torch
 
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.sizes import num_positions
 from npp_ds.training.metrics import events_named, read_events
 from npp_ds.utils.files import write_json_atomic, write_text_atomic

@@ -1,16 +1,22 @@
 """Write weights to one file: our layout (safetensors that describe themselves) or the published one (`.pt`).
 
-Both are written one tensor at a time, so memory stays far below the size of the weights.
+Both are written one tensor at a time, so memory stays far below the size of the weights. `export_hub` writes a folder
+in our layout that Hugging Face's `from_pretrained` reads.
 """
 
 import argparse
 import json
 import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +25,11 @@ from npp_ds.checkpoint.llamagen import CLASS_EMBEDDING
 from npp_ds.checkpoint.open import EXPORTED_SUFFIX, METADATA_KEY, Reader, Weights
 from npp_ds.checkpoint.safetensors_io import DTYPES, Entry, Shape, bytes_of, safetensors_blocks
 from npp_ds.errors import UserError
-from npp_ds.utils.files import explain_os_errors, write_atomic
+from npp_ds.model import ModelConfig
+from npp_ds.utils.files import explain_os_errors, write_atomic, write_json_atomic
+from npp_ds.utils.hub import CONFIG_FILE, WEIGHTS_FILE
 
+TOKENIZER_FOLDER = "tokenizer"
 SUFFIXES = {"safetensors": EXPORTED_SUFFIX, "published": ".pt"}
 
 
@@ -34,18 +43,66 @@ def export_weights(
     values that `dtype` cannot hold.
     """
     out = Path(out)
-    for name, value, known in (("--format", layout, SUFFIXES), ("--dtype", dtype, DTYPES)):
-        if value not in known:
-            raise UserError(f"{name}: found {value!r}, expected one of {', '.join(known)}")
+    if layout not in SUFFIXES:
+        raise UserError(f"--format: found {layout!r}, expected one of {', '.join(SUFFIXES)} or hub")
     if out.suffix != SUFFIXES[layout]:
         raise UserError(f"{out}: the suffix of a file in {layout} format is {SUFFIXES[layout]}; rename it")
+    _check_new(out, dtype, force)
+    write = {"safetensors": _write_safetensors, "published": _write_published}[layout]
+    with explain_os_errors(out):
+        write_atomic(out, partial(write, weights, DTYPES[dtype]))
+
+
+def export_hub(
+    weights: Weights,
+    out: str | Path,
+    *,
+    dtype: str = "fp32",
+    force: bool = False,
+    save_tokenizer: Callable[[Path], Any] | None = None,
+    files: Mapping[str, bytes],
+) -> None:
+    """Write the folder `out` for the Hugging Face hub, which appears complete or not at all.
+
+    It holds config.json and model.safetensors, which `Transformer.from_pretrained` and all commands read, the given
+    `files`, and in `tokenizer/` what `save_tokenizer` writes into that folder. Raises UserError as `export_weights`.
+    """
+    out = Path(out)
+    _check_new(out, dtype, force)
+    if out.exists() and not (out / CONFIG_FILE).is_file():
+        raise UserError(f"{out}: exists and has no {CONFIG_FILE}, so it is not replaced; give another name")
+    with explain_os_errors(out), _new_folder(out) as folder:
+        write_json_atomic(folder / CONFIG_FILE, asdict(ModelConfig(**weights.model.arguments())))
+        write_atomic(folder / WEIGHTS_FILE, partial(_write_safetensors, weights, DTYPES[dtype]))
+        if save_tokenizer is not None:
+            save_tokenizer(folder / TOKENIZER_FOLDER)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def _check_new(out: Path, dtype: str, force: bool) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; give --force to replace it, or another name")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first")
-    write = {"safetensors": _write_safetensors, "published": _write_published}[layout]
-    with explain_os_errors(out):
-        write_atomic(out, partial(write, weights, DTYPES[dtype]))
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its place when the block ends, and is removed if it raises."""
+    folder, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if path.exists():
+            path.rename(old)
+        folder.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _converted(tensor: Reader, dtype: torch.dtype, name: str) -> Tensor:

@@ -13,14 +13,15 @@ import re
 import shutil
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from npp_ds.errors import UserError
-from npp_ds.utils.files import sha256, write_json_atomic
-
-logger = logging.getLogger(__name__)
+from npp_ds.utils.files import read_json, sha256, write_json_atomic
 
 RECORD = "COMPLETE.json"
 FORMAT = 3
@@ -31,7 +32,11 @@ _TEMPORARY = re.compile(r"step-\d{8,}\..+\.tmp")
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_FileName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # without a folder
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class CheckpointRecord:
     """The content of COMPLETE.json. Steps 0 .. `step` - 1 of the schedule are done; a resumed run begins with `step`.
 
@@ -41,19 +46,19 @@ class CheckpointRecord:
     `config` holds the config keys that must not change on resume; it is None in records of format 2.
     """
 
-    step: int
-    stage: int
-    world_size: int
+    step: _Count
+    stage: _Count
+    world_size: _Count
     zero_stage: int
     precision: str
     config_hash: str
     data_fingerprint: str
-    optimizer_steps: int
+    optimizer_steps: _Count
     kinds: list[str]
-    shapes: dict[str, list[int]]
-    excluded_steps: list[int] = field(default_factory=list)
-    rollbacks: int = 0
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shapes: dict[str, list[_Count]]
+    excluded_steps: list[_Count] = field(default_factory=list)
+    rollbacks: _Count = 0
+    files: dict[_FileName, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     format: int = FORMAT
 
@@ -87,6 +92,8 @@ def find_problem(folder: Path, verify: bool = True) -> str | None:
 
 def _find_problem_of_file(path: Path, expected: dict[str, Any], verify: bool) -> str | None:
     try:
+        if not path.is_file():
+            return f"{path}: missing, or no regular file"
         if (size := path.stat().st_size) != expected["bytes"]:
             return f"{path}: {size} bytes, expected {expected['bytes']}"
         if verify and sha256(path) != expected["sha256"]:
@@ -111,11 +118,15 @@ def read_record(folder: Path) -> CheckpointRecord:
     unknown format.
     """
     try:
-        raw = json.loads((folder / RECORD).read_text())
+        raw = read_json(folder / RECORD)
         found = raw["format"]
         digest = raw.pop("sha256", None)
         intact = digest == _digest(raw)
         record = CheckpointRecord(**raw) if intact and found in READABLE_FORMATS else None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise IncompleteCheckpointError(f"{folder / RECORD}: {where:.80}: {problem['msg']}") from error
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise IncompleteCheckpointError(f"{folder / RECORD}: not a readable completeness record ({error!r})") from error
     except OSError as error:

@@ -15,22 +15,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from npp_ds.checkpoint.safetensors_io import Shape, check_type, read_torch
+from npp_ds.checkpoint.safetensors_io import WRAPPINGS, Shape, check_type, read_torch, some_names, unwrapped_tensors
 from npp_ds.config.schema import ModelSection
 from npp_ds.errors import UserError
 from npp_ds.sizes import SIZES, ffn_hidden
 
 CLASS_EMBEDDING = "cls_embedding.embedding_table.weight"
-WRAPPINGS = ("model", "module", "state_dict")
 HEAD_DIM = 64
 OTHER_HEADS = {(24, 3200): 32, (32, 4096): 32}  # LlamaGen's 3B and 7B: (n_layers, dim) whose head width is not 64
 GRID_SIZE = 16
-_WRAPPERS = {  # parts of parameter names that DistributedDataParallel, torch.compile, FSDP and checkpointing add
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-}
 _BUFFERS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")  # computed by the published code when it samples
 
 
@@ -64,7 +57,7 @@ def inspect_published(path: Path, variant: str, n_heads: int | None, grid_size: 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shapes[CLASS_EMBEDDING] = (num_classes + 1, *shapes[CLASS_EMBEDDING][1:])
     steps = content.get("steps")
-    steps = steps if isinstance(steps, int) else None
+    steps = steps if type(steps) is int and 0 <= steps < 2**63 else None
     return PublishedModel(steps, model, shapes, grid_size is None, has_null_class)
 
 
@@ -80,19 +73,9 @@ def reading_published(path: Path, variant: str, num_classes: int) -> Iterator[Ca
 
 def _tensors_of(path: Path, content: Any, variant: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return (parameters, buffers) of a variant, by their names without wrappers."""
-    content = content if isinstance(content, dict) else {}
-    if variant == "ema":
-        if "ema" not in content:
-            raise UserError(f"{path}: holds no `ema` entry, so no averaged weights; use the raw ones")
-        state = content["ema"]
-    else:
-        state = next((content[key] for key in WRAPPINGS if key in content), content)
-    state = state if isinstance(state, dict) else {}
-    tensors = {
-        _plain(name): value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise UserError(f"{path}: no weights under {', '.join(WRAPPINGS)} or at the top; found {_some(content)}")
+    if variant == "ema" and not (isinstance(content, dict) and "ema" in content):
+        raise UserError(f"{path}: holds no `ema` entry, so no averaged weights; use the raw ones")
+    tensors = unwrapped_tensors(path, content, ("ema",) if variant == "ema" else WRAPPINGS)
     buffers = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in _BUFFERS}
     parameters = {name: value for name, value in tensors.items() if name not in buffers}
     for name, tensor in parameters.items():
@@ -100,19 +83,12 @@ def _tensors_of(path: Path, content: Any, variant: str) -> tuple[dict[str, Tenso
     return parameters, buffers
 
 
-def _plain(name: str) -> str:
-    """Remove the parts that wrappers add, also around single layers."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _some(content: dict) -> str:
-    return ", ".join(map(str, list(content)[:3])) or "nothing"
-
-
 def _saved_heads(buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> int | None:
     """Return the number of heads by the rotary table [positions, head_dim / 2, 2], None if it was not saved."""
     table, norm = buffers.get("freqs_cis"), tensors.get("norm.weight")
-    return norm.numel() // (2 * table.shape[1]) if norm is not None and table is not None and table.ndim == 3 else None
+    if norm is None or table is None or table.ndim != 3 or not table.shape[1]:
+        return None
+    return norm.numel() // (2 * table.shape[1])
 
 
 def _saved_grid_size(content: dict, buffers: dict[str, Tensor]) -> int | None:
@@ -137,7 +113,7 @@ def _matrix(path: Path, tensors: dict[str, Tensor], name: str) -> Shape:
     if len(found) != 2:
         what = f"is {list(found)}" if name in tensors else "is missing"
         raise UserError(
-            f"{path}: not the weights of a class-conditional LlamaGen model: {name} {what}; found {_some(tensors)}"
+            f"{path}: not the weights of a class-conditional LlamaGen model: {name} {what}; found {some_names(tensors)}"
         )
     return found
 
@@ -167,7 +143,7 @@ def _infer_model(
     n_layers = next(i for i in range(len(tensors) + 1) if f"layers.{i}.attention.wqkv.weight" not in tensors)
     key_and_value_rows = shape("layers.0.attention.wqkv.weight")[0] - dim
     n_heads = known_heads or OTHER_HEADS.get((n_layers, dim)) or dim // HEAD_DIM
-    if not n_heads or dim % n_heads or (known_heads is None and dim % HEAD_DIM):
+    if not n_heads or not dim or dim % n_heads or (known_heads is None and dim % HEAD_DIM):
         heads = f"{known_heads} heads" if known_heads else f"heads of width {HEAD_DIM}, the usual one"
         raise UserError(f"{path}: its width {dim} does not divide into {heads}; give the number of heads (--heads)")
     n_kv_heads, rest = divmod(key_and_value_rows, 2 * (dim // n_heads))

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 import npp_ds
@@ -22,11 +23,12 @@ from npp_ds.checkpoint.safetensors_io import Shape, as_weights, misfits, opened_
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.data.coding import Coding, TokenizerId
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.utils.files import sha256
+from npp_ds.utils.files import parse_json, read_json, sha256
+from npp_ds.utils.hub import CONFIG_FILE, WEIGHTS_FILE
 
 STATES = {"raw": MASTER, "ema": "ema"}  # the state of a checkpoint that holds each variant of the weights
 EXPORTED_SUFFIX = ".safetensors"
@@ -93,10 +95,7 @@ class Weights:
         if not self.grid_is_guessed:
             return None
         grid = self.model.grid_size
-        return (
-            f"WARNING: {self.path} does not contain its grid size; assuming {grid}x{grid}, "
-            "set --grid-size if that is wrong"
-        )
+        return f"{self.path} does not contain its grid size; assuming {grid}x{grid}, set --grid-size if that is wrong"
 
     def metadata(self) -> dict[str, Any]:
         """Return the JSON that an exported file holds under METADATA_KEY.
@@ -141,7 +140,7 @@ def open_weights(
     grid_size: int | None = None,
     verify: bool = False,
 ) -> Weights:
-    """Open the weights of a run folder, of a file of `npp export` or `npp import`, or of a published checkpoint.
+    """Open the weights of a run folder, of a file or folder that `npp export` or `npp import` wrote, or as published.
 
     A run folder gives those of its newest complete checkpoint, or of the checkpoint of `step`. `variant` is "raw", or
     "ema" for the moving average. An exported file holds a single variant; "raw" accepts either. `n_heads` and
@@ -153,6 +152,8 @@ def open_weights(
     path = Path(path)
     if variant not in STATES:
         raise UserError(f"weights: found {variant!r}, expected one of {', '.join(STATES)}")
+    if (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file():
+        path = path / WEIGHTS_FILE
     if path.is_dir():
         weights = _open_run(path, step, variant, verify)
     elif not path.is_file():
@@ -185,7 +186,11 @@ def _open_run(path: Path, step: int | None, variant: str, verify: bool) -> Weigh
         raise UserError(f"{config_file}: not found; expected the folder of a run, as `npp train` makes it")
     config = load_config(file=config_file)
     folder, record = _select_checkpoint(path / "checkpoints", step, variant, verify)
-    manifest = _manifest_of(config, record)
+    manifest, stages = _manifest_of(config, record), config.stage_table()
+    if record.stage >= len(stages):
+        raise UserError(
+            f"{folder / RECORD}: stage {record.stage} of {len(stages)} in {config_file}; restore these files"
+        )
     shapes = {name: tuple(shape) for name, shape in record.shapes.items()}
     return Weights(
         path=path,
@@ -193,11 +198,11 @@ def _open_run(path: Path, step: int | None, variant: str, verify: bool) -> Weigh
         step=record.step,
         variant=variant,
         model=config.model,
-        shapes=shapes,
+        shapes=_check_shapes(folder, shapes, config.model),
         fingerprinted=folder / RECORD,
         open_reader=partial(_reading_checkpoint, folder, list(record.files), shapes, STATES[variant]),
         config=config,
-        patch_side=config.stage_table()[record.stage].patch_side,
+        patch_side=stages[record.stage].patch_side,
         config_hash=record.config_hash,
         tokenizer=TokenizerId(manifest.tokenizer.name, manifest.tokenizer.sha256) if manifest else None,
         class_names=tuple(manifest.class_names) if manifest else (),
@@ -235,6 +240,8 @@ def _manifest_of(config: RunConfig, record: CheckpointRecord) -> Manifest | None
 def _open_exported(path: Path) -> Weights:
     with opened_safetensors(path) as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
+        if text is None and path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+            text = _described_by_config(path.parent)
         if text is None:
             raise UserError(f"{path}: not written by npp_ds; expected a file made by npp export or npp import")
         found = shapes_of_weights(path, file)
@@ -248,27 +255,88 @@ def _open_exported(path: Path) -> Weights:
     )
 
 
-def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
-    """Return the fields of `Weights` that `Weights.metadata` wrote."""
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("found control characters, expected printable ones")
+    return text
+
+
+def _plain(text: str) -> str:
+    if text in (".", "..") or "/" in text or "\\" in text:
+        raise ValueError("found a path, expected a plain name")
+    return _printable(text)
+
+
+_Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_plain)]
+_ClassName = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
+
+
+class _Tokenizer(BaseModel):
+    name: _Name
+    sha256: str = Field(pattern="^([0-9a-f]{64})?$")  # "" if unknown, as of imported codes
+
+
+class _Metadata(BaseModel):
+    """The schema of what `Weights.metadata` writes, for files of anybody: its texts enter paths and messages."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]
+    name: _Name
+    step: int | None = Field(ge=0, lt=2**63)
+    kind: Literal["raw", "ema"]
+    model: ModelSection
+    tokenizer: _Tokenizer | None
+    class_names: list[_ClassName]
+    config_hash: str | None
+    null_class: bool = True
+
+    @model_validator(mode="after")
+    def _each_class_has_a_name(self) -> "_Metadata":
+        if len(self.class_names) not in (0, self.model.num_classes):
+            raise ValueError(f"{len(self.class_names)} class_names for {self.model.num_classes} classes")
+        return self
+
+
+def _described_by_config(folder: Path) -> str:
+    """Return metadata for a folder of `Transformer.save_pretrained`, which describes the shape of the model only."""
+    unknown = dict.fromkeys(("step", "config_hash", "tokenizer"))
     try:
-        values = json.loads(text)
-        if values["format"] != METADATA_FORMAT:
-            found = f"format {values['format']}, this version reads {METADATA_FORMAT}"
-            raise UserError(f"{path}: {found}; use the npp_ds that wrote it")
-        return {
-            "name": values["name"],
-            "step": values["step"],
-            "variant": values["kind"],
-            "config_hash": values["config_hash"],
-            "model": ModelSection.model_validate(values["model"]),
-            "tokenizer": TokenizerId(**values["tokenizer"]) if values["tokenizer"] else None,
-            "class_names": tuple(values["class_names"]),
-            "has_null_class": bool(values.get("null_class", True)),
-        }
+        model = read_json(folder / CONFIG_FILE)
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: not valid JSON ({error}); save the model again") from None
+    about = {"format": METADATA_FORMAT, "name": folder.name, "kind": "raw", "class_names": []}
+    return json.dumps({**about, **unknown, "model": model})
+
+
+def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
+    """Return the fields of `Weights` that `Weights.metadata` wrote. Raises UserError for anything else."""
+    try:
+        values = parse_json(text)
+        if (found := values["format"]) != METADATA_FORMAT:
+            raise UserError(
+                f"{path}: format {found!r}, this version reads {METADATA_FORMAT}; use the npp_ds that wrote it"
+            )
+        read = _Metadata.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'all'}: {e['msg']}, found {e['input']!r:.80}" for e in error.errors()[:3]
+        ]
+        raise UserError(f"{path}: its entry {METADATA_KEY} is wrong: {'; '.join(problems)}; export it again") from None
     except UserError:
         raise
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: its entry {METADATA_KEY} is not readable ({error!r}); export it again") from error
+    return {
+        "name": read.name,
+        "step": read.step,
+        "variant": read.kind,
+        "config_hash": read.config_hash,
+        "model": read.model,
+        "tokenizer": TokenizerId(read.tokenizer.name, read.tokenizer.sha256) if read.tokenizer else None,
+        "class_names": tuple(read.class_names),
+        "has_null_class": read.null_class,
+    }
 
 
 @contextmanager
@@ -281,7 +349,7 @@ def _open_published(path: Path, variant: str, n_heads: int | None, grid_size: in
     found = inspect_published(path, variant, n_heads, grid_size)
     return Weights(
         path=path,
-        name=path.stem,
+        name="".join(c if c.isprintable() else "_" for c in path.stem),
         step=found.step,
         variant=variant,
         model=found.model,

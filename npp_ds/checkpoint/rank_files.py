@@ -8,6 +8,7 @@ other number of ranks wrote.
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from npp_ds.checkpoint.safetensors_io import Entry, safetensors_blocks
 from npp_ds.errors import UserError
+from npp_ds.utils.files import parse_json
 
 MASTER = "master"  # the state that holds the fp32 weights
 
@@ -98,12 +100,17 @@ class SavedState:
 
     def _open(self, path: Path) -> None:
         try:
+            if not path.is_file():
+                raise FileNotFoundError("missing, or no regular file")
             handle = self._stack.enter_context(safe_open(path, framework="pt"))
-            starts = json.loads(handle.metadata()["starts"])
+            starts = parse_json(handle.metadata()["starts"])
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            if wrong := [n for n, part in slices.items() if part.get_dtype() != "F32" or len(part.get_shape()) != 1]:
+                raise ValueError(f"{wrong[0]:.80} is not one-dimensional float32")
             for name, start in starts.items():
-                numel = handle.get_slice(f"{MASTER}/{name}").get_shape()[0]
-                self._parts[name].append((start, start + numel, handle))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                (numel,) = slices[f"{MASTER}/{name}"].get_shape()
+                self._parts[name].append((operator.index(start), start + numel, handle))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{path}: not a file of a checkpoint of this model ({error!r}); restore it, or use another checkpoint"
             ) from error
@@ -124,8 +131,9 @@ class SavedState:
             first, last = max(start, begin), min(stop, end)
             if first < last:
                 part = handle.get_slice(f"{state}/{name}")[first - begin : last - begin]
-                target[first - start : last - start].copy_(part)
-                copied += last - first
+                copied += len(part)
+                if len(part) == last - first:  # else this state has fewer elements than the weights
+                    target[first - start : last - start].copy_(part)
         if copied != len(target):
             raise UserError(
                 f"{self.folder}: {state}/{name} has {copied} of the elements {start} .. {stop}; use another checkpoint"

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -24,6 +24,14 @@ BLOCK = 1 << 24  # bytes written at a time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of the CLI options
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _WEIGHTS = {**_NAMES, torch.float64: "F64"}  # the types that weights may be stored in, with their safetensors names
+WRAPPINGS = ("model", "module", "state_dict")
+"""Entries of checkpoint files that hold the weights: of DDP, of DeepSpeed, of many others; FSDP's files have none."""
+_WRAPPERS = {  # parts of parameter names that DistributedDataParallel, torch.compile, FSDP and checkpointing add
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 _FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")  # torch's message for an object that it refuses
 
 
@@ -54,6 +62,30 @@ def read_torch(path: Path) -> Any:
                 "such objects can run code: ask its maker for a file of tensors alone"
             ) from None
         raise UserError(f"{path}: damaged, or no PyTorch checkpoint; fetch it again") from None
+
+
+def unwrapped_tensors(path: Path, content: Any, entries: Sequence[str] = WRAPPINGS) -> dict[str, Tensor]:
+    """Return the tensors in the first of `entries` that a checkpoint has, or at its top, by names without wrappers.
+
+    Raises UserError if there are none.
+    """
+    content = content if isinstance(content, dict) else {}
+    state = next((content[entry] for entry in entries if entry in content), content)
+    items = state.items() if isinstance(state, dict) else ()
+    tensors = {_plain(name): value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: no weights under {', '.join(entries)} or at the top; found {some_names(content)}")
+    return tensors
+
+
+def _plain(name: str) -> str:
+    """Remove the parts that wrappers add, also around single layers."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def some_names(content: Mapping) -> str:
+    """Return the first names of a dict, for messages."""
+    return ", ".join(map(str, list(content)[:3])) or "nothing"
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -98,6 +130,8 @@ def as_weights(path: Path, name: str, tensor: Tensor) -> Tensor:
     The check takes no memory beside the tensor.
     """
     check_type(path, name, tensor)
+    if tensor.numel() > tensor.untyped_storage().nbytes() // tensor.itemsize:
+        raise _no_weights(path, name, "a few stored values, repeated")  # 4 bytes can stand for any number
     values = tensor.float()
     if values.numel() and not torch.stack(values.aminmax()).isfinite().all():  # both are NaN if one value is
         wrong = values.numel() - int(values.isfinite().sum())
@@ -110,14 +144,15 @@ def as_weights(path: Path, name: str, tensor: Tensor) -> Tensor:
 
 def _no_weights(path: Path, name: str, found: str) -> UserError:
     return UserError(
-        f"{path}: {name} is {found}, expected a floating-point type: dense fp32, bf16, fp16 or fp64; convert the file"
+        f"{path}: {name:.80} is {found}, expected a floating-point type: dense fp32, bf16, fp16 or fp64; "
+        "convert the file"
     )
 
 
 def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
     """Describe up to three differences in names and shapes between the tensors of a file and a model; "" if none."""
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} does not belong there" for name in found if name not in expected]
+    problems += [f"{name:.80} does not belong there" for name in found if name not in expected]
     problems += [
         f"{name} is {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()

@@ -1,14 +1,35 @@
 """Options and warnings that several commands share."""
 
-import sys
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Recipe = Annotated[str | None, typer.Option(help="a shipped recipe")]
+logger = logging.getLogger(__name__)
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    from npp_ds.config.load import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """Return the keys of the config that begin with what was typed, as `model.dim=`."""
+    from npp_ds.config.fields import keys_of, section_of
+    from npp_ds.config.schema import RunConfig
+
+    keys = [key for key, field in keys_of(RunConfig) if section_of(field.annotation) is not field.annotation]
+    return [f"{key}=" for key in keys if key.startswith(incomplete) and ".N." not in key]
+
+
+Recipe = Annotated[str | None, typer.Option(autocompletion=complete_recipe, help="a shipped recipe")]
 ConfigFile = Annotated[Path | None, typer.Option(help="a YAML file with the keys of a recipe")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as optimizer.learning_rate=2e-4")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(autocompletion=complete_key, help="key=value, such as optimizer.learning_rate=2e-4"),
+]
 WeightsKind = Annotated[str, typer.Option(help="raw, or ema: their moving average")]
 Heads = Annotated[
     int | None,
@@ -21,6 +42,6 @@ GridSize = Annotated[
 
 
 def warn(text: str | None) -> None:
-    """Print a warning, if there is one, on standard error."""
+    """Log a warning, if there is one."""
     if text:
-        print(text, file=sys.stderr, flush=True)
+        logger.warning(text)

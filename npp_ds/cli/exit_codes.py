@@ -10,39 +10,50 @@
 | 75 | a signal asked the run to stop and it saved: rerun the same command to resume (training/preemption.py) |
 """
 
+import io
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
 from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
-from npp_ds.errors import RendezvousError, UserError
+from npp_ds.errors import RendezvousError, UserError, as_user_error
+from npp_ds.utils.format import printable
 from npp_ds.utils.logs import show_logs
 
 FAILED, USER_ERROR, NON_FINITE = 1, 2, 3
 
 
 def exit_code_of(action: Callable[[], object]) -> int:
-    """Run `action()` and return 0, USER_ERROR after a UserError, or FAILED if the processes of a launch did not meet.
+    """Run `action()` and return 0, USER_ERROR for what a user can fix, or FAILED if processes have lost each other.
 
-    If all processes raise the same UserError, one of them prints it; else each names its rank and host. Any other error
-    is raised in a lone process; among several, its traceback is printed with rank and host, and the code is FAILED.
+    Both are printed as one line: also a full disk, missing rights, used-up memory (see `as_user_error`). If all
+    processes raise the same UserError, one of them prints it; else each names its rank and host. A programming error is
+    raised in a lone process; among several, its traceback is printed with rank and host, and the code is FAILED.
     """
     process, who = ProcessInfo(), ""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is printed escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         process = read_environment()
         if process.world_size > 1:
             who = f"rank {process.rank}, host {host_name()}"
         show_logs(process.rank, to_stderr=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is printed escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         action()
-    except UserError as error:
-        if process.rank == 0 or not error.on_all_ranks:
-            print_error(f"error ({who}): {error}" if who and not error.on_all_ranks else f"error: {error}")
-        return USER_ERROR
-    except RendezvousError as error:
-        print_error(f"error: {error}")
-        return FAILED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:  # nobody reads what is printed, as in | head
+            sys.stdout = None  # or Python would complain at exit
+            return FAILED
+        if found := as_user_error(error):
+            on_all_ranks = isinstance(found, UserError) and found.on_all_ranks
+            names_itself = on_all_ranks or isinstance(error, RendezvousError)
+            if process.rank == 0 or not on_all_ranks:
+                text = f"error ({who}): {found}" if who and not names_itself else f"error: {found}"
+                print_error("\n".join(map(printable, re.split("\n(?=  )", text))))  # a list of problems is indented
+            return USER_ERROR if isinstance(found, UserError) else FAILED
         if not who:
             raise
         lines = traceback.format_exc().splitlines(keepends=True)
@@ -52,7 +63,10 @@ def exit_code_of(action: Callable[[], object]) -> int:
 
 
 def print_error(text: str) -> None:
-    """Write to standard error in one piece, so that the messages of several processes do not mix."""
+    """Write to standard error in one piece, so that the messages of several processes do not mix.
+
+    Characters of names that would control the terminal are escaped.
+    """
     with suppress(OSError):
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(printable(text, keep="\n\t") + "\n")
         sys.stderr.flush()

@@ -8,11 +8,14 @@ import typer
 
 from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.distributed.environment import ProcessInfo, read_environment
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, memory_advice
+from npp_ds.utils.files import check_writable
+from npp_ds.utils.logs import say
 from npp_ds.utils.progress import Progress
 
 if TYPE_CHECKING:
     from npp_ds.evaluation.extractors import Extractor
+    from npp_ds.evaluation.images import ImageSet
     from npp_ds.evaluation.reference import Reference
     from npp_ds.evaluation.sweep import Sweep
     from npp_ds.sampling.job import Sampling
@@ -53,6 +56,8 @@ def sample(
     """Sample images: grid.png, samples.npz for metrics, samples.json. Rerun the same command to resume.
 
     Several processes share the work: accelerate launch -m npp_ds sample ..., torchrun or srun.
+
+    Example: npp sample runs/quickstart --classes sneaker,bag --cfg-scale 3
     """
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.distributed.environment import choose_device, choose_dtype
@@ -97,7 +102,7 @@ def sample(
     job = Sampling(found, decoder, request, folder, device=device, batch_size=batch_size, png=png)
     if process.rank == 0:
         if not found.config:
-            print(f"{source}: {found.describe()}", flush=True)
+            say(f"{source}: {found.describe()}")
         warn(found.guess_warning())
         warn(stage_warning(found, request.options))
     _run_sampling(job, process)
@@ -106,32 +111,64 @@ def sample(
 def _run_sampling(job: "Sampling", process: ProcessInfo) -> None:
     """Run the sampling of this process and print the result."""
     try:
-        with Progress("sampling", shown=process.rank == 0) as progress:
+        with Progress("sampling", shown=process.rank == 0) as progress, memory_advice("lower --batch-size"):
             sampled = job.run(process.rank, process.world_size, progress)
         record = job.finish()
     except OSError as error:
         text = f"{error.filename or job.out}: {error.strerror or error}"
         raise UserError(f"{text}; finished parts are kept; run the same command again") from error
     if record is None:
-        print(f"process {process.rank} is done ({sampled} images); other processes are still running", flush=True)
+        say(f"process {process.rank} is done ({sampled} images); other processes are still running")
         return
     step = "" if record["checkpoint_step"] is None else f" of step {record['checkpoint_step']}"
     rate = (
         f"this process drew {sampled} at {job.images_per_second:.3g} images/s" if sampled else "nothing was left to do"
     )
     repeated = record["repeated_images"]
-    print(
+    say(
         f"{record['count']} images{step} in {job.out}: {rate}; "
         + (f"{repeated} are pixel for pixel equal to another one" if repeated else "no two are equal")
     )
 
 
+def demo(
+    source: Annotated[Path, typer.Argument(help="a run folder, an exported file or folder, a published checkpoint")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 7860,
+    tokenizer: Annotated[str | None, typer.Option(help="its name or file; default: that of the run")] = None,
+    step: Annotated[int | None, typer.Option(help="checkpoint; default: the newest complete one")] = None,
+    weights: WeightsKind = "raw",
+    heads: Heads = None,
+    grid_size: GridSize = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Serve a page to this machine alone that samples the model: class, guidance, seed. Needs npp_ds[demo]."""
+    try:
+        from npp_ds.sampling.demo import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"npp demo needs {error.name}: pip install 'npp_ds[demo]' (starlette and uvicorn)") from None
+    from npp_ds.sampling.image_model import load
+
+    model = load(
+        source,
+        tokenizer=tokenizer,
+        step=step,
+        weights=weights,
+        device=device,
+        dtype=dtype,
+        heads=heads,
+        grid_size=grid_size,
+    )
+    serve(model, source, port)
+
+
 def evaluate(
-    reference: Annotated[
-        str, typer.Option(help="an .npz of statistics (ADM's, or our own) or of images, image shards, or a folder")
-    ],
     source: Annotated[
         Path | None, typer.Argument(help="a run folder, whose newest samples are evaluated; with --sweep any weights")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="an .npz of statistics (ADM's, or our own) or of images, image shards, or a folder"),
     ] = None,
     samples: Annotated[
         Path | None, typer.Option(help="evaluate a folder of `npp sample`, an .npz, or a folder of images")
@@ -153,6 +190,10 @@ def evaluate(
         Path | None, typer.Option(help="only write the reference's statistics to this .npz")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="only check that reference and extractor fit the run")] = False,
+    reconstruction: Annotated[
+        str | None,
+        typer.Option(help="evaluate --tokenizer itself: these images, encoded and decoded; against them, by default"),
+    ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(help="sample and evaluate for each of cfg=1.5,1.75,2.0, checkpoint=1000,2000 or checkpoint=all"),
@@ -167,20 +208,28 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="of a sweep: of the samples; default: that of each checkpoint's stage"),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="of a sweep: name or file; default: that of the run")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="of a reconstruction, or of a sweep (default: that of the run): name or file")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="of a sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     batch_size: Annotated[int, typer.Option(help="of a sweep: images decoded at a time")] = 64,
 ) -> None:
     """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement.
 
     One process evaluates; several (accelerate launch, torchrun or srun) share the sampling of a sweep.
+
+    Example: npp evaluate runs/xl_256 --reference VIRTUAL_imagenet256_labeled.npz
     """
     process = read_environment()
     if process.rank and (sweep is None or make_reference is not None):
         return
-    against = _Against(reference, extractor, inception_weights, image_size)
+    if reference is None and reconstruction is None:
+        raise UserError("--reference: missing; give ADM's .npz, statistics of --make-reference, or images")
+    against = _Against(reference or str(reconstruction), extractor, inception_weights, image_size)
     if make_reference is not None:
         _make_reference(make_reference, against)
+    elif reconstruction is not None:
+        _evaluate_tokenizer(reconstruction, tokenizer, against, out)
     elif check:
         _check_reference(source, against)
     elif sweep is not None:
@@ -226,7 +275,7 @@ def _make_reference(out: Path, against: _Against) -> None:
     extractor = against.open_extractor(None)
     with Progress("reference") as progress:
         made = make_reference(out, against.reference, extractor, against.image_size, progress)
-    print(f"{out}: statistics of {made.source.num_images} images by {extractor.name}")
+    say(f"{out}: statistics of {made.source.num_images} images by {extractor.name}")
 
 
 def _check_reference(source: Path | None, against: _Against) -> None:
@@ -236,11 +285,11 @@ def _check_reference(source: Path | None, against: _Against) -> None:
     tokenizer = open_weights(source).tokenizer if source else None
     extractor = against.open_extractor(tokenizer.name if tokenizer else None)
     check_reference(against.reference, extractor, against.image_size)
-    print(f"{against.reference}: fit to compare with, by {extractor.name}")
+    say(f"{against.reference}: fit to compare with, by {extractor.name}")
 
 
 def _evaluate(source: Path | None, samples: Path | None, against: _Against, out: Path | None) -> None:
-    from npp_ds.evaluation.evaluate import describe, evaluate_images, result_file, write_result
+    from npp_ds.evaluation.evaluate import result_file
     from npp_ds.evaluation.images import open_images
     from npp_ds.sampling.folder import newest_samples
 
@@ -249,13 +298,31 @@ def _evaluate(source: Path | None, samples: Path | None, against: _Against, out:
             raise UserError("nothing to evaluate: give a run folder, --samples, or --make-reference OUT.npz")
         samples = newest_samples(source)
     images = open_images(samples)
-    path = result_file(images.path, out)
+    _report(images, against, result_file(images.path, out))
+
+
+def _report(images: "ImageSet", against: _Against, path: Path) -> None:
+    """Evaluate images, print the result and write it to `path`."""
+    from npp_ds.evaluation.evaluate import describe, evaluate_images, write_result
+
     extractor = against.open_extractor(images.record.get("tokenizer", {}).get("name"))
     reference = against.load(extractor)
     with Progress("samples") as progress:
         result = evaluate_images(images, reference, extractor, progress)
-    print(describe(result))
-    print(f"written to {write_result(result, path)}")
+    say(*describe(result).splitlines())
+    say(f"written to {write_result(result, path)}")
+
+
+def _evaluate_tokenizer(images: str, tokenizer: str | None, against: _Against, out: Path | None) -> None:
+    from npp_ds.distributed.environment import choose_device
+    from npp_ds.evaluation.images import open_images, reconstructed
+    from npp_ds.tokenizer.loading import load_tokenizer
+
+    if tokenizer is None:
+        raise UserError("--tokenizer: missing; give the name or file of the tokenizer that reconstructs the images")
+    path = check_writable(out or Path("reconstruction.json"))
+    found = open_images(images, against.image_size)
+    _report(reconstructed(found, load_tokenizer(tokenizer), choose_device("auto", 0)), against, path)
 
 
 def _sweep(sweep: "Sweep", process: ProcessInfo, against: _Against, out: Path | None) -> None:
@@ -266,7 +333,7 @@ def _sweep(sweep: "Sweep", process: ProcessInfo, against: _Against, out: Path | 
         return
     extractor = against.open_extractor(sweep.tokenizer.name)
     results, folder = run_sweep(sweep, against.load(extractor), extractor, out, Progress, process)
-    print(f"{table(sweep.name, results)}written to {folder}")
+    say(*table(sweep.name, results).splitlines(), f"written to {folder}")
 
 
 def likelihood(
@@ -281,13 +348,16 @@ def likelihood(
         Path | None, typer.Option(help="the JSON; default: RUN/likelihood.json or FILE.likelihood.json")
     ] = None,
 ) -> None:
-    """Evaluate held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure."""
+    """Evaluate held-out codes: nats per code, bits per image, accuracy, and a picture of where the model is unsure.
+
+    Example: npp likelihood runs/quickstart --limit 1000
+    """
     if read_environment().rank:  # one process does it all
         return
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.evaluation.likelihood import likelihood_of
     from npp_ds.reporting.plot import write_likelihood
-    from npp_ds.utils.files import check_writable, explain_os_errors
+    from npp_ds.utils.files import explain_os_errors
 
     opened = open_weights(source, step=step, variant=weights)
     shards = data or (opened.config.data.val if opened.config else None)
@@ -310,7 +380,7 @@ def likelihood(
         )
     with explain_os_errors(path):
         picture = write_likelihood(path, result)
-    print(
+    say(
         f"{result['images']} images at patch side {patch_side}: {result['nats_per_code']:.4f} nats per code, "
         f"{result['bits_per_image']:.1f} bits per image, top-1 {result['top1_accuracy']:.2%}, "
         f"top-5 {result['top5_accuracy']:.2%} ({precision}); {path}, {picture}"

@@ -1,4 +1,4 @@
-"""Commands for runs: train, doctor, plan, report."""
+"""Commands for runs: train, doctor, plan, status, report."""
 
 import os
 import sys
@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from npp_ds.cli.common import ConfigFile, Overrides, Recipe
-from npp_ds.cli.exit_codes import NON_FINITE, print_error
+from npp_ds.cli.common import ConfigFile, Overrides, Recipe, warn
+from npp_ds.cli.exit_codes import NON_FINITE, USER_ERROR, print_error
 from npp_ds.distributed.environment import read_environment
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, content_of, memory_advice
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
 from npp_ds.utils.gpu_specs import GPUS
 
@@ -24,7 +24,10 @@ def train(
         int | None, typer.Option(help="resume from the checkpoint of this step; later ones are set aside")
     ] = None,
 ) -> None:
-    """Train or resume a run; for several processes use torchrun -m npp_ds train ..., or srun (slurm/)."""
+    """Train or resume a run; for several processes use torchrun -m npp_ds train ..., or srun (slurm/).
+
+    Example: npp train --recipe quickstart name=second seed=1
+    """
     try:
         with StopRequests() as stop:  # before the imports, which take seconds
             _train(recipe, config, overrides or (), from_step, stop)
@@ -46,7 +49,11 @@ def _train(
     from npp_ds.training.trainer import train as train_run
 
     try:
-        train_run(run, from_step, stop)
+        with memory_advice(
+            "lower schedule.micro_batch_size, set model.activation_checkpointing=block or deepspeed.config=zero3, or "
+            "use more processes; npp plan and npp doctor --step show what fits"
+        ):
+            train_run(run, from_step, stop)
     except NonFiniteError as error:
         if read_environment().rank == 0:
             print_error(f"error: {error}; stopped before the weights changed")
@@ -60,7 +67,10 @@ def doctor(
     step: Annotated[bool, typer.Option("--step", help="also train a step at each patch side")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do."""
+    """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do.
+
+    Example: npp doctor --recipe xl_256 data.train=/data/train
+    """
     from npp_ds.doctor.runner import Request, run_doctor
 
     code = run_doctor(Request(recipe, config, tuple(overrides or ()), step, as_json))
@@ -88,22 +98,60 @@ def plan(
         typer.Option(min=0.001, max=1, help="model FLOPs over the peak; default: as measured, else 0.4"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the schedule into this file (.png, .svg, .pdf): sides, rates, cost")
+    ] = None,
 ) -> None:
-    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, days."""
+    """Estimate a run before it starts: FLOPs, memory per GPU, micro-batches, time.
+
+    Example: npp plan --recipe xxl_256 --gpus 32 --gpu h100
+    """
     from npp_ds.config.load import load_config
     from npp_ds.planning.plan import make_plan
     from npp_ds.planning.table import print_plan
     from npp_ds.utils.gpu_specs import find_gpu
 
     run = load_config(recipe, config, overrides or (), gpus)
-    print_plan(make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images), json_)
+    planned = make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images)
+    if plot:
+        from npp_ds.planning.plot import write_plot
+
+        write_plot(planned, plot)
+    print_plan(planned, json_)
+    for warning in planned.warnings:
+        warn(warning)
+
+
+def status(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it again every few seconds, until Ctrl-C")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of one object per run")] = False,
+) -> None:
+    """Show where runs are, from their files: stage, loss, speed, cost, time left, checkpoint, warnings.
+
+    Example: npp status runs/* --watch
+    """
+    from npp_ds.reporting.status import show_status
+
+    if not show_status(runs, watch, as_json):
+        sys.exit(USER_ERROR)
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="a run folder")],
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run folders; several: one page compares them")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="the page; default: RUN/report.html, for several comparison.html beside the first"),
+    ] = None,
     next_step: Annotated[list[str] | None, typer.Option(help="a line for 'what to run next'; may be repeated")] = None,
 ) -> None:
-    """Plot a run and print its closing table: time per stage, cost, likelihood, samples, the paths of all files."""
-    from npp_ds.reporting.report import report_run
+    """Write a page about a run, or about several, and print closing tables: time, cost, likelihood, samples, files.
 
-    report_run(run_dir, next_steps=next_step or ())
+    Example: npp report runs/quickstart
+    """
+    from npp_ds.reporting.report import report_runs
+
+    with content_of(", ".join(map(str, run_dirs)), "what npp train, sample and evaluate write"):
+        report_runs(run_dirs, out=out, next_steps=next_step or ())

@@ -1,7 +1,7 @@
 """The stage table of a run as pure functions of (config, step), without torch and without state."""
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from npp_ds.sizes import num_positions
@@ -39,6 +39,7 @@ class StageEntry:
     final_learning_rate: float
     warmup_epochs: float
     decay_fraction: float
+    dropout_scale: float
 
     def length(self, steps_per_epoch: int) -> int:
         """Return the length in optimizer steps."""
@@ -64,6 +65,7 @@ class Stage:
     final_learning_rate: float
     warmup_steps: int
     decay_steps: int
+    dropout_scale: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -121,3 +123,34 @@ class Schedule:
     def flop_cost(self, grid_size: int, flops: Callable[[int], int]) -> float:
         """Return the FLOPs relative to next-token training on the same images; `flops(positions)` is for one image."""
         return self._relative_cost(lambda side: flops(num_positions(grid_size, side)))
+
+
+def build_schedule(table: Sequence[StageEntry], num_samples: int, world_size: int = 1) -> Schedule:
+    """Return the schedule of a stage table on `num_samples` training images."""
+    stages, step, epoch = [], 0, 0
+    for index, s in enumerate(table):
+        steps_per_epoch = num_samples // s.batch_size
+        steps, warmup_steps = s.length(steps_per_epoch), s.warmup_steps(steps_per_epoch)
+        stage = Stage(
+            index=index,
+            patch_side=s.patch_side,
+            start_step=step,
+            end_step=step + steps,
+            start_epoch=epoch,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=s.batch_size,
+            micro_batch_size=_micro_batch_size(s.batch_size // world_size, s.micro_batch_size),
+            peak_learning_rate=s.learning_rate,
+            final_learning_rate=s.final_learning_rate,
+            warmup_steps=warmup_steps,
+            decay_steps=min(round(s.decay_fraction * steps), steps - warmup_steps),
+            dropout_scale=s.dropout_scale,
+        )
+        stages.append(stage)
+        step, epoch = stage.end_step, stage.end_epoch
+    return Schedule(tuple(stages))
+
+
+def _micro_batch_size(rows: int, most: int | None) -> int:
+    """Return the largest divisor of `rows`, a process's share of the batch, that is at most `most`."""
+    return next(size for size in range(min(rows, most or rows), 0, -1) if rows % size == 0)

@@ -10,13 +10,14 @@ from collections.abc import Collection
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError, to_jsonable_python
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from npp_ds.config.schedule import Schedule, Stage, StageEntry, coarse_batch_factor, stage_ends
+from npp_ds.config.fields import Section, bound_keys
+from npp_ds.config.schedule import Schedule, StageEntry, build_schedule, coarse_batch_factor, stage_ends
 from npp_ds.sizes import SIZES, parameter_count, training_flops
 from npp_ds.utils.records import differences
 
@@ -31,38 +32,22 @@ def _free(default: Any, description: str, **bounds: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"free": True}, **bounds)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would read as 0 or 1."""
-        several = isinstance(value, list)
-        is_true_or_false = any(isinstance(item, bool) for item in (value if several else [value]))
-        if is_true_or_false and {int, float} & _types_in(cls.model_fields[info.field_name or ""].annotation):
-            raise PydanticCustomError("number", "numbers" if several else "a number")
-        return value
-
-
-def _types_in(annotation: Any) -> set[Any]:
-    """Return the types that an annotation is made of: int and NoneType of `list[int] | None`."""
-    parts = get_args(annotation)
-    return set().union(*map(_types_in, parts)) if parts else {annotation}
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     size: str | None = Field(None, description="name of a published size, instead of dim, n_layers and n_heads")
-    dim: int | None = Field(None, ge=8, description="width of the residual stream")
-    n_layers: int | None = Field(None, ge=1, description="number of transformer blocks")
+    dim: int | None = Field(None, ge=8, le=1 << 16, description="width of the residual stream")
+    n_layers: int | None = Field(None, ge=1, le=1000, description="number of transformer blocks")
     n_heads: int | None = Field(None, ge=1, description="number of attention heads; dim / n_heads is the head width")
     n_kv_heads: int | None = Field(
         None, ge=1, description="number of key and value heads (grouped-query attention); null: n_heads"
     )
     vocab_size: int = Field(16384, ge=2, le=65536, description="number of codes in the tokenizer's codebook")
     grid_size: int = Field(16, ge=1, le=1024, description="side of an image's code map: 16 at 256 px, 24 at 384 px")
-    num_classes: int = Field(1000, ge=1, description="number of classes, without the null class of guidance")
-    ffn_multiple_of: int = Field(256, ge=1, description="the feed-forward width is rounded up to a multiple of this")
+    num_classes: int = Field(
+        1000, ge=1, le=10_000_000, description="number of classes, without the null class of guidance"
+    )
+    ffn_multiple_of: int = Field(
+        256, ge=1, le=1 << 18, description="the feed-forward width is rounded up to a multiple of this"
+    )
     token_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the embedded sequence")
     residual_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the attention projection")
     ffn_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the feed-forward layer")
@@ -70,6 +55,11 @@ class ModelSection(_Section):
     attention: Literal["auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"] = _free(
         "auto",
         "attention kernel; sdpa: PyTorch's choice; auto: flash-attn if it is installed and can run, else sdpa",
+    )
+    coarse_positions: Literal["paper", "centers"] = Field(
+        "paper",
+        description="rotary positions of patches with side p > 1: 0, 1, 2, .. along each axis (paper), or the patches' "
+        "centers in units of codes, (i + 0.5) * p - 0.5 (centers); at side 1 both are the same",
     )
     activation_checkpointing: Literal["none", "selective", "block"] = _free(
         "none",
@@ -104,7 +94,7 @@ class ModelSection(_Section):
         return training_flops(positions, **self.shape(), **{k: getattr(self, k) for k in sizes})
 
 
-class DataSection(_Section):
+class DataSection(Section):
     train: str = _free(
         ...,
         "code shards to train on: a folder ($VARIABLES in it are expanded on each node), its URL, or a pipe: command",
@@ -122,7 +112,7 @@ class DataSection(_Section):
     class_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
 
 
-class StageSection(_Section):
+class StageSection(Section):
     """One stage. Keys that are null take the value of the schedule or the optimizer."""
 
     patch_side: int = Field(ge=1, description="side p of the patches, which have k = p * p codes each")
@@ -134,13 +124,16 @@ class StageSection(_Section):
     final_learning_rate: float | None = Field(None, ge=0, description="learning rate at the stage's last step")
     warmup_epochs: float | None = Field(None, ge=0, description="length of the linear warm-up in epochs")
     decay_fraction: float | None = Field(None, ge=0, le=1, description="fraction of the steps, at the end, that decays")
+    dropout_scale: float | None = Field(
+        None, ge=0, le=1, description="factor on the model's four dropout rates in this stage; 0: none; null: 1"
+    )
 
 
 REPLACED_BY_STAGES = ("epochs", "patch_sides", "ratio")
 """Keys of the schedule that have no effect when it lists its stages."""
 
 
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     epochs: int = Field(300, ge=1, le=1_000_000, description="number of epochs of the run; unused if stages are listed")
     patch_sides: list[int] = Field(
         [2, 1], min_length=1, description="patch side of each stage, coarse to fine; [1] is next-token training"
@@ -175,7 +168,7 @@ class ScheduleSection(_Section):
     )
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of each stage")
     final_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the last step of each stage")
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's first and second moment")
@@ -187,14 +180,14 @@ class OptimizerSection(_Section):
     )
 
 
-class ValidationSection(_Section):
+class ValidationSection(Section):
     every: int = _free(1000, "optimizer steps between validations; 0: only at the end of each stage", ge=0)
     batch_size: int = _free(64, "images per forward pass and process", ge=1)
     limit: int | None = _free(None, "number of images to validate on; null: all", ge=1)
     weights: Literal["raw", "ema", "both"] = _free("raw", "the trained weights, their moving average, or both")
 
 
-class EvaluateSection(_Section):
+class EvaluateSection(Section):
     """Comparison of samples with real images during a run.
 
     For its duration, each device holds a copy of the weights, in float32 with precision fp32, else in bfloat16.
@@ -218,7 +211,7 @@ class EvaluateSection(_Section):
     )
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     every: int = _free(1000, "optimizer steps between checkpoints; 0: only at the end of each stage", ge=0)
     keep_last: int = _free(3, "newest checkpoints to keep, in addition to those at the end of each stage", ge=1)
     keep_every: int = _free(0, "also keep checkpoints of steps that are multiples of this; 0: none", ge=0)
@@ -227,7 +220,7 @@ class CheckpointSection(_Section):
     )
 
 
-class WatchSection(_Section):
+class WatchSection(Section):
     on_nonfinite: Literal["stop", "skip", "rollback"] = _free(
         "stop",
         "a step whose loss or gradient norm is not finite never changes the weights; then end the run (stop), exclude "
@@ -240,7 +233,7 @@ class WatchSection(_Section):
     )
 
 
-class LoggingSection(_Section):
+class LoggingSection(Section):
     every: int = _free(10, "optimizer steps between lines in metrics.jsonl and on the screen", ge=1)
     monitors: list[Literal["tensorboard", "wandb", "csv"]] = _free(
         [], "further outputs of the metrics, through DeepSpeed's monitor"
@@ -248,7 +241,7 @@ class LoggingSection(_Section):
     samples: bool = _free(False, "write the ids and crops of each step's images to sample_log.jsonl")
 
 
-class ProfileSection(_Section):
+class ProfileSection(Section):
     steps: str | None = _free(
         None,
         "optimizer steps to profile, such as 10-12, counted from 1 as in metrics.jsonl; the trace of torch.profiler is "
@@ -274,11 +267,11 @@ class ProfileSection(_Section):
         return range(int(first), int(last or first) + 1)
 
 
-class DeepSpeedSection(_Section):
+class DeepSpeedSection(Section):
     config: str = _free("zero2", "name of a file in ds_configs/ (zero1, zero2, zero3, ..) or path of a JSON file")
 
 
-class PerformanceSection(_Section):
+class PerformanceSection(Section):
     """Faster ways to compute the same. Losses agree to rounding with those of a run without them, not bit for bit."""
 
     compile: bool = _free(
@@ -296,7 +289,7 @@ class PerformanceSection(_Section):
     )
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     name: str = _free("run", "name of the run in logs and images", pattern=r"^\w[\w.-]*$")
     run_dir: str | None = _free(None, "folder of the run; null: runs/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights, data order, crops and dropout")
@@ -334,7 +327,7 @@ class RunConfig(_Section):
 
     def bound_keys(self) -> dict[str, Any]:
         """Return the keys that must not change when the run is resumed, as JSON values."""
-        return _bound_keys(type(self), self.model_dump(mode="json"))
+        return bound_keys(type(self), self.model_dump(mode="json"))
 
     def differences_from(self, saved: dict[str, Any]) -> list[str]:
         """Return a text for each key that must not change and has another value in the `saved` config.
@@ -342,7 +335,7 @@ class RunConfig(_Section):
         A key that `saved` lacks, because an earlier version wrote it, has its default value. Keys that may change, and
         those that have no effect on the stages that `saved` lists, are ignored.
         """
-        found = _bound_keys(type(self), saved)
+        found = bound_keys(type(self), saved)
         drop_replaced_by_stages(found)
         return list(differences(found, self.bound_keys()))
 
@@ -359,6 +352,7 @@ class RunConfig(_Section):
             final_learning_rate=o.final_learning_rate,
             warmup_epochs=s.warmup_epochs,
             decay_fraction=s.decay_fraction,
+            dropout_scale=1.0,
         )
         if s.stages is not None:
             return [replace(inherited, **stage.model_dump(exclude_none=True)) for stage in s.stages]
@@ -377,28 +371,8 @@ class RunConfig(_Section):
         ]
 
     def build_schedule(self, num_samples: int, world_size: int = 1) -> Schedule:
-        """Return the schedule on `num_samples` training images of a config without problems (`load.problems_of`)."""
-        stages, step, epoch = [], 0, 0
-        for index, s in enumerate(self.stage_table()):
-            steps_per_epoch = num_samples // s.batch_size
-            steps, warmup_steps = s.length(steps_per_epoch), s.warmup_steps(steps_per_epoch)
-            stage = Stage(
-                index=index,
-                patch_side=s.patch_side,
-                start_step=step,
-                end_step=step + steps,
-                start_epoch=epoch,
-                steps_per_epoch=steps_per_epoch,
-                batch_size=s.batch_size,
-                micro_batch_size=_micro_batch_size(s.batch_size // world_size, s.micro_batch_size),
-                peak_learning_rate=s.learning_rate,
-                final_learning_rate=s.final_learning_rate,
-                warmup_steps=warmup_steps,
-                decay_steps=min(round(s.decay_fraction * steps), steps - warmup_steps),
-            )
-            stages.append(stage)
-            step, epoch = stage.end_step, stage.end_epoch
-        return Schedule(tuple(stages))
+        """Return the schedule on `num_samples` training images of a config without problems (`checks.problems_of`)."""
+        return build_schedule(self.stage_table(), num_samples, world_size)
 
 
 def drop_replaced_by_stages(values: dict[str, Any], keep: Collection[str] = ()) -> None:
@@ -408,33 +382,3 @@ def drop_replaced_by_stages(values: dict[str, Any], keep: Collection[str] = ()) 
         for name in REPLACED_BY_STAGES:
             if f"schedule.{name}" not in keep:
                 schedule.pop(name, None)
-
-
-def _micro_batch_size(rows: int, most: int | None) -> int:
-    """Return the largest divisor of `rows`, a process's share of the batch, that is at most `most`."""
-    return next(size for size in range(min(rows, most or rows), 0, -1) if rows % size == 0)
-
-
-def _bound_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a section that must not change: a missing one with its default, an unknown one unchanged."""
-    fields = section.model_fields
-    bound = {name: value for name, value in values.items() if name not in fields}
-    for name, field in fields.items():
-        is_free = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("free")
-        if is_free or (name not in values and field.is_required()):
-            continue
-        value = values[name] if name in values else to_jsonable_python(field.default)
-        inner = section_of(field.annotation)
-        if inner and isinstance(value, dict):
-            value = _bound_keys(inner, value)
-        elif inner and isinstance(value, list):
-            value = [_bound_keys(inner, item) for item in value]
-        bound[name] = value
-    return bound
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class in a field's annotation, such as StageSection in `list[StageSection] | None`."""
-    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):  # Python 3.10: list[x] is a type, too
-        return annotation
-    return next(filter(None, map(section_of, get_args(annotation))), None)

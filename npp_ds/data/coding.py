@@ -15,7 +15,7 @@ class HasTokenizerId(Protocol):
 
 
 class TokenizerId(NamedTuple):
-    """A tokenizer: its name when it made the codes, and the SHA-256 of its file, which identifies it."""
+    """A tokenizer: its name when it made the codes, and the SHA-256 of its file, which identifies it ("": unknown)."""
 
     name: str
     sha256: str
@@ -49,7 +49,6 @@ class Mismatch(NamedTuple):
 def size_mismatches(found: Coding, expected: Coding) -> list[Mismatch]:
     """Return how two codings differ in the grid and in the numbers of codes and classes."""
     names = ("grid_size", "vocab_size", "num_classes")
-    names = ("grid_size", "vocab_size", "num_classes")
     sizes = [(name, getattr(found, name), getattr(expected, name)) for name in names]
     return [Mismatch(name, str(a), str(b)) for name, a, b in sizes if a != b]
 
@@ -66,7 +65,7 @@ def meaning_mismatches(found: Coding, expected: Coding) -> list[Mismatch]:
 
 
 def tokenizer_mismatch(found: HasTokenizerId | None, expected: HasTokenizerId | None) -> Mismatch | None:
-    """Return how two tokenizers differ, by SHA-256; None if they are the same or one is unknown."""
-    if found is None or expected is None or found.sha256 == expected.sha256:
+    """Return how two tokenizers differ, by SHA-256; None if they are the same or one is unknown (None, or "")."""
+    if found is None or expected is None or found.sha256 == expected.sha256 or not (found.sha256 and expected.sha256):
         return None
     return Mismatch("tokenizer", *(str(TokenizerId(one.name, one.sha256)) for one in (found, expected)))

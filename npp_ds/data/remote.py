@@ -7,27 +7,36 @@ A set is named by the URL of its folder (`https://host/data/train`, `s3://bucket
 import contextlib
 import hashlib
 import logging
+import math
+import queue
 import re
 import shlex
+import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeGuard, TypeVar
+from typing import Any, BinaryIO, TypeGuard, TypeVar
 
-from npp_ds.data.shards import MANIFEST_NAME, Manifest, ShardInfo, check_file
+from npp_ds.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from npp_ds.data.shards import check_file
 from npp_ds.errors import UserError
-from npp_ds.utils.files import atomic_file
+from npp_ds.utils.files import SMALL_FILE_BYTES, atomic_file
 from npp_ds.utils.logs import ANY_RANK
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 2.0
-STALL_SECONDS = 60
+MANIFEST_SECONDS = 15  # for all tries
+STALL_SECONDS, SLOWEST_RATE = 60, 16_000  # bytes a second
 _BLOCK_BYTES = 1 << 20
 
 Content = TypeVar("Content")
+
+
+_CLOSING = "\"'}]/ "  # what may follow a command in a word of the command line
+_allowed_words: list[str] = []
 
 
 class _TransferError(Exception):
@@ -39,13 +48,24 @@ def is_remote(source: str | Path) -> TypeGuard[str]:
     return isinstance(source, str) and re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
 
 
+def allow_commands(words: Iterable[str]) -> None:
+    """Let this process run the `pipe:` commands that `words`, typed by a person, end with; all others are refused.
+
+    Otherwise the config of somebody else's run could run any command.
+    """
+    _allowed_words.extend(word.rstrip(_CLOSING) for word in words)
+
+
 def load_manifest(source: str) -> Manifest:
     """Fetch the manifest of the set at `source`.
 
-    Raises UserError if it cannot be fetched, is damaged, or lists file names that do not fit into a URL.
+    Raises UserError if it cannot be fetched, is damaged, lists file names that do not fit into a URL, or if `source` is
+    a command that `allow_commands` has not allowed.
     """
     address = _address(source, MANIFEST_NAME)
-    content = _retry(address, lambda: b"".join(_blocks(address)), logging.DEBUG)  # every process reads it
+    deadline = time.monotonic() + MANIFEST_SECONDS
+    # Every process reads it, so not each of them logs another try.
+    content = _retry(address, partial(_fetch_manifest, address, deadline), logging.DEBUG, deadline)
     manifest = Manifest.parse(content, address)
     for shard in manifest.shards:
         if not re.fullmatch(r"\w[\w.-]*", shard.file, re.ASCII):
@@ -74,6 +94,11 @@ def download(source: str, manifest: Manifest, folder: Path) -> None:
 
 
 def _address(source: str, file: str) -> str:
+    if source.startswith("pipe:") and not any(word.endswith(source.rstrip(_CLOSING)) for word in _allowed_words):
+        raise UserError(
+            f"{source}: found in a file, expected on the command line, because it runs a command; if you trust it, "
+            "give it there, as in data.train='pipe:..' or --data 'pipe:..'."
+        )
     if "{file}" in source:
         return source.replace("{file}", file)
     if source.startswith("pipe:"):
@@ -84,26 +109,43 @@ def _address(source: str, file: str) -> str:
     return f"{source.rstrip('/')}/{file}"
 
 
-def _retry(address: str, transfer: Callable[[], Content], level: int = logging.INFO) -> Content:
-    """Return the result of `transfer()`, repeated up to ATTEMPTS times, each time after a longer pause."""
-    for attempt in range(1, ATTEMPTS):
+def _retry(
+    address: str, transfer: Callable[[], Content], level: int = logging.INFO, deadline: float = math.inf
+) -> Content:
+    """Return the result of `transfer()`, repeated up to ATTEMPTS times, each time after a longer pause.
+
+    No try begins after `deadline`, a time of `time.monotonic`.
+    """
+    pause = FIRST_PAUSE_SECONDS
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             return transfer()
         except _TransferError as error:
+            if attempt == ATTEMPTS or time.monotonic() + pause >= deadline:
+                tries = f", in each of {attempt} tries" if attempt > 1 else ""
+                raise UserError(
+                    f"{address}: {error}{tries}; see that this node can read the file and that it is the one in the "
+                    "manifest, then run again: shards that have arrived are kept."
+                ) from None
             logger.log(level, f"{address}: {error}; trying again", extra=ANY_RANK)
-            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-    try:
-        return transfer()
-    except _TransferError as error:
-        raise UserError(
-            f"{address}: {error}, in each of {ATTEMPTS} tries; see that this node can read the file and that it is the "
-            "one in the manifest, then run again: shards that have arrived are kept."
-        ) from None
+        time.sleep(pause)
+        pause *= 2
+    raise AssertionError("unreachable")
+
+
+def _fetch_manifest(address: str, deadline: float) -> bytes:
+    content = b""
+    with contextlib.closing(_blocks(address, deadline - time.monotonic(), math.inf)) as blocks:
+        for block in blocks:
+            content += block
+            if len(content) > SMALL_FILE_BYTES:
+                raise UserError(f"{address}: more than the {SMALL_FILE_BYTES:,} bytes that a manifest may have.")
+    return content
 
 
 def _fetch(address: str, shard: ShardInfo, path: Path) -> None:
     digest, size = hashlib.sha256(), 0
-    with atomic_file(path) as file, contextlib.closing(_blocks(address)) as blocks:
+    with atomic_file(path) as file, contextlib.closing(_blocks(address, STALL_SECONDS, SLOWEST_RATE)) as blocks:
         for block in blocks:
             size += len(block)
             if size > shard.bytes:
@@ -116,29 +158,76 @@ def _fetch(address: str, shard: ShardInfo, path: Path) -> None:
             raise _TransferError(f"found SHA-256 {digest.hexdigest()}, expected {shard.sha256}")
 
 
-def _blocks(address: str) -> Generator[bytes]:
-    stream = None
+def _blocks(address: str, patience: float, rate: float) -> Generator[bytes]:
+    """Yield the content of a file. It has `patience` seconds, and one more for each `rate` bytes that have arrived.
+
+    A thread reads, because some protocols wait without end. If time is up, its program is killed, or it is left alone.
+    """
+    transfer = _Transfer(address)
+    deadline = time.monotonic() + patience
     try:
-        stream = _open(address)
-        with stream:
-            while block := stream.read(_BLOCK_BYTES):
-                yield block
+        while block := transfer.next_block(max(0.0, deadline - time.monotonic())):
+            deadline += len(block) / rate
+            yield block
+    except queue.Empty:
+        reason = "not done" if math.isinf(rate) else f"below {rate:,.0f} bytes a second"
+        raise _TransferError(f"too slow: {reason} after {patience:.3g} s") from None
     except Exception as error:  # each protocol has its own exceptions, and not all of them are OSErrors
-        if status := getattr(stream, "status", None):
+        if status := getattr(transfer.stream, "status", None):
             program = "curl" if address.startswith("http") else "the command"
             raise _TransferError(f"{program} ended with exit code {status} (see its message)") from None
         raise _TransferError(f"{type(error).__name__}: {error}") from None
+    finally:
+        transfer.stop()
+
+
+class _Transfer:
+    """A thread that reads the file at `address`."""
+
+    def __init__(self, address: str):
+        self.stream: Any = None
+        self._address, self._stopped = address, threading.Event()
+        self._queue: queue.Queue[bytes | Exception] = queue.Queue(maxsize=16)
+        threading.Thread(target=self._read, name="npp-transfer", daemon=True).start()
+
+    def next_block(self, timeout: float) -> bytes:
+        """Return the next bytes, b"" at the end. Raises queue.Empty after `timeout` seconds, or what reading raised."""
+        item = self._queue.get(timeout=timeout)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """End the transfer; its program, if there is one, is killed."""
+        self._stopped.set()
+        if program := getattr(self.stream, "proc", None):
+            program.kill()
+
+    def _read(self) -> None:
+        try:
+            self.stream = _open(self._address)
+            with self.stream:
+                while (block := self.stream.read(_BLOCK_BYTES)) and not self._stopped.is_set():
+                    self._put(block)
+            self._put(b"")
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, item: bytes | Exception) -> None:
+        while not self._stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.1)
+                return
 
 
 def _open(address: str) -> BinaryIO:
     from webdataset.gopen import gopen, gopen_schemes
 
-    if re.match("https?://", address):
-        # webdataset 1.0's own call of curl would wait without end for a server that sends nothing.
-        patience = f"--connect-timeout 30 --speed-limit 1 --speed-time {STALL_SECONDS}"
-        return gopen(f"pipe:curl -fsSL {patience} {shlex.quote(address)}")
+    # Unbuffered (bufsize 0), what has arrived is read at once.
+    if re.match("https?://", address):  # webdataset 1.0's own call of curl shows no reason and repeats 30 times
+        return gopen(f"pipe:exec curl -gfsSL --connect-timeout 30 {shlex.quote(address)}", bufsize=0)
     if address.split(":", 1)[0] in gopen_schemes:
-        return gopen(address)
+        return gopen(address, bufsize=0)
     import fsspec
 
     return fsspec.open(address, "rb").open()

@@ -1,184 +1,32 @@
-"""The shard format: WebDataset tars of VQ codes with a manifest; written atomically, read strictly, verified in full.
+"""The shard format: WebDataset tars of VQ codes, written atomically, read strictly, verified against the manifest.
 
 A set is a folder with `manifest.json` and `train-000000.tar`, ... Each image is two consecutive members of one shard:
 `<key>.codes.npy` (uint16 [crops, tokens]) and `<key>.cls` (the label as a decimal integer).
 """
 
-import hashlib
 import io
-import json
 import logging
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from npp_ds import __version__
-from npp_ds.data.coding import Coding
+from npp_ds.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from npp_ds.errors import UserError
-from npp_ds.utils.files import atomic_file, sha256, tar_members, write_json_atomic
+from npp_ds.utils.files import atomic_file, open_regular, sha256, tar_members
 from npp_ds.utils.progress import track
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION: Final = 1
-MANIFEST_NAME = "manifest.json"
 CODES_EXTENSION = "codes.npy"
 LABEL_EXTENSION = "cls"
+LARGEST_MEMBER = {CODES_EXTENSION: 16 << 20, LABEL_EXTENSION: 32}  # bytes
 _NPY_PREFIX = b"\x93NUMPY\x01\x00"
-_HEX_DIGEST = r"^[0-9a-f]{64}$"
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CodeAgreement(_Record):
-    """How many codes of the first `images` images, `codes` in all, were `equal` to those of fp32."""
-
-    images: int = Field(ge=0)
-    codes: int = Field(ge=0)
-    equal: int = Field(ge=0)
-
-    def __str__(self) -> str:
-        share = self.equal / max(self.codes, 1)
-        return f"{share:.2%} of {self.codes:,} codes of the first {self.images} images are those of fp32"
-
-
-class TokenizerInfo(_Record):
-    """The tokenizer that made the codes.
-
-    `sha256` is that of its weights, `downsample` is in pixels per code, `precision` is that of its arithmetic, and
-    `agreement` compares its codes with those of fp32 if the precision is another one.
-    """
-
-    name: str
-    sha256: str
-    downsample: int = Field(ge=1)
-    precision: str
-    agreement: CodeAgreement | None = None
-
-    @model_serializer(mode="wrap")
-    def _omit_absent(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Omit an absent agreement, so that manifests keep the fingerprint that they had before the field existed."""
-        return {name: value for name, value in serialize(self).items() if value is not None}
-
-
-class CropInfo(_Record):
-    """The crops stored of each image: a name for each row of its codes, such as "center-flip" or "1.1/top-left"."""
-
-    scheme: Literal["center", "center-flip", "ten"]
-    ranges: list[float]
-    names: list[str] = Field(min_length=1)
-
-    @property
-    def center(self) -> int:
-        """Index of the crop for evaluation: the one named "center" or ".../center", else 0."""
-        return next((i for i, name in enumerate(self.names) if name.split("/")[-1] == "center"), 0)
-
-
-class ShardInfo(_Record):
-    """One shard file: its name without a folder, its number of images, its size in bytes and its SHA-256."""
-
-    file: str = Field(pattern=r"^[^/\\]+\.tar$")
-    samples: int = Field(ge=0)
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=_HEX_DIGEST)
-
-
-class Manifest(_Record):
-    """The description of a set of shards, `manifest.json` in its folder."""
-
-    format: Literal["npp-codes"] = "npp-codes"
-    version: Literal[1] = FORMAT_VERSION
-    split: str
-    grid_size: int = Field(ge=1)
-    vocab_size: int = Field(ge=1, le=65536)
-    num_classes: int = Field(ge=1)
-    class_names: list[str]
-    image_size: int = Field(ge=1)
-    tokenizer: TokenizerInfo
-    crops: CropInfo
-    num_samples: int = Field(ge=0)
-    shards: list[ShardInfo]
-    source: dict[str, Any]
-    skipped: list[dict[str, Any]]
-    created_by: str = f"npp_ds {__version__}"
-
-    @model_validator(mode="after")
-    def _counts_add_up(self) -> "Manifest":
-        total = sum(shard.samples for shard in self.shards)
-        if total != self.num_samples:
-            raise ValueError(f"num_samples is {self.num_samples}, its shards hold {total}")
-        if len({shard.file for shard in self.shards}) != len(self.shards):
-            raise ValueError("a shard file is listed twice")
-        if len(set(self.crops.names)) != len(self.crops.names):
-            raise ValueError("a crop name is listed twice")
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise ValueError(f"{len(self.class_names)} class_names for num_classes {self.num_classes}")
-        return self
-
-    @property
-    def num_crops(self) -> int:
-        """Number of crops stored of each image."""
-        return len(self.crops.names)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of codes of a crop."""
-        return self.grid_size**2
-
-    @property
-    def coding(self) -> Coding:
-        """What codes and labels stand for, to compare with other shards and with weights."""
-        sizes = (self.grid_size, self.vocab_size, self.num_classes)
-        return Coding(*sizes, self.tokenizer, tuple(self.class_names))
-
-    @classmethod
-    def load(cls, directory: str | Path) -> "Manifest":
-        """Read the manifest in `directory`. Raises UserError if it is missing, damaged or of another version."""
-        path = Path(directory) / MANIFEST_NAME
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{path}: {error.strerror}; expected the manifest of a folder of code shards. "
-                "It is written last: run data_prep/tokenize_imagenet.py to its end, or correct the folder."
-            ) from None
-        return cls.parse(content, path)
-
-    @classmethod
-    def parse(cls, content: bytes, path: str | Path) -> "Manifest":
-        """Parse the bytes of the manifest at `path`. Raises UserError as `load` does."""
-        try:
-            raw = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); tokenize again or restore the file.") from None
-        found = {name: raw.get(name) if isinstance(raw, dict) else None for name in ("format", "version")}
-        if found != {"format": "npp-codes", "version": FORMAT_VERSION}:
-            raise UserError(
-                f"{path}: found format {found['format']!r} version {found['version']!r}, expected 'npp-codes' version "
-                f"{FORMAT_VERSION}; tokenize again with this version of npp_ds, or use the version that made it."
-            )
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors())
-            raise UserError(f"{path}: {problems}; tokenize again or restore the file.") from None
-
-    def save(self, directory: str | Path) -> None:
-        """Write `manifest.json` into `directory`, atomically."""
-        write_json_atomic(Path(directory) / MANIFEST_NAME, self.model_dump())
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the content in 64 hexadecimal digits, the same whichever version of npp_ds wrote it."""
-        content = json.dumps(self.model_dump(exclude={"created_by"}), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def shard_name(split: str, index: int) -> str:
@@ -255,12 +103,7 @@ def read_shard(path: str | Path) -> Iterator[tuple[str, np.ndarray, int]]:
     """
     key = ""
     fields: dict[str, bytes] = {}
-    for name, data in _read_members(path):
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        member_key = folder + slash + stem
-        if extension not in (CODES_EXTENSION, LABEL_EXTENSION):
-            raise UserError(f"{path}, member {name!r}: expected <key>.{CODES_EXTENSION} or <key>.{LABEL_EXTENSION}.")
+    for member_key, extension, data in _read_members(path):
         if fields and (member_key != key or extension in fields):
             raise _incomplete(path, key, fields)
         key = member_key
@@ -279,24 +122,35 @@ def _incomplete(path: str | Path, key: str, fields: dict[str, bytes]) -> UserErr
     )
 
 
-def _read_members(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of each member. Raises UserError for anything but complete plain files."""
+def _read_members(path: str | Path) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (key, extension, content) of each member.
+
+    Raises UserError for anything but complete plain files with the two extensions and at most LARGEST_MEMBER bytes.
+    """
     name = None
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for member in tar_members(file):
-                name = member.name
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    raise UserError(f"{path}, member {name!r}: not a plain file.")
+                name = f"{member.name!r:.200}"
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
+                    raise UserError(f"{path}, member {name}: not a plain file.")
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                if extension not in LARGEST_MEMBER:
+                    raise UserError(f"{path}, member {name}: expected <key>.{' or <key>.'.join(LARGEST_MEMBER)}.")
+                if member.size > (limit := LARGEST_MEMBER[extension]):
+                    raise UserError(f"{path}, member {name}: {member.size:,} bytes, expected at most {limit:,}.")
+                _check_key(key := folder + slash + stem, f"{path}, member {name}")
                 file.seek(member.offset_data)
                 data = file.read(member.size)
                 if len(data) != member.size:
                     raise tarfile.ReadError("unexpected end of data")
-                yield name, data
-            if len(rest := file.read()) < tarfile.BLOCKSIZE or any(rest):
+                yield key, extension, data
+            rest = file.read(tarfile.BLOCKSIZE)
+            if len(rest) < tarfile.BLOCKSIZE or any(map(any, chain([rest], iter(partial(file.read, 1 << 20), b"")))):
                 raise tarfile.ReadError("the end-of-archive mark is missing")
     except (tarfile.TarError, OSError) as error:
-        where = f"after member {name!r}" if name else "at its start"
+        where = f"after member {name}" if name else "at its start"
         raise UserError(f"{path}: damaged {where}: {error}; tokenize this shard again or restore it.") from None
 
 
@@ -308,6 +162,8 @@ def _parse_codes(data: bytes, where: str) -> np.ndarray:
         shape, fortran_order, dtype = _npy_layout(data[:start])
         if dtype != np.dtype("<u2") or len(shape) != 2 or fortran_order:
             raise ValueError(f"array of {dtype} {list(shape)}, expected uint16 [crops, tokens] in C order")
+        if len(data) - start != 2 * shape[0] * shape[1]:
+            raise ValueError(f"{len(data) - start} bytes for the shape {list(shape)}")
         return np.frombuffer(data, "<u2", offset=start).reshape(shape)
     except ValueError as error:
         raise UserError(f"{where}: bad {CODES_EXTENSION}: {error}.") from None
@@ -315,7 +171,14 @@ def _parse_codes(data: bytes, where: str) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _npy_layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return np.lib.format.read_array_header_1_0(io.BytesIO(header[8:]))
+    """Parse the start of a .npy file. Raises ValueError if it describes no array."""
+    try:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header[8:]))
+    except Exception as error:  # it evaluates a Python literal, which may fail in many ways
+        raise ValueError(f"bad header ({type(error).__name__})") from None
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"the shape is {shape!s:.60}")
+    return shape, fortran_order, dtype
 
 
 def _parse_label(data: bytes, where: str) -> int:

@@ -2,12 +2,14 @@
 
 The cache folder of a set is named by the fingerprint of its manifest and appears by one rename under a lock. So a
 folder that exists is complete, whatever was killed while it was made, and a changed manifest gets another folder.
+In a shared cache nothing of another user is used, and each start compares the arrays with the hashes of their record.
 Shards behind a URL are first fetched into a second folder, which survives an interruption and is removed after that.
 """
 
 import contextlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,16 +18,24 @@ from pathlib import Path
 import numpy as np
 
 from npp_ds.data import remote
-from npp_ds.data.shards import MANIFEST_NAME, Manifest, read_set
+from npp_ds.data.manifest import MANIFEST_NAME, Manifest
+from npp_ds.data.staged_set import (
+    SOURCE,
+    check_owner,
+    describe,
+    open_arrays,
+    read_record,
+    read_source,
+    write_set,
+)
 from npp_ds.errors import UserError
-from npp_ds.utils.files import fsync_directory, nearest_folder, write_text_atomic
+from npp_ds.utils.files import fsync_directory, nearest_folder
 from npp_ds.utils.locks import lock, open_lock
 from npp_ds.utils.logs import ANY_RANK
 
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
-_CODES, _LABELS, _SOURCE = "codes.npy", "labels.npy", "source.txt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +57,7 @@ def stage(shard_dir: str | Path, cache_dir: str | Path | None = None) -> CodeSto
     Any number of processes may call this at once: one of them fetches and unpacks the set if it is not staged yet, and
     the others wait. Environment variables in the paths are those of this machine (`/local/$USER/train`). Without
     `cache_dir` it is /dev/shm/npp_ds-<uid> if the set takes at most half of the free space there, else ~/.cache/npp_ds.
-    Raises UserError for a missing, damaged or empty set, and for a full disk.
+    Raises UserError for a missing, damaged or empty set, for a full disk, and for cache files of another user.
     """
     shard_dir = expand_variables(shard_dir)
     manifest = load_manifest(shard_dir)
@@ -74,7 +84,7 @@ def stage(shard_dir: str | Path, cache_dir: str | Path | None = None) -> CodeSto
             f"{error.filename or roots[0]}: {error.strerror} while staging {shard_dir} ({needed:,} "
             "bytes); free some space, or name a cache folder on a local disk that is writable and large enough."
         ) from error
-    store = _open(root / name, manifest)
+    store = _open(root / name, manifest, verify=False)
     if store is None:
         raise UserError(f"{root / name}: removed or changed while it was being staged; run again.")
     return store
@@ -90,8 +100,8 @@ def load_manifest(shard_dir: str | Path) -> Manifest:
 
 
 def find_staged(manifest: Manifest, cache_dir: str | Path | None = None) -> CodeStore | None:
-    """Return the set of this manifest if it is staged, else None."""
-    return _open_first(_roots(cache_dir), manifest.fingerprint(), manifest)
+    """Return the set of this manifest if it is staged, else None. Does not read the arrays."""
+    return _open_first(_roots(cache_dir), manifest.fingerprint(), manifest, verify=False)
 
 
 def staging_folder(shard_dir: str | Path, manifest: Manifest, cache_dir: str | Path | None = None) -> tuple[Path, int]:
@@ -124,16 +134,12 @@ def _source(shard_dir: str | Path) -> str:
 
 
 def _staged_from(source: str, roots: list[Path]) -> list[Path]:
-    """Return the folders of the sets that were staged from `source`, the newest last; some may be damaged."""
-    folders = [path.parent for root in roots for path in root.glob(f"*/{_SOURCE}") if path.parent.suffix == ""]
-    return sorted((folder for folder in folders if _read_source(folder) == source), key=os.path.getmtime)
+    """Return this user's folders of the sets staged from `source`, the last by their record at the end.
 
-
-def _read_source(folder: Path) -> str | None:
-    try:
-        return (folder / _SOURCE).read_text()
-    except OSError:
-        return None
+    Some may be damaged.
+    """
+    folders = [path.parent for root in roots for path in root.glob(f"*/{SOURCE}") if path.parent.suffix == ""]
+    return sorted((f for f in folders if read_source(f) == source), key=lambda f: str(read_record(f).get("staged_at")))
 
 
 def _log_change(source: str, name: str, roots: list[Path]) -> None:
@@ -145,21 +151,13 @@ def _log_change(source: str, name: str, roots: list[Path]) -> None:
         )
 
 
-def _open_first(roots: list[Path], name: str, manifest: Manifest) -> CodeStore | None:
-    return next((store for root in roots if (store := _open(root / name, manifest))), None)
+def _open_first(roots: list[Path], name: str, manifest: Manifest, verify: bool = True) -> CodeStore | None:
+    return next((store for root in roots if (store := _open(root / name, manifest, verify))), None)
 
 
-def _open(folder: Path, manifest: Manifest) -> CodeStore | None:
-    """Map the staged set in `folder`. Return None if a file is missing or has another size than `manifest` says."""
-    try:
-        codes = np.load(folder / _CODES, mmap_mode="r")
-        labels = np.load(folder / _LABELS, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-    shape = (manifest.num_samples, manifest.num_crops, manifest.num_tokens)
-    if (codes.dtype, codes.shape, labels.dtype, labels.shape) != (np.uint16, shape, np.int64, shape[:1]):
-        return None
-    return CodeStore(np.asarray(codes), np.asarray(labels), manifest, folder)
+def _open(folder: Path, manifest: Manifest, verify: bool) -> CodeStore | None:
+    arrays = open_arrays(folder, manifest, verify)
+    return CodeStore(arrays[0], arrays[1], manifest, folder) if arrays else None
 
 
 def _bytes_needed(manifest: Manifest, source: str) -> int:
@@ -216,7 +214,9 @@ def _locked(root: Path, name: str) -> Iterator[None]:
     If the process that held the lock meanwhile failed with a UserError, raises the same: the set is not read again.
     """
     with open_lock(root / f"{name}.lock") as file:
-        before = os.fstat(file.fileno()).st_mtime_ns
+        status = os.fstat(file.fileno())
+        check_owner(root / f"{name}.lock", status)
+        before = status.st_mtime_ns
         lock(file)
         file.seek(0)
         if (problem := file.read()) and os.fstat(file.fileno()).st_mtime_ns != before:
@@ -237,13 +237,18 @@ def _remove_abandoned(root: Path, source: str, name: str) -> None:
     """
     downloads = [
         folder
-        for folder in root.glob("*.download")
-        if folder.stem != name and (_read_source(folder) == source or folder.with_suffix("").exists())
+        for folder in _leftovers(root, ".download")
+        if folder.stem != name and (read_source(folder) == source or folder.with_suffix("").exists())
     ]
-    for leftover in (*root.glob("*.tmp"), *downloads):
+    for leftover in (*_leftovers(root, ".tmp"), *downloads):
         with open_lock(leftover.with_suffix(".lock")) as file:
             if lock(file, patience=0):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _leftovers(root: Path, suffix: str) -> list[Path]:
+    """Return the folders in `root` that are named by a fingerprint and `suffix`; others are none of ours."""
+    return [path for path in root.glob(f"*{suffix}") if re.fullmatch("[0-9a-f]{64}", path.stem)]
 
 
 def _fill(source: str, manifest: Manifest, folder: Path) -> None:
@@ -252,8 +257,10 @@ def _fill(source: str, manifest: Manifest, folder: Path) -> None:
         _unpack(Path(source), source, manifest, folder)
         return
     fetched = _download(folder)
-    fetched.mkdir(exist_ok=True)
-    _describe(fetched, source, manifest)
+    fetched.mkdir(mode=0o755, exist_ok=True)
+    check_owner(fetched, fetched.lstat())
+    fetched.chmod(0o755)
+    describe(fetched, source, manifest)
     remote.download(source, manifest, fetched)
     try:
         _unpack(fetched, source, manifest, folder)
@@ -262,19 +269,14 @@ def _fill(source: str, manifest: Manifest, folder: Path) -> None:
     shutil.rmtree(fetched)
 
 
-def _describe(folder: Path, source: str, manifest: Manifest) -> None:
-    manifest.save(folder)
-    write_text_atomic(folder / _SOURCE, source)
-
-
 def _unpack(shard_dir: Path, source: str, manifest: Manifest, folder: Path) -> None:
     """Write the arrays into a temporary folder, flush them to disk and rename it to `folder`."""
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    temporary.chmod(0o755)
     try:
-        _write_arrays(shard_dir, manifest, temporary)
-        _describe(temporary, source, manifest)
+        write_set(shard_dir, source, manifest, temporary)
         fsync_directory(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -282,19 +284,3 @@ def _unpack(shard_dir: Path, source: str, manifest: Manifest, folder: Path) -> N
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(folder.parent)
-
-
-def _write_arrays(shard_dir: Path, manifest: Manifest, folder: Path) -> None:
-    """Write the arrays with write(), not through a map: on a full tmpfs a map would end the process with SIGBUS."""
-    shape = (manifest.num_samples, manifest.num_crops, manifest.num_tokens)
-    labels: list[int] = []
-    with (folder / _CODES).open("wb") as codes_file, (folder / _LABELS).open("wb") as labels_file:
-        np.lib.format.write_array_header_1_0(codes_file, {"descr": "<u2", "fortran_order": False, "shape": shape})
-        for codes, label in read_set(shard_dir, manifest):
-            codes_file.write(codes.data)
-            labels.append(label)
-        np.save(labels_file, np.array(labels, np.int64))
-        for file in (codes_file, labels_file):
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o444)

@@ -4,6 +4,7 @@ Imports torch only to choose a device, so that a command knows its rank before t
 """
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> ProcessInfo
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
         return ProcessInfo(*(_number(environment, name) for name in names))
     return ProcessInfo()
+
+
+def processes_on_node(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of processes of this launch on this machine; all of them if the launcher does not say it."""
+    if "RANK" not in environment and (found := re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))):
+        return int(found[0])  # such as 8(x2)
+    return max(1, _number(environment, "LOCAL_WORLD_SIZE") or read_environment(environment).world_size)
 
 
 def host_name(environment: Mapping[str, str] = os.environ) -> str:

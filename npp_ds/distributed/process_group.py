@@ -3,8 +3,10 @@
 import ctypes
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from npp_ds.distributed.environment import (
     read_environment,
     srun_rendezvous,
 )
-from npp_ds.errors import RendezvousError, UserError
+from npp_ds.errors import RendezvousError, UserError, as_user_error
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """Limit for the rendezvous: imports from a shared file system may take one node minutes longer than another."""
@@ -59,7 +61,7 @@ class Processes:
     def on_first(self, action: Callable[..., Any], *arguments: Any) -> Any:
         """Return the result of `action(*arguments)` on the first process, on all.
 
-        A UserError or an OSError of the action is raised as a UserError on all.
+        An error of the action that a user can fix (`as_user_error`) is raised as a UserError on all.
         """
         shared: list[Any] = [_attempt(action, *arguments) if self.is_first else None]
         dist.broadcast_object_list(shared, device=self.device)
@@ -79,19 +81,22 @@ class Processes:
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """Return (result, None), or (None, text of the error) after a UserError or an OSError."""
+    """Return (result, None), or (None, text of the error) after one that a user can fix."""
     try:
         return action(*arguments), None
-    except UserError as error:
-        return None, str(error)
-    except OSError as error:
-        return None, f"{error.filename}: {error.strerror}; fix that, or name another path"
+    except Exception as error:
+        if not isinstance(found := as_user_error(error), UserError):
+            raise
+        return None, str(found)
 
 
-def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
+def join_processes(
+    timeout: timedelta = PROCESS_GROUP_TIMEOUT, end_if_asked: Callable[[], None] = lambda: None
+) -> Processes:
     """Join the process group of this launch (NCCL on GPUs, gloo on CPUs), a group of one without a launcher.
 
-    `timeout` is for one exchange; the rendezvous waits for RENDEZVOUS_TIMEOUT. Raises UserError when there are more
+    `timeout` is for one exchange. The rendezvous waits for RENDEZVOUS_TIMEOUT and calls `end_if_asked` meanwhile,
+    which may raise to give up. Raises UserError when there are more
     processes on the node than GPUs, RendezvousError when the others do not arrive. On CPUs the process keeps the
     memory that its tensors free from then on.
     """
@@ -114,7 +119,7 @@ def join_processes(timeout: timedelta = PROCESS_GROUP_TIMEOUT) -> Processes:
     if not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if cuda else "gloo",
-            store=_rendezvous(us, RENDEZVOUS_TIMEOUT, timeout),
+            store=_rendezvous(us, RENDEZVOUS_TIMEOUT, timeout, end_if_asked),
             rank=us.rank,
             world_size=us.world_size,
             timeout=timeout,
@@ -135,13 +140,21 @@ def _gpu_of(local_rank: int, visible: int) -> int:
     )
 
 
-def _rendezvous(us: ProcessInfo, patience: timedelta, timeout: timedelta) -> dist.Store:
+def _rendezvous(
+    us: ProcessInfo, patience: timedelta, timeout: timedelta, end_if_asked: Callable[[], None]
+) -> dist.Store:
     """Return the store that the processes of this launch share, once all have arrived within `patience`."""
     if us.world_size == 1:
         return dist.HashStore()
+    url = f"env://?rank={us.rank}&world_size={us.world_size}"
+    meeting: Future[dist.Store] = Future()
+    # In a thread, because Python handles signals only when the main thread returns from native code, and torch (2.14)
+    # waits there. A daemon, so that a process which gives up can end.
+    Thread(target=_fulfil, args=(meeting, lambda: next(dist.rendezvous(url, timeout=patience))[0]), daemon=True).start()
+    while not wait([meeting], timeout=0.2).done:
+        end_if_asked()
     try:
-        url = f"env://?rank={us.rank}&world_size={us.world_size}"
-        store, _, _ = next(dist.rendezvous(url, timeout=patience))
+        store = meeting.result()
     except (RuntimeError, ValueError) as error:  # ValueError: a variable is missing
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RendezvousError(
@@ -150,6 +163,13 @@ def _rendezvous(us: ProcessInfo, patience: timedelta, timeout: timedelta) -> dis
         ) from error
     store.set_timeout(timeout)
     return dist.PrefixStore("npp_ds", store)
+
+
+def _fulfil(future: Future, action: Callable[[], Any]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def leave_processes() -> None:

@@ -6,10 +6,10 @@ from functools import cached_property
 
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import expand_variables, load_manifest
 from npp_ds.distributed.process_group import Processes
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, as_user_error
 from npp_ds.training.preflight import fitting_schedule
 
 OK, WARNING, FAILURE, NOT_RUN = "ok", "warning", "failure", "not run"
@@ -115,10 +115,8 @@ class Check:
             result = self.find(context)
         except UserError as error:
             return Result(str(error), FAILURE, self.lasting or error.on_all_ranks)
-        except OSError as error:
-            return Result(f"{error.filename}: {error.strerror}", FAILURE)
         except Exception as error:
-            return Result(f"{type(error).__name__}: {error}", FAILURE)
+            return Result(str(as_user_error(error) or f"{type(error).__name__}: {error}"), FAILURE)
         return replace(result, lasting=True) if self.lasting and result and result.state == FAILURE else result
 
 

@@ -10,7 +10,7 @@ from npp_ds import __version__
 from npp_ds.distributed.environment import is_srun_task
 from npp_ds.doctor.checks import FAILURE, WARNING, Check, Context, Result
 from npp_ds.training.deepspeed_config import import_deepspeed
-from npp_ds.utils.format import format_bytes
+from npp_ds.utils.format import counted, format_bytes
 
 DRIVER = Path("/sys/module/nvidia/version")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # set by torchrun and accelerate, and by the deepspeed launcher
@@ -60,9 +60,10 @@ def gpu(context: Context) -> Result:
     processes = context.nodes.count(context.node)
     available = max(visible, _number("SLURM_GPUS_ON_NODE") or 0)
     if processes < available:
-        text = f"{model}: {available} GPUs and {processes} processes on this node; start one process per GPU"
+        both = f"{counted(available, 'GPU')} and {counted(processes, 'process')} on this node"
+        text = f"{model}: {both}; start one process per GPU"
         return Result(text, WARNING, common=model)
-    return Result(f"{visible} visible to {processes} processes of a node: {model}", common=model)
+    return Result(f"{visible} visible to {counted(processes, 'process')} of a node: {model}", common=model)
 
 
 def gpu_memory(context: Context) -> Result | None:
@@ -80,7 +81,7 @@ def gpu_memory(context: Context) -> Result | None:
 def world_size(context: Context) -> Result:
     """Compare processes and nodes with what srun started; a launcher inside a task may start any number."""
     world, nodes = context.processes.world_size, len(set(context.nodes))
-    found = counted(world, nodes)
+    found = f"{counted(world, 'process')} on {counted(nodes, 'node')}"
     if not is_srun_task() or any(name in os.environ for name in LAUNCHERS):
         return Result(f"{found}, not started by srun")
     wrong = []
@@ -104,11 +105,6 @@ def cores(context: Context) -> Result:
     if usable == 1 and context.has_gpu:
         return Result(f"1 usable beside a GPU, which will wait for it; {advice}, or request more", WARNING)
     return Result(f"{usable} usable by each process")
-
-
-def counted(processes: int, nodes: int) -> str:
-    """Return a text such as "2 processes on 1 node"."""
-    return f"{processes} process{'es' * (processes != 1)} on {nodes} node{'s' * (nodes != 1)}"
 
 
 def _driver() -> str | None:

@@ -5,15 +5,17 @@ import shutil
 from pathlib import Path
 
 from npp_ds.checkpoint.folders import saved_steps
-from npp_ds.config.load import problems_of
+from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import CheckpointSection, RunConfig
 from npp_ds.data import remote
-from npp_ds.data.shards import Manifest, ShardInfo, read_shard
+from npp_ds.data.manifest import Manifest, ShardInfo
+from npp_ds.data.shards import read_shard
 from npp_ds.data.store import find_staged, staging_folder
 from npp_ds.doctor.checks import FAILURE, WARNING, Check, Context, Result
 from npp_ds.errors import UserError
 from npp_ds.training.partitions import MOMENTS
+from npp_ds.training.preflight import initial_weights
 from npp_ds.training.run_folder import check_settings
 from npp_ds.utils.files import nearest_folder
 from npp_ds.utils.format import format_bytes
@@ -36,6 +38,22 @@ def settings(context: Context) -> Result | None:
         for s in context.schedule.stages
     )
     return Result(f"{config.name}: {stages}")
+
+
+def weights(context: Context) -> Result | None:
+    """Read on the first process the weights that a fresh run starts from: a damaged tensor shows only then."""
+    if not context.processes.is_first:
+        return None
+    try:
+        initial = initial_weights(context.run)
+    except UserError:  # `settings` reports it
+        return None
+    if initial is None:
+        return None
+    with initial.reading() as tensor:
+        for name in initial.shapes:
+            tensor(name)
+    return Result(f"{initial.path}: {initial.describe()}, all finite")
 
 
 def shards(context: Context) -> Result | None:
@@ -148,6 +166,7 @@ def most_checkpoints(schedule: Schedule, checkpoint: CheckpointSection) -> int:
 
 CHECKS = (
     Check("settings", settings, lasting=True),
+    Check("weights", weights, lasting=True),
     Check("shards", shards, lasting=True),
     Check("staging", staging),
     Check("checkpoints", checkpoint_space, lasting=True),

@@ -26,7 +26,9 @@ from npp_ds.doctor import collectives, machine, run
 from npp_ds.doctor.checks import FAILURE, NOT_RUN, OK, WARNING, Check, Context, Result, Row, row_of
 from npp_ds.doctor.trial_steps import TrialSteps
 from npp_ds.errors import RendezvousError, UserError
-from npp_ds.utils.tables import make_table
+from npp_ds.utils.format import counted
+from npp_ds.utils.logs import say
+from npp_ds.utils.tables import make_table, plain_text
 
 CHECK_TIMEOUT_SECONDS = 180.0  # Python starts slowly from a busy shared file system
 STEP_TIMEOUT_SECONDS = 900.0
@@ -236,7 +238,7 @@ def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> in
     elif not as_json:
         count = f"{len(warnings)} warning{'s' * (len(warnings) > 1)}"
         verdict = f"{count}, nothing that stops a run" if warnings else "all well"
-        print(f"{verdict}: {machine.counted(processes, nodes)}", flush=True)
+        say(f"{verdict}: {counted(processes, 'process')} on {counted(nodes, 'node')}")
     return 0 if not failures else USER_ERROR if any(row.lasting for row in failures) else RETRYABLE
 
 
@@ -245,15 +247,14 @@ def _print_table(rows: Sequence[Row]) -> None:
     columns = ("check", "result", "detail")
     if sys.stdout.isatty():
         from rich.console import Console
-        from rich.text import Text
 
-        cells = [(Text(row.name), Text(row.state, STYLES[row.state]), Text(row.detail)) for row in rows]
+        cells = [(row.name, plain_text(row.state, STYLES[row.state]), row.detail) for row in rows]
         Console().print(make_table(columns, cells, justify="left"))
         return
     lines = [columns, *((row.name, row.state, row.detail) for row in rows)]
     name_width, state_width, _ = (max(map(len, cells)) for cells in zip(*lines, strict=True))
     for name, state, detail in lines:
-        print(f"{name:<{name_width}}  {state:<{state_width}}  {detail}")
+        say(f"{name:<{name_width}}  {state:<{state_width}}  {detail}")
 
 
 def _print_error(failures: Sequence[Row]) -> None:
@@ -262,7 +263,7 @@ def _print_error(failures: Sequence[Row]) -> None:
     others = f" (and {more} more failure{'s' * (more > 1)} above)" if more else ""
     sys.stdout.flush()
     text = f"error: host {first.node} (rank {first.rank}): {first.name}: {first.reason}{others}"
-    print(text, file=sys.stderr, flush=True)
+    say(text, to_stderr=True)
 
 
 def _report_alone(reason: str, as_json: bool, lasting: bool = False) -> None:

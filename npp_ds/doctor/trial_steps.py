@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npp_ds.config.schedule import Stage
 from npp_ds.doctor.checks import FAILURE, Check, Context, Result
+from npp_ds.errors import is_out_of_memory
 from npp_ds.model.patches import group
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.utils.format import format_bytes
@@ -34,8 +35,8 @@ class TrialSteps:
         """Return what `action` returns, a failure if memory runs out."""
         try:
             return action(stage)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
         total = format_bytes(_total_bytes(self.context))
         return Result(
@@ -57,7 +58,7 @@ class TrialSteps:
             torch.cuda.reset_peak_memory_stats()
         accumulated = stage.batch_size // (stage.micro_batch_size * self.context.processes.world_size)
         batches = [self._random_batch(stage)] * min(MICRO_BATCHES, accumulated)
-        self.engine.set_batch_sizes(stage)
+        self.engine.set_stage(stage)
         self.engine.step(0, batches, 0.0)  # the first step also allocates buffers
         start = time.perf_counter()
         result = self.engine.step(1, batches, 0.0)

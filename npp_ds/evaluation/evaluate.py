@@ -19,7 +19,7 @@ from npp_ds.evaluation.extractors import (
     Progress,
     measure,
 )
-from npp_ds.evaluation.images import ImageSet
+from npp_ds.evaluation.images import RECONSTRUCTION, ImageSet
 from npp_ds.evaluation.metrics import NEIGHBOURS, class_agreement, frechet_distance, inception_score, precision_recall
 from npp_ds.evaluation.reference import Reference, recorded_extractor
 from npp_ds.utils.files import check_writable, explain_os_errors, write_json_atomic
@@ -27,6 +27,7 @@ from npp_ds.utils.format import utc_now
 from npp_ds.utils.records import git_commit
 
 PUBLISHED_COUNT = 50_000
+LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "GIF", "JPEG2000", "AVIF"}
 _VALIDATION = re.compile(r"(?<![a-z])val(idation)?(?![a-z])", re.IGNORECASE)
 
 
@@ -34,10 +35,14 @@ def find_caveats(images: ImageSet, measured: Measurement, reference: Reference, 
     """Return one sentence for each known reason why the metrics are not comparable; empty if there is none."""
     found = _of_counts(measured, reference, extractor) + _of_reference(measured, reference, extractor)
     found += _of_patch_sides(images.record)
+    if lossy := sorted(images.formats & LOSSY_FORMATS):
+        found.append(
+            f"samples were read from {' and '.join(lossy)} files, which can lose detail: save samples as PNG or .npz"
+        )
     if repeated := images.record.get("repeated_images"):
         found.append(f"{repeated} of the samples are copies of others")
     if extractor.name == INCEPTION:
-        found += _beside_published(measured, reference, extractor)
+        found += _beside_published(measured, reference, extractor, images.kind == RECONSTRUCTION)
     return found
 
 
@@ -79,7 +84,9 @@ def _of_patch_sides(record: dict[str, Any]) -> list[str]:
     return found
 
 
-def _beside_published(measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
+def _beside_published(
+    measured: Measurement, reference: Reference, extractor: Extractor, reconstruction: bool
+) -> list[str]:
     found, count = [], reference.source.num_images
     if not extractor.standard:
         found.append(
@@ -91,7 +98,7 @@ def _beside_published(measured: Measurement, reference: Reference, extractor: Ex
     if count is not None and PUBLISHED_COUNT > count > extractor.feature_dim:
         found.append(f"the reference has only {count:,} images, published ones {PUBLISHED_COUNT:,} or more")
     names = (Path(name).as_posix() for name in (reference.path, reference.source.images) if name)
-    if any(_VALIDATION.search("/".join(name.split("/")[-2:])) for name in names):
+    if not reconstruction and any(_VALIDATION.search("/".join(name.split("/")[-2:])) for name in names):
         found.append("the reference seems to be of validation images; published figures are against training images")
     return found
 
@@ -143,6 +150,7 @@ def evaluate_images(
         "extractor_is_standard": extractor.standard,
         "feature_dim": extractor.feature_dim,
         "reference": {"path": reference.path, "sha256": reference.sha256, **asdict(reference.source)},
+        "kind": images.kind,
         "samples_dir": images.path,
         "samples_sha256": measured.sha256,
         "samples": images.record,
@@ -209,7 +217,8 @@ def describe(result: dict[str, Any]) -> str:
     rows = rows_of(result)
     width = max(len(name) for _, name, _ in rows)
     of = f"{result['num_reference_images']:,} images" if result["num_reference_images"] else "statistics"
-    lines = [f"{result['num_images']:,} samples of {result['samples_dir']}"]
+    what = "reconstructions" if result.get("kind") == RECONSTRUCTION else "samples"
+    lines = [f"{result['num_images']:,} {what} of {result['samples_dir']}"]
     lines += [f"against {of} of {result['reference']['path']}, features of {result['extractor']}"]
     lines += [f"  {name:<{width}}  {value:>8}" for _, name, value in rows]
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])

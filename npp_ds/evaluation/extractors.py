@@ -4,9 +4,10 @@ import hashlib
 import http.client
 import io
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npp_ds.checkpoint.safetensors_io import as_weights
+from npp_ds.checkpoint.safetensors_io import as_weights, read_torch
 from npp_ds.errors import UserError
 from npp_ds.evaluation.images import ImageSet
 from npp_ds.evaluation.metrics import Moments, Statistics
@@ -123,21 +124,26 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "fashion_mnist_classifier.sa
 
 
 class Classifier(nn.Module):
-    """Three convolutions and two linear layers on the grey values of 32x32 images."""
+    """Three convolutions and two linear layers on 32x32 images.
+
+    `widths` are the channels before, between and after the convolutions; the first is 1 for grey values, 3 for colours.
+    """
 
     image_size = 32
     num_features = 64
 
-    def __init__(self, num_classes: int = 10):
+    def __init__(self, num_classes: int = 10, widths: Sequence[int] = (1, 32, 48, 64)):
         super().__init__()
-        self.conv = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in ((1, 32), (32, 48), (48, 64)))
-        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in (32, 48, 64))
-        self.hidden = nn.Linear(64 * 4 * 4, self.num_features)
+        self.conv = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairwise(widths))
+        self.norm = nn.ModuleList(nn.BatchNorm2d(c) for c in widths[1:])
+        self.hidden = nn.Linear(widths[-1] * 4 * 4, self.num_features)
         self.output = nn.Linear(self.num_features, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the input of the last layer, float32 [B, 64] >= 0, for images uint8 [B, 32, 32, 3]."""
-        x = images.float().mean(-1).unsqueeze(1).div(127.5).sub(1)
+        is_grey = self.conv[0].in_channels == 1
+        x = images.float().mean(-1).unsqueeze(1) if is_grey else images.float().permute(0, 3, 1, 2)
+        x = x.div(127.5).sub(1)
         for conv, norm in zip(self.conv, self.norm, strict=True):
             x = F.max_pool2d(F.relu(norm(conv(x))), 2)
         return F.relu(self.hidden(x.flatten(1)))
@@ -154,7 +160,8 @@ def load_classifier(path: str | Path = SHIPPED) -> Classifier:
 
     try:
         tensors = load_file(path)
-        model = Classifier(len(tensors["output.bias"]))
+        widths = [tensors["conv.0.weight"].shape[1], *(len(tensors[f"conv.{i}.weight"]) for i in range(3))]
+        model = Classifier(len(tensors["output.bias"]), widths)
         model.load_state_dict(
             {name: as_weights(Path(path), name, value) for name, value in tensors.items()}, strict=False
         )
@@ -189,18 +196,18 @@ def predict(images: np.ndarray | Tensor, model: Classifier | None = None, batch_
 
 
 class ClassifierExtractor:
-    """The shipped classifier as an extractor for 32x32 images: pool [N, 64], probabilities [N, 10]."""
+    """A classifier, by default the shipped one, of 32x32 images: pool [N, 64], probabilities [N, C]."""
 
-    name = FASHION_MNIST
     standard = True
     feature_dim = Classifier.num_features
     judges_classes = True
     batch_size = 256
 
-    def __init__(self, device: str | torch.device = "cpu"):
-        self.sha256 = sha256(SHIPPED)
+    def __init__(self, device: str | torch.device = "cpu", path: Path = SHIPPED):
+        self.name = FASHION_MNIST if path == SHIPPED else path.name
+        self.sha256 = sha256(path)
         self._device = device
-        self._model = load_classifier().to(device)
+        self._model = load_classifier(path).to(device)
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
@@ -215,7 +222,7 @@ class ClassifierExtractor:
 def _check_images(images: Tensor, shape: tuple[int, ...]) -> None:
     if images.dtype != torch.uint8 or images.shape[1:] != shape:
         raise UserError(
-            f"images: found {images.dtype} {list(images.shape)}, the Fashion-MNIST classifier takes torch.uint8 "
+            f"images: found {images.dtype} {list(images.shape)}, the classifier takes torch.uint8 "
             f"{['B', *shape]}; give another extractor for other images"
         )
 
@@ -269,14 +276,17 @@ def _load_network(path: Path) -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {
+            name: tensor if name.endswith(".num_batches_tracked") else as_weights(path, name, tensor)
+            for name, tensor in read_torch(path).items()
+        }
         # torch-fidelity (0.4.0) unpickles any object in its file, so it gets a copy of the tensors, read safely.
         safe = io.BytesIO()
         torch.save(tensors, safe)
         safe.seek(0)
         return FeatureExtractorInceptionV3(INCEPTION, [POOL, LOGITS], feature_extractor_weights_path=safe)
     except Exception as error:  # damaged files raise exceptions of many types
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__).removeprefix(f"{path}: ")
         raise UserError(
             f"{path}: holds no weights of torch-fidelity's Inception ({reason}); expected {_wanted()}"
         ) from error

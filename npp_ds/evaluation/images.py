@@ -1,12 +1,12 @@
 """Open a set of images to measure: samples of `npp sample`, an .npz of images, image shards, or a folder of images."""
 
 import glob
-import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,15 @@ from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, load_samples, map_
 from npp_ds.sampling.job import WORK_FOLDER
 from npp_ds.tokenizer.crops import crop
 from npp_ds.tokenizer.images import ImageItem, decoded_images
-from npp_ds.tokenizer.sources import FOLDER_EXTENSIONS, SHARD_SUFFIXES, list_shards
+from npp_ds.tokenizer.listing import PassedOver, extensions, image_files, log_passed_over, shortened
+from npp_ds.tokenizer.sources import SHARD_SUFFIXES, file_item, list_shards
+
+if TYPE_CHECKING:
+    from npp_ds.tokenizer.vq import VQModel
 
 IMAGES_KEY = "arr_0"
+RECONSTRUCTION = "reconstruction"
+RECONSTRUCTED_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class ImageSet:
     """`count` images of one size in a fixed order. `batches(n)` yields them as uint8 [<= n, H, W, 3].
 
     `labels` int64 [count] is None if unknown. `record` is the content of samples.json, empty for other images.
+    `formats` are Pillow's names of the formats of encoded images, those that `batches` has read so far.
     """
 
     path: str
@@ -33,6 +40,7 @@ class ImageSet:
     batches: Callable[[int], Iterator[np.ndarray]]
     labels: np.ndarray | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    formats: set[str] = field(default_factory=set)
 
 
 def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
@@ -46,6 +54,8 @@ def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
     if path.name == SAMPLES_FILE and (path.parent / RECORD_FILE).exists():
         path = path.parent
     _check_finished(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: a pipe or a device; expected a file or a folder")
     if path.suffix == ".npz":
         return _npz(path)
     if (path / RECORD_FILE).exists():
@@ -53,9 +63,36 @@ def open_images(source: str | Path, image_size: int | None = None) -> ImageSet:
         return ImageSet(str(path), "samples", len(images), lambda n: _slices(images, n), labels, record)
     if path.is_dir() and not _shards(path):
         return _encoded(str(path), "folder", _listed(path), None, image_size)
-    items = list_shards([Path(p) for p in shard_paths(source)])
+    items = list_shards([Path(p) for p in shard_paths(source)], Counter())
     labels = np.array([item.label for item in items], dtype=np.int64)
     return _encoded(str(source), "shards", items, labels, image_size)
+
+
+def reconstructed(images: ImageSet, tokenizer: "VQModel", device: str) -> ImageSet:
+    """Return the images as a tokenizer reproduces them: encoded to codes and decoded, in fp32, rounded as samples are.
+
+    Raises UserError, while they are read, for images whose sides are not multiples of the pixels per code.
+    """
+    import torch
+
+    from npp_ds.tokenizer.vq import to_input, to_uint8
+
+    tokenizer = tokenizer.to(device)
+
+    def batches(n: int) -> Iterator[np.ndarray]:
+        for batch in images.batches(n):
+            size = batch.shape[1:3]
+            if size[0] != size[1] or size[0] % tokenizer.downsample:
+                raise UserError(
+                    f"{images.path}: {size[1]}x{size[0]} pixels; {tokenizer.name} encodes squares whose side is a "
+                    f"multiple of {tokenizer.downsample}; set --image-size to crop all images"
+                )
+            parts = torch.from_numpy(batch).to(device).split(RECONSTRUCTED_AT_A_TIME)
+            decoded = [to_uint8(tokenizer.decode(tokenizer.encode(to_input(part)))) for part in parts]
+            yield torch.cat(decoded).cpu().numpy()
+
+    record = {"tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256}}
+    return ImageSet(images.path, RECONSTRUCTION, images.count, batches, images.labels, record)
 
 
 def _check_finished(path: Path) -> None:
@@ -86,20 +123,24 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _listed(root: Path) -> list[ImageItem]:
-    """Return every file below `root` with the suffix of an image, sorted by path. Links are followed."""
-    paths = [os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
-    paths = sorted(path for path in paths if os.path.splitext(path)[1][1:].lower() in FOLDER_EXTENSIONS)
-    if not paths:
-        raise UserError(f"{root}: no images found; expected {', '.join(FOLDER_EXTENSIONS)} at any depth, or shards")
-    return [ImageItem(key=path, label=-1, path=path, size=os.stat(path).st_size) for path in paths]
+    """Return every image below `root`, sorted by path. Links are followed."""
+    passed_over: PassedOver = Counter()
+    items = [file_item(root, parts, -1) for parts in image_files(root, "", passed_over)]
+    log_passed_over(str(root), shortened(passed_over))
+    if not items:
+        raise UserError(f"{root}: no images found; expected {', '.join(sorted(extensions()))} at any depth, or shards")
+    return sorted(items, key=lambda item: item.path)
 
 
 def _encoded(
     path: str, kind: str, items: list[ImageItem], labels: np.ndarray | None, image_size: int | None
 ) -> ImageSet:
+    formats: set[str] = set()
+
     def pixels() -> Iterator[np.ndarray]:
         first = None
         for item, image in decoded_images(items):
+            formats.add(image.format or "")
             if image_size is not None and image.size != (image_size, image_size):
                 found = crop(image, image_size, "center")[0]
             else:
@@ -122,7 +163,7 @@ def _encoded(
         if batch:
             yield np.stack(batch)
 
-    return ImageSet(path, kind, len(items), batches, labels)
+    return ImageSet(path, kind, len(items), batches, labels, formats=formats)
 
 
 def _slices(images: np.ndarray, n: int) -> Iterator[np.ndarray]:

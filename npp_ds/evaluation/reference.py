@@ -13,6 +13,7 @@ from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import INCEPTION, Extractor, Measurement, Progress, measure
 from npp_ds.evaluation.images import IMAGES_KEY, ImageSet, open_images
 from npp_ds.evaluation.metrics import Statistics, class_agreement
+from npp_ds.tokenizer.images import open_decompressed
 from npp_ds.utils.files import check_writable, explain_os_errors, sha256, write_atomic
 
 MANIFOLD_IMAGES = 10_000  # for precision and recall; the number of images in ADM's reference files
@@ -159,8 +160,8 @@ def _from_statistics(path: Path, extractor: Extractor, progress: Progress, with_
 def _read(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
     """Return the arrays of an .npz by name. Those not `wanted` are None, except the metadata, which is small."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] if name in (*wanted, METADATA_KEY) else None for name in file.files}
+        with open_decompressed(path) as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] if name in (*wanted, METADATA_KEY) else None for name in arrays.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: no readable .npz file ({error}); fetch or make it again") from None
 

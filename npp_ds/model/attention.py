@@ -126,15 +126,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, choice: str = "auto", drop
     return out.transpose(1, 2)
 
 
-def rotary_table(grid: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+def rotary_table(grid: int, head_dim: int, device: torch.device | str = "cpu", patch_side: int = 1) -> Tensor:
     """Return cos and sin of the RoPE angles as float32 [grid*grid, head_dim/2, 2]; row i is input position i.
 
     Row 0, the class position, is zero as in the published code, so q and k of that position are zero. Row i > 0 encodes
     patch i - 1: its grid row in the first half of the features, its grid column in the second (LlamaGen, base 10000).
+    A grid row or column g counts as (g + 0.5) * patch_side - 0.5. With `patch_side` 1 this is g itself; with the side p
+    of the patches it is the patch's center in units of codes.
     """
     quarter = head_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) * 2 / (head_dim // 2))
-    angles = torch.arange(grid, dtype=torch.float32, device=device)[:, None] * frequencies
+    centers = (torch.arange(grid, dtype=torch.float32, device=device) + 0.5) * patch_side - 0.5
+    angles = centers[:, None] * frequencies
     rows = angles[:, None, :].expand(grid, grid, quarter)
     columns = angles[None, :, :].expand(grid, grid, quarter)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)

@@ -88,7 +88,9 @@ def patch_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, kernel:
     hidden[..., d] are the decoder's outputs, weight[V, d] the output projection (no bias), targets[..., k] int64 codes
     in [0, V). For k = 1 this is next-token cross-entropy. Under autocast the products run in its dtype; the softmax,
     the sums and the accumulation of the weight's gradient are float32. First derivatives only, and once: the backward
-    pass uses up the gradients that the forward pass formed, so autograd raises a RuntimeError at a second one.
+    pass uses up the gradients that the forward pass formed, so autograd raises a RuntimeError at a second one. There is
+    no `ignore_index` (select the rows to score), no bias and no other reduction; docs/examples/llama_causal_lm.py shows
+    how to write them.
 
     The kernel "torch" runs on every device. "triton" passes over a chunk's logits in one kernel; it needs a CUDA device
     and the package triton. Raises ValueError for another name, and unless `hidden` and `targets` have the same shape up

@@ -17,13 +17,15 @@ from npp_ds.model.layers import Embedding, Linear, RMSNorm
 from npp_ds.model.loss import patch_cross_entropy
 from npp_ds.model.patches import PatchEmbedding
 from npp_ds.sizes import ffn_hidden
+from npp_ds.utils.hub import HubModel
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and options of a `Transformer`. Raises ValueError if sizes do not fit together.
 
-    `grid_size` is the side of the code map; `n_kv_heads` 0 or None stands for n_heads.
+    `grid_size` is the side of the code map; `n_kv_heads` 0 or None stands for n_heads. `coarse_positions` "paper"
+    numbers the rows and columns of patches 0, 1, 2, ..; "centers" takes their centers in units of codes.
     """
 
     dim: int
@@ -40,6 +42,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     attention: str = "auto"
     activation_checkpointing: str = "none"
+    coarse_positions: str = "paper"
 
     def __post_init__(self) -> None:
         if not self.n_kv_heads:
@@ -130,7 +133,7 @@ class Head(nn.Module):
         return patch_cross_entropy(hidden, self.weight, targets, self.loss_kernel)
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, HubModel):
     """Predicts patch i of an image from its class and patches 0..i-1; with k = 1 this is next-token prediction."""
 
     def __init__(self, config: ModelConfig):
@@ -142,6 +145,17 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim)
         self.output = Head(config.dim, config.vocab_size)
+        self.dropout_scale = 1.0
+
+    def scale_dropout(self, scale: float) -> None:
+        """Set all dropout rates to those of the config times `scale`."""
+        self.dropout_scale = scale
+        self.token_dropout.p = self.config.token_dropout * scale
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.attention.residual_dropout.p = self.config.residual_dropout * scale
+            layer.attention.attention_dropout = self.config.attention_dropout * scale
+            layer.feed_forward.dropout.p = self.config.ffn_dropout * scale
 
     def forward(self, codes: Tensor, labels: Tensor, output: str = "loss") -> Tensor:
         """Return the mean loss in nats per code, a float32 scalar, of int64 codes[B, N, k] and labels[B].
@@ -156,19 +170,26 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"{codes.shape[1]} patches do not fit a model of a {self.config.grid_size}x{self.config.grid_size} grid"
             )
-        rotary = rotary_table(coarse_grid, self.config.dim // self.config.n_heads, codes.device)
+        rotary = self._rotary(coarse_grid, isqrt(codes.shape[2]), codes.device)
         x = torch.cat([self.cls_embedding(labels)[:, None], self.tok_embeddings(codes[:, :-1])], dim=1)
         x = self.token_dropout(x)
         for layer in self.layers:
             x = checkpointed(self.config.activation_checkpointing, layer, x, rotary)
         return self.output(self.norm(x), codes if output == "loss" else None)
 
-    def new_cache(self, batch: int, grid: int, dtype: torch.dtype, device: torch.device | str) -> KeyValueCache:
-        """Return a cache of zeros for `decode_step` on a `grid` x `grid` map."""
+    def _rotary(self, grid: int, patch_side: int, device: torch.device | str) -> Tensor:
+        """Return the rotary table of a `grid` x `grid` map of patches."""
+        unit = patch_side if self.config.coarse_positions == "centers" else 1
+        return rotary_table(grid, self.config.dim // self.config.n_heads, device, unit)
+
+    def new_cache(
+        self, batch: int, grid: int, dtype: torch.dtype, device: torch.device | str, patch_side: int = 1
+    ) -> KeyValueCache:
+        """Return a cache of zeros for `decode_step` on a `grid` x `grid` map of patches."""
         c = self.config
         shape = (batch, c.n_kv_heads, grid * grid, c.dim // c.n_heads)
         keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers] for _ in range(2))
-        return KeyValueCache(keys, values, rotary_table(grid, c.dim // c.n_heads, device))
+        return KeyValueCache(keys, values, self._rotary(grid, patch_side, device))
 
     def decode_step(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from npp_ds.config.load import problems_of
+from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.store import available_manifest
@@ -16,6 +16,7 @@ from npp_ds.planning.memory import FP32, Memory, training_memory, weight_bytes
 from npp_ds.planning.mfu import Mfu, mfu_by_side
 from npp_ds.sizes import num_positions
 from npp_ds.training.deepspeed_config import read_settings
+from npp_ds.training.throughput import step_flops
 from npp_ds.utils.gpu_specs import GPU
 
 IMAGENET = 1_281_167
@@ -57,6 +58,9 @@ class StagePlan:
     positions: int
     batch_size: int
     learning_rate: float
+    final_learning_rate: float
+    warmup_epochs: float
+    decay_epochs: float
     configured_micro_batch_size: int
     micro_batch_size: int
     gradient_accumulation_steps: int
@@ -91,6 +95,7 @@ class Plan:
     """Everything that `npp plan` shows.
 
     Costs are relative to next-token training on the same images, in positions, FLOPs, and time on these GPUs.
+    `next_token_flops` are those of that training, `bandwidth` is what each GPU sends, in GB/s.
     """
 
     name: str
@@ -109,12 +114,36 @@ class Plan:
     zero: list[ZeroPlan]
     days: float
     gpu_hours: float
+    next_token_flops: float
+    bandwidth: float
     levers: list[Lever]
 
+    @property
+    def warnings(self) -> list[str]:
+        """What to change before the run starts."""
+        if not any(z.fits for z in self.zero if z.is_chosen):
+            return [
+                "the run does not fit this GPU, even one image at a time; use another ZeRO stage, "
+                "model.activation_checkpointing=block, or more GPUs"
+            ]
+        if all(s.micro_batch_size == s.configured_micro_batch_size for s in self.stages):
+            return []
+        most, configured = (
+            min(getattr(s, name) for s in self.stages) for name in ("micro_batch_size", "configured_micro_batch_size")
+        )
+        return [
+            f"{configured} images at a time, as configured, do not fit; the plan is for the largest that do: "
+            f"set schedule.micro_batch_size={most}"
+        ]
+
     def as_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values; stages also have their share of the FLOPs and their limit."""
-        stages = [{**asdict(s), "share": s.flops / self.flops, "limit": s.limit} for s in self.stages]
-        return {**asdict(self), "stages": stages}
+        """Return the plan as JSON values, with what follows from them and the tables show."""
+        stages = [
+            {**asdict(s), "share": s.flops / self.flops, "limit": s.limit, "step_seconds": s.step_seconds}
+            for s in self.stages
+        ]
+        usable = USABLE_MEMORY * self.gpu.memory_gb
+        return {**asdict(self), "stages": stages, "usable_memory_gb": usable, "warnings": self.warnings}
 
 
 def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, images: int | None = None) -> Plan:
@@ -145,6 +174,8 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, 
         flop_cost=schedule.flop_cost(config.model.grid_size, config.model.training_flops),
         time_cost=time_cost,
         flops=sum(s.flops for s in stages),
+        next_token_flops=sum(s.steps * step_flops(config.model, s, 1) for s in schedule.stages),
+        bandwidth=gpu.bandwidth(gpus),
         stages=stages,
         zero=[_plan_zero(fit, zero, schedule.stages, zero is own) for zero in _zero_settings(own, config.precision)],
         days=days,
@@ -195,9 +226,9 @@ def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfus: Mfus) ->
     config, rows, mfu = fit.config, stage.batch_size // fit.gpus, mfus(stage.patch_side)
     positions = num_positions(config.model.grid_size, stage.patch_side)
     micro_batch_size = fit.micro_batch_size(zero, stage)
-    step_flops = stage.batch_size * config.model.training_flops(positions)
+    flops = step_flops(config.model, stage, stage.patch_side)
     repeated = REPEATED_FLOPS[config.model.activation_checkpointing]
-    compute = step_flops * repeated / (fit.gpus * fit.gpu.tflops * 1e12 * mfu.share)
+    compute = flops * repeated / (fit.gpus * fit.gpu.tflops * 1e12 * mfu.share)
     sent = sent_bytes(config, zero["stage"], fit.gpus, rows // micro_batch_size)
     communication = sent / (fit.gpu.bandwidth(fit.gpus) * 1e9)
     return StagePlan(
@@ -207,10 +238,13 @@ def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfus: Mfus) ->
         positions=positions,
         batch_size=stage.batch_size,
         learning_rate=stage.peak_learning_rate,
+        final_learning_rate=stage.final_learning_rate,
+        warmup_epochs=stage.warmup_steps / stage.steps_per_epoch,
+        decay_epochs=stage.decay_steps / stage.steps_per_epoch,
         configured_micro_batch_size=stage.micro_batch_size,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=rows // micro_batch_size,
-        flops=stage.steps * step_flops,
+        flops=stage.steps * flops,
         mfu=mfu,
         compute_seconds=compute,
         communication_seconds=communication,

@@ -4,11 +4,23 @@ import json
 
 from npp_ds.planning.memory import PARTS
 from npp_ds.planning.plan import USABLE_MEMORY, Plan
-from npp_ds.utils.tables import make_table
+from npp_ds.utils.tables import make_table, plain_text
 
-STAGE_COLUMNS = ("patch side", "epochs", "steps", "positions", "batch", "peak rate", "FLOPs", "share")
-TIME_COLUMNS = ("patch side", "micro-batch", "accumulation", "MFU", "compute", "communication", "limit", "hours")
-MEMORY_COLUMNS = ("ZeRO", "micro-batch", "accumulation", *PARTS, "peak", "fits")
+STAGE_COLUMNS = ("patch\nside", "epochs", "steps", "posi-\ntions", "batch", "peak\nrate", "FLOPs", "share")
+TIME_COLUMNS = (
+    "patch\nside", "micro-\nbatch", "passes", "MFU", "compute\nms", "commu-\nnication\nms", "limit"
+)  # fmt: skip
+MOST_COLUMNS = 100
+"""Width of what is printed beside a terminal."""
+
+
+def uses_hours(hours: float) -> bool:
+    """Return whether a time is written in hours: days only from two on."""
+    return hours < 48
+
+
+def duration(hours: float) -> str:
+    return f"{hours:,.1f} hours" if uses_hours(hours) else f"{hours / 24:,.1f} days"
 
 
 def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -31,48 +43,51 @@ def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def time_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """Return the cells under `TIME_COLUMNS`: milliseconds of one step, hours of the stage."""
+    """Return the cells under `TIME_COLUMNS`, and the hours or days of the stage."""
+    unit = 1 if uses_hours(24 * plan.days) else 24
     return [
         (
             str(s.patch_side),
             str(s.micro_batch_size),
             str(s.gradient_accumulation_steps),
-            f"{s.mfu.share:.0%} {s.mfu.origin}",
+            f"{s.mfu.share:.0%}",
             milliseconds(s.compute_seconds),
             milliseconds(s.communication_seconds),
             s.limit,
-            f"{s.hours:,.1f}",
+            f"{s.hours / unit:,.1f}",
         )
         for s in plan.stages
     ]
 
 
 def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """Return the cells under `MEMORY_COLUMNS`, in GB; the run's own ZeRO stage is marked."""
-    return [
-        (
-            f"{z.zero_stage}{' *' if z.is_chosen else ''}",
-            f"{z.micro_batch_size} at side {z.patch_side}",
-            str(z.gradient_accumulation_steps),
-            *(f"{getattr(z.memory, part) / 1e9:.2f}" for part in (*PARTS, "peak")),
-            "yes" if z.fits else "no",
-        )
-        for z in plan.zero
+    """Return rows of (what, its value with each ZeRO stage), in GB."""
+    rows = [
+        ("images at a time", *(f"{z.micro_batch_size} at side {z.patch_side}" for z in plan.zero)),
+        ("accumulation", *(str(z.gradient_accumulation_steps) for z in plan.zero)),
     ]
+    rows += [(part, *(f"{getattr(z.memory, part) / 1e9:.2f}" for z in plan.zero)) for part in (*PARTS, "peak")]
+    return [*rows, ("fits", *("yes" if z.fits else "no" for z in plan.zero))]
 
 
 def mfu_notes(plan: Plan) -> list[str]:
     """Return lines that say where each MFU is from."""
-    lines = [f"MFU: {s.mfu.source}" for s in plan.stages if s.mfu.source]
-    if lines:
-        lines.append("MFU: lower on GPUs that get fewer images per step than was measured")
-    if any(s.mfu.origin == "assumed" for s in plan.stages):
-        lines.append("MFU: assumed where no measurement of this model on this GPU is available; --mfu gives another")
-    return list(dict.fromkeys(lines))
+    lines = []
+    for origin in ("given", "assumed", "measured"):
+        if sides := [str(s.patch_side) for s in plan.stages if s.mfu.origin == origin]:
+            lines.append(f"MFU at side {', '.join(sides)}: {origin}{MFU_HINTS[origin]}")
+    return lines + list(dict.fromkeys(f"MFU: {s.mfu.source}" for s in plan.stages if s.mfu.source))
+
+
+MFU_HINTS = {
+    "given": "",
+    "assumed": "; no measurement of this model on this GPU is available; --mfu gives another",
+    "measured": "; it is lower on GPUs that get fewer images per step than was measured",
+}
 
 
 def notes(plan: Plan) -> list[str]:
@@ -81,32 +96,22 @@ def notes(plan: Plan) -> list[str]:
     lines = [
         f"cost, next-token training = 1: {plan.token_cost:.3f} in positions (token_cost), "
         f"{plan.flop_cost:.3f} in FLOPs (flop_cost), {plan.time_cost:.3f} in time (time_cost)",
-        f"time: {plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU-hours on {plan.gpus} x {gpu.name}; a step takes the "
-        f"longer of compute, at the MFU's share of {gpu.tflops:g} TFLOP/s, and communication, each GPU sending "
-        f"{gpu.bandwidth(plan.gpus):g} GB/s",
-        f"memory: the maximum of each part; fits: a peak of at most {USABLE_MEMORY:.0%} of "
-        f"{gpu.memory_gb:g} GB; *: the ZeRO stage of the run, activation checkpointing {plan.activation_checkpointing}",
+        f"time: {duration(24 * plan.days)}, {plan.gpu_hours:,.0f} GPU-hours on {plan.gpus} x {gpu.name}",
+        f"a step takes the longer of compute, at the MFU's share of {gpu.tflops:g} TFLOP/s, and communication, each "
+        f"GPU sending {plan.bandwidth:g} GB/s",
+        *mfu_notes(plan),
     ]
-    lines[2:2] = mfu_notes(plan)
     if len(plan.levers) > 1:
         each = [
-            f"with {v.coarse_batch_scale} {v.days:.2f} days, {v.gpu_hours:,.0f} GPU-hours, time_cost {v.time_cost:.3f}"
+            f"with {v.coarse_batch_scale} {duration(24 * v.days)}, {v.gpu_hours:,.0f} GPU-hours, "
+            f"time_cost {v.time_cost:.3f}"
             for v in plan.levers
         ]
         lines.append(f"schedule.coarse_batch_scale (docs/planning.md): {'; '.join(each)}")
-    if not any(z.fits for z in plan.zero if z.is_chosen):
-        lines.append(
-            "WARNING: the run does not fit this GPU, even one image at a time; use another ZeRO stage, "
-            "model.activation_checkpointing=block, or more GPUs"
-        )
-    elif any(s.micro_batch_size < s.configured_micro_batch_size for s in plan.stages):
-        most, configured = (
-            min(getattr(s, name) for s in plan.stages) for name in ("micro_batch_size", "configured_micro_batch_size")
-        )
-        lines.append(
-            f"WARNING: {configured} images at a time, as configured, do not fit; the plan is for the largest that do: "
-            f"set schedule.micro_batch_size={most}"
-        )
+    lines.append(
+        f"memory: the maximum of each part; fits: a peak of at most {USABLE_MEMORY:.0%} of {gpu.memory_gb:g} GB; "
+        f"*: the ZeRO stage of the run, activation checkpointing {plan.activation_checkpointing}"
+    )
     return lines
 
 
@@ -116,15 +121,16 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
         print(json.dumps(plan.as_json()))
         return
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
-        console.width = 160
+        console.width = min(console.width, MOST_COLUMNS)
     head = f"{plan.name}: {plan.parameters / 1e6:,.1f}M parameters, {plan.images:,} images ({plan.images_source})"
-    console.print(Text(f"{head}, {plan.precision}", style="bold"))
+    console.print(plain_text(f"{head}, {plan.precision}", "bold"))
     console.print(make_table(STAGE_COLUMNS, stage_rows(plan), title="stages"))
-    console.print(make_table(TIME_COLUMNS, time_rows(plan), title="one step"))
-    console.print(make_table(MEMORY_COLUMNS, memory_rows(plan), title="memory of a GPU in GB"))
+    unit = "hours" if uses_hours(24 * plan.days) else "days"
+    console.print(make_table((*TIME_COLUMNS, unit), time_rows(plan), title=f"one step, and the {unit} of the stage"))
+    zero = (f"ZeRO-{z.zero_stage}{' *' if z.is_chosen else ''}" for z in plan.zero)
+    console.print(make_table(("", *zero), memory_rows(plan), title="memory of a GPU in GB"))
     for line in notes(plan):
-        console.print(Text(line), soft_wrap=True)
+        console.print(plain_text(line))

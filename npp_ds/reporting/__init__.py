@@ -1,4 +1,4 @@
 """What a run did, for people: tables, plots and pages made from the files in its folder.
 
-Computes nothing with a model and imports no torch; only the command line imports it.
+Imports no torch, but for one picture of a report's page, when that is made; only the command line imports it.
 """

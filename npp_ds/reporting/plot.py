@@ -21,9 +21,11 @@ TRAIN, VALIDATION, OWN_SIDE, RATE = "#4878a8", "#c44e52", "#dd8452", "#55834f"
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Return the mean of each value and its neighbours at most `reach` positions away, fewer at the ends."""
-    parts = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(part) / len(part) for part in parts]
+    """Return the mean of each value and its finite neighbours at most `reach` positions away, fewer at the ends."""
+    known = np.isfinite(values)
+    sums, counts = (np.cumsum([0.0, *of_each]) for of_each in (np.where(known, values, 0.0), known))
+    low, high = (np.clip(np.arange(len(values)) + by, 0, len(values)) for by in (-reach, reach + 1))
+    return ((sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)).tolist()
 
 
 def _shade(axis: "Axes", edges: Sequence[tuple[float, float, int]]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from npp_ds.config.schedule import Stage
 from npp_ds.training.metrics import Event, events_named
 from npp_ds.utils.format import format_duration
-from npp_ds.utils.tables import make_table
+from npp_ds.utils.tables import make_table, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -224,7 +224,6 @@ def print_summary(summary: RunSummary, console: "Console | None" = None) -> None
     """Print the stages, the results, the paths of all files and what to run next."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     console = console or Console()
     state = "" if summary.finished else " (not finished)"
@@ -233,12 +232,12 @@ def print_summary(summary: RunSummary, console: "Console | None" = None) -> None
     if results := result_rows(summary):
         grid = Table.grid(padding=(0, 2))
         for what, value in results:
-            grid.add_row(Text(what), Text(value))
-        console.print(Text("\nresults", style="bold"))
+            grid.add_row(plain_text(what), plain_text(value))
+        console.print(plain_text("\nresults", "bold"))
         console.print(grid)
     files = [f"{what:<24}{path}" for what, path in summary.files]
     for title, lines in (("files", files), ("next", summary.next_steps)):
         if lines:
-            console.print(Text(f"\n{title}", style="bold"))
+            console.print(plain_text(f"\n{title}", "bold"))
         for line in lines:
-            console.print(Text(line), soft_wrap=True)
+            console.print(plain_text(line), soft_wrap=True)

@@ -26,9 +26,9 @@ class DecodingBatch:
 
     def __init__(self, model: Transformer, size: int, guided: bool, options: Options, device: torch.device):
         self.size, self.options = size, options
-        grid_size, rows = model.config.grid_size, size * (2 if guided else 1)
-        self.positions = num_positions(grid_size, options.patch_side)
-        self.cache = model.new_cache(rows, grid_size // options.patch_side, next(model.parameters()).dtype, device)
+        grid_size, rows, side = model.config.grid_size, size * (2 if guided else 1), options.patch_side
+        self.positions = num_positions(grid_size, side)
+        self.cache = model.new_cache(rows, grid_size // side, next(model.parameters()).dtype, device, side)
         self.labels = torch.full((rows,), model.config.num_classes, device=device)
         self.keys = torch.zeros((self.positions, size, 2), dtype=torch.int32, device=device)
         self.scales = torch.ones(self.positions, device=device)

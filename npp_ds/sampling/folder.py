@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from npp_ds.errors import UserError
 from npp_ds.utils.files import write_atomic, write_json_atomic, write_text_atomic
+from npp_ds.utils.hub import CONFIG_FILE, WEIGHTS_FILE
 
 SAMPLES_FILE, RECORD_FILE, GRID_FILE = "samples.npz", "samples.json", "grid.png"
 PNG_FOLDER, LABELS_FILE = "images", "labels.csv"
@@ -115,8 +116,11 @@ def _check_samples(images: np.ndarray, labels: np.ndarray, record: Any) -> None:
 
 
 def samples_of(source: str | Path) -> Path:
-    """Return the folder for samples: `samples/` in a run folder; for a file of weights `samples/<name>` here."""
+    """Return the folder for samples: `samples/` in a run folder; for a file or hub folder `samples/<name>` here."""
     source = Path(source)
+    folder = source.parent if source.name == WEIGHTS_FILE else source
+    if (folder / CONFIG_FILE).is_file():
+        return Path("samples", folder.resolve().name)
     return source / "samples" if source.is_dir() else Path("samples", source.stem)
 
 

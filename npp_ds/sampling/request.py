@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
+from npp_ds.checkpoint.export import TOKENIZER_FOLDER
 from npp_ds.checkpoint.open import Weights
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, did_you_mean, similar_names
 from npp_ds.sampling.folder import samples_of
 from npp_ds.sampling.logits_processing import Options
 from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
+from npp_ds.utils.hub import WEIGHTS_FILE
 
 PART_SIZE = 256
 
@@ -105,11 +106,10 @@ def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_na
     found = [choice[0] for choice in choices]
     unknown = [str(w) for w, c in zip(wanted, found, strict=True) if not 0 <= c < num_classes]
     if unknown or not found:
-        close = [i for w in unknown for n in get_close_matches(w.casefold(), in_any_case) for i in in_any_case[n]]
-        hint = f" (did you mean {' or '.join(class_names[i] for i in close)}?)" if close else ""
+        hint = did_you_mean([name for w in unknown for name in similar_names(_normal(w), class_names)])
         names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
         raise UserError(
-            f"classes: found {', '.join(unknown) or 'none'}{hint}, expected numbers 0..{num_classes - 1}{names}"
+            f"classes: found {', '.join(unknown) or 'none'}{hint or ','} expected numbers 0..{num_classes - 1}{names}"
         )
     return found
 
@@ -135,10 +135,15 @@ def _normal(name: str) -> str:
 def find_tokenizer(weights: Weights, tokenizer: str | Path | None = None) -> VQModel:
     """Load the tokenizer that decodes the codes of these weights.
 
-    It is the one given by name or file, else that of the run's config, else an available one that made the codes of the
-    training data. Raises UserError if none is known, and if another tokenizer made those codes.
+    It is the one given by name or file, else that of the run's config or of the exported folder, else an available one
+    that made the codes of the training data. Raises UserError if none is known, and if another one made those codes.
     """
-    return tokenizer_of(weights.tokenizer, tokenizer or (weights.config.data.tokenizer if weights.config else None))
+    beside = weights.path.parent / TOKENIZER_FOLDER
+    if weights.config:
+        tokenizer = tokenizer or weights.config.data.tokenizer
+    elif weights.path.name == WEIGHTS_FILE and beside.is_dir():
+        tokenizer = tokenizer or beside
+    return tokenizer_of(weights.tokenizer, tokenizer)
 
 
 def default_folder(weights: Weights, request: Request) -> Path:
@@ -167,6 +172,6 @@ def stage_warning(weights: Weights, options: Options) -> str | None:
     if weights.patch_side in (None, options.patch_side):
         return None
     return (
-        f"WARNING: these weights are from a stage of patch side {weights.patch_side} and are sampled at "
+        f"these weights are from a stage of patch side {weights.patch_side} and are sampled at "
         f"{options.patch_side}; sample them with --patch-side {weights.patch_side}"
     )

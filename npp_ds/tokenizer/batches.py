@@ -2,19 +2,44 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import cycle
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from npp_ds.distributed.environment import processes_on_node
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import square_sides, windows
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, tasks_of
 from npp_ds.tokenizer.images import ImageItem
-from npp_ds.tokenizer.vq import VQModel, to_input
+from npp_ds.tokenizer.vq import HALF_TYPES, VQConfig, VQModel, to_input
+from npp_ds.utils.memory import explain_out_of_memory, free_memory
 
+MOST_CROPS = 256
+LIVE_TENSORS = 7
+"""Tensors of the largest level of an encoder that may be in memory at once; 5 were measured on a CPU."""
 Squares = list[np.ndarray]  # uint8 [images, side, side, 3] for each crop range
+
+
+def bytes_per_crop(config: VQConfig, image_size: int, precision: str) -> int:
+    """Return a bound of the memory in bytes that encoding takes for each crop of a batch."""
+    elements = max(
+        config.channels * multiplier * (image_size >> level) ** 2
+        for level, multiplier in enumerate(config.channel_multipliers)
+    )
+    return LIVE_TENSORS * elements * (2 if precision in HALF_TYPES else 4)
+
+
+def fitting_batch(tokenizer: VQModel, image_size: int, precision: str, device: str) -> int:
+    """Return the largest power of two of crops, up to MOST_CROPS, that fits half of the free memory.
+
+    Each process has a GPU of its own; those on one machine share its memory if they use none.
+    """
+    share = free_memory(device) // (2 if device.startswith("cuda") else 2 * processes_on_node())
+    crops = share // bytes_per_crop(tokenizer.config, image_size, precision)
+    return 1 << min(max(crops, 1), MOST_CROPS).bit_length() - 1
 
 
 class BatchEncoder:
@@ -36,15 +61,26 @@ class BatchEncoder:
         self.device = torch.device(device)
         self.windows = windows(image_size, scheme, ranges)
         self.images = max(1, crops_per_batch // len(self.windows))
+        with self._explain_out_of_memory():
+            self._allocate()
+
+    def _allocate(self) -> None:
+        image_size = self.image_size
         shape = (self.images, len(self.windows), image_size, image_size, 3)
         self._crops = torch.empty(shape, device=self.device).permute(0, 1, 4, 2, 3)
-        sides = square_sides(image_size, ranges)
+        sides = square_sides(image_size, self.ranges)
         self._floats = [torch.empty((self.images, side, side, 3), device=self.device) for side in sides]
         pinned = self.device.type == "cuda"
         # Two sets: one is filled while the other may still be copied to the device.
         self._staging = cycle(
             [torch.empty((self.images, side, side, 3), dtype=torch.uint8, pin_memory=pinned).numpy() for side in sides]
             for _ in range(2)
+        )
+
+    def _explain_out_of_memory(self) -> AbstractContextManager[None]:
+        return explain_out_of_memory(
+            f"{self.device}: out of memory with {self.images * len(self.windows)} crops of {self.image_size} pixels at "
+            "once; lower --batch-size, for a set that was begun with this one with another --out"
         )
 
     def pack(self, results: Iterable[Decoded]) -> Iterator[tuple[list[ImageItem], Squares]]:
@@ -72,15 +108,17 @@ class BatchEncoder:
 
     def encode(self, squares: Squares) -> Tensor:
         """Return codes int64 [images, crops, tokens] of a batch on the device, which may still be computing them."""
-        staged = [torch.from_numpy(s).to(self.device, non_blocking=True) for s in squares]
-        plain = [to_input(s, out) for s, out in zip(staged, self._floats, strict=True)]
-        mirrored = [s.flip(-1) for s in plain] if any(w.mirrored for w in self.windows) else []
-        size = self.image_size
-        for number, w in enumerate(self.windows):
-            square = (mirrored if w.mirrored else plain)[w.square]
-            self._crops[:, number] = square[..., w.top : w.top + size, w.left : w.left + size]
-        codes = self.tokenizer.encode(self._crops.flatten(0, 1), self.precision)
-        return codes.view(self.images, len(self.windows), -1)
+        with self._explain_out_of_memory():
+            staged = [torch.from_numpy(s).to(self.device, non_blocking=True) for s in squares]
+            plain = [to_input(s, out) for s, out in zip(staged, self._floats, strict=True)]
+            mirrored = [s.flip(-1) for s in plain] if any(w.mirrored for w in self.windows) else []
+            size = self.image_size
+            for number, w in enumerate(self.windows):
+                square = (mirrored if w.mirrored else plain)[w.square]
+                self._crops[:, number] = square[..., w.top : w.top + size, w.left : w.left + size]
+            return self.tokenizer.encode(self._crops.flatten(0, 1), self.precision).view(
+                self.images, len(self.windows), -1
+            )
 
     def encode_all(
         self, batches: Iterable[tuple[list[ImageItem], Squares]]

@@ -4,12 +4,16 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from npp_ds.data.shards import Manifest, read_set, read_shard
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import read_set, read_shard
+from npp_ds.data.store import available_manifest, expand_variables, find_staged
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.encode import Encoding
@@ -76,7 +80,7 @@ def describe(contents: Contents) -> list[str]:
         f"source       {source.get('kind', '?')}, {source.get('name', '?')}",
         f"crops        {m.num_crops} ({crops}) of {m.image_size} x {m.image_size} pixels",
         f"codes        {m.grid_size} x {m.grid_size} a crop, vocabulary {m.vocab_size:,}",
-        f"tokenizer    {m.tokenizer.name}, SHA-256 {m.tokenizer.sha256}",
+        f"tokenizer    {m.tokenizer.name}, SHA-256 {m.tokenizer.sha256 or 'not known'}",
         f"precision    {m.tokenizer.precision}" + (f" ({m.tokenizer.agreement})" if m.tokenizer.agreement else ""),
         f"shards       {len(m.shards)}, {compare_sizes(stored, source.get('bytes'))}",
         f"made by      {m.created_by}",
@@ -153,6 +157,32 @@ def decode(tokenizer: VQModel, codes: np.ndarray, batch_size: int = 16) -> np.nd
     """Return images uint8 [n, S, S, 3] of codes int64 [n, tokens]."""
     parts = (torch.from_numpy(codes[i : i + batch_size]) for i in range(0, len(codes), batch_size))
     return np.concatenate([to_uint8(tokenizer.decode(part)).numpy() for part in parts])
+
+
+def evenly_spaced_codes(shard_dir: str | Path, cache_dir: str | Path | None, count: int) -> tuple[Manifest, np.ndarray]:
+    """Return the manifest and codes int64 [n, tokens] of up to `count` evenly spaced images of a set: center crops.
+
+    The network is not used. Raises UserError if the set is not on this machine, or damaged.
+    """
+    manifest = available_manifest(shard_dir, cache_dir)
+    if manifest is None:
+        raise UserError(f"{shard_dir}: these shards are not on this machine")
+    rows = sorted({int(row) for row in np.linspace(0, manifest.num_samples - 1, count)})
+    if store := find_staged(manifest, cache_dir):
+        return manifest, store.codes[rows, manifest.crops.center].astype(np.int64)
+    codes = np.empty((len(rows), manifest.num_tokens), np.int64)
+    for position, values in _read_rows(Path(expand_variables(shard_dir)), manifest, rows):
+        codes[position] = values[manifest.crops.center]
+    return manifest, codes
+
+
+@torch.no_grad()
+def decode_patch_means(tokenizer: VQModel, codes: np.ndarray, patch_side: int) -> np.ndarray:
+    """Return images uint8 [n, S, S, 3] of codes int64 [n, tokens], each code's vector replaced by its patch's mean."""
+    grid = isqrt(codes.shape[1])
+    vectors = tokenizer.quantize.vectors()[torch.from_numpy(codes).view(-1, grid, grid)].permute(0, 3, 1, 2)
+    means = F.interpolate(F.avg_pool2d(vectors, patch_side), scale_factor=patch_side, mode="nearest")
+    return to_uint8(tokenizer.reconstruct(means.permute(0, 2, 3, 1))).numpy()
 
 
 @dataclass(frozen=True)

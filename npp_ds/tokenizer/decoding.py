@@ -24,6 +24,7 @@ from npp_ds.tokenizer.crops import square_sides, squares
 from npp_ds.tokenizer.images import ImageItem, ImageReader, UnreadableImage, decode
 
 ITEMS_PER_TASK = 16
+NOTE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,29 @@ class Decoded(TaskResult):
 
 
 class SharedSquares:
-    """Memory for the squares of `slots` tasks, in a file without a name that processes can share."""
+    """Memory for the squares of `slots` tasks and for a note, in a file without a name that processes can share."""
 
     def __init__(self, sides: list[int], slots: int, descriptor: int | None = None):
         self._shapes = [(ITEMS_PER_TASK, side, side, 3) for side in sides]
         self._size = sum(int(np.prod(shape)) for shape in self._shapes)
         if descriptor is None:
             descriptor = _unnamed_file()
-            os.ftruncate(descriptor, slots * self._size)
+            os.ftruncate(descriptor, NOTE_BYTES + slots * self._size)
         self.descriptor = descriptor
-        self._memory = mmap.mmap(descriptor, slots * self._size)
+        self._memory = mmap.mmap(descriptor, NOTE_BYTES + slots * self._size)
+
+    @property
+    def note(self) -> str:
+        """The image that is being decoded, "" between tasks: what a process that died cannot say any more."""
+        return self._memory[:NOTE_BYTES].rstrip(b"\0").decode(errors="backslashreplace")
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self._memory[:NOTE_BYTES] = os.fsencode(text)[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0")
 
     def __getitem__(self, slot: int) -> list[np.ndarray]:
         """Return the arrays of a slot, uint8 [ITEMS_PER_TASK, side, side, 3] for each side."""
-        arrays, offset = [], slot * self._size
+        arrays, offset = [], NOTE_BYTES + slot * self._size
         for shape in self._shapes:
             count = int(np.prod(shape))
             arrays.append(np.frombuffer(self._memory, np.uint8, count, offset).reshape(shape))
@@ -100,11 +110,13 @@ class Decoder:
         """Sides of the squares in pixels."""
         return square_sides(self.image_size, self.ranges)
 
-    def run(self, task: Task, reader: ImageReader, out: list[np.ndarray]) -> TaskResult:
-        """Write the squares of the images of a task into `out`."""
+    def run(self, task: Task, reader: ImageReader, memory: SharedSquares, slot: int = 0) -> TaskResult:
+        """Write the squares of the images of a task into a slot of `memory`, which notes the image in work."""
+        out = memory[slot]
         readable: list[ImageItem] = []
         unreadable: list[tuple[ImageItem, str]] = []
         for item in task.items:
+            memory.note = item.where
             try:
                 image = decode(reader.read(item))
                 for rows, square in zip(out, squares(image, self.image_size, self.ranges), strict=True):
@@ -112,6 +124,7 @@ class Decoder:
                 readable.append(item)
             except UnreadableImage as error:
                 unreadable.append((item, str(error)))
+        memory.note = ""
         return TaskResult(task.shard, readable, unreadable)
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Decoded]:
@@ -119,7 +132,7 @@ class Decoder:
         memory, reader = SharedSquares(self.sides, 1), ImageReader()
         os.close(memory.descriptor)
         for task in tasks:
-            yield _with_squares(self.run(task, reader, memory[0]), memory[0])
+            yield _with_squares(self.run(task, reader, memory), memory[0])
 
 
 def _with_squares(result: TaskResult, squares: list[np.ndarray]) -> Decoded:
@@ -216,9 +229,11 @@ class _Worker:
             yield
         except (EOFError, OSError) as error:
             self.end()
+            image = f" while it decoded {note}" if (note := self._squares.note) else ""
             raise UserError(
                 f"a decoding process ended with exit code {self.process.returncode} (-9: killed, often because memory "
-                "ran out); rerun the same command to resume, with fewer --workers if it happens again"
+                f"ran out){image}; rerun the same command to resume, and if it happens again, with fewer --workers or "
+                "without that image"
             ) from error
 
 
@@ -237,7 +252,7 @@ def serve(descriptor: int, squares_descriptor: int, slots: int) -> None:
         while True:
             slot, task = connection.recv()
             try:
-                results.put(decoder.run(task, reader, memory[slot]))
+                results.put(decoder.run(task, reader, memory, slot))
             except Exception as error:
                 results.put(error)
     except (EOFError, OSError):

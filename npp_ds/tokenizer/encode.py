@@ -9,24 +9,17 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from npp_ds.data.shards import (
-    MANIFEST_NAME,
-    CodeAgreement,
-    Manifest,
-    ShardInfo,
-    ShardWriter,
-    TokenizerInfo,
-    shard_name,
-)
+from npp_ds.data.manifest import MANIFEST_NAME, CodeAgreement, Manifest, ShardInfo, TokenizerInfo
+from npp_ds.data.shards import ShardWriter, shard_name
 from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.batches import BatchEncoder
+from npp_ds.tokenizer.batches import BatchEncoder, fitting_batch
 from npp_ds.tokenizer.crops import crop_names
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_of
 from npp_ds.tokenizer.images import ImageItem
@@ -50,6 +43,7 @@ SKIPPED_FILE = "skipped.jsonl"
 class EncodeSettings:
     """Settings of an encoding. At most `crop_batch_size` crops, but at least one image, are encoded at once.
 
+    None stands for the number in the set that is in the folder, for a new set for what fits in the free memory.
     `workers` processes decode images; 0: this one does. `max_skipped` is a fraction of all images.
     """
 
@@ -58,7 +52,7 @@ class EncodeSettings:
     crops: str = "center"
     crop_ranges: tuple[float, ...] = ()
     samples_per_shard: int = 4096
-    crop_batch_size: int = 256
+    crop_batch_size: int | None = None
     max_skipped: float = 0.001
     device: str = "cpu"
     precision: str = "fp32"
@@ -80,6 +74,11 @@ class Encoding:
         """Raise UserError for impossible settings, and if `out` was made with other settings."""
         _check_settings(tokenizer, settings)
         self.source, self.tokenizer, self.out, self.settings = source, tokenizer, Path(out), settings
+        self._described = source.describe()
+        if settings.crop_batch_size is None:
+            crops = fitting_batch(tokenizer, settings.image_size, settings.precision, settings.device)
+            self.settings = replace(settings, crop_batch_size=crops)
+        self._adopts_batch = settings.crop_batch_size is None
         self.work = self.out / WORK_FOLDER
         self.crop_names = crop_names(settings.crops, settings.crop_ranges)
         self.shard_count = -(-len(source.items) // settings.samples_per_shard)
@@ -87,7 +86,7 @@ class Encoding:
         self._known: dict[int, FinishedShard] = {}
         self._check_folder()
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, Any]:
         """The part of the manifest that must agree before shards of an earlier run are kept."""
         settings, tokenizer = self.settings, self.tokenizer
@@ -102,7 +101,7 @@ class Encoding:
             "class_names": self.source.class_names,
             "tokenizer": self._tokenizer_info().model_dump(),
             "crops": crops,
-            "source": {**self.source.describe(), **batching},
+            "source": {**self._described, **batching},
         }
 
     def run(self, rank: int = 0, world_size: int = 1) -> int:
@@ -163,6 +162,7 @@ class Encoding:
     def encoder(self) -> BatchEncoder:
         """The encoder of all batches, with its memory on the device."""
         s = self.settings
+        assert s.crop_batch_size is not None
         return BatchEncoder(
             self.tokenizer, s.image_size, s.crops, s.crop_ranges, s.crop_batch_size, s.device, s.precision
         )
@@ -199,6 +199,8 @@ class Encoding:
         skipped = self._skipped()
         shards = [record.info for record in records]
         fields = {**self.identity, "tokenizer": self._tokenizer_info(self._agreement())}
+        if self.source.passed_over:
+            fields["source"]["passed_over"] = self.source.passed_over
         manifest = Manifest(
             **fields, num_samples=sum(shard.samples for shard in shards), shards=shards, skipped=skipped
         )
@@ -313,6 +315,9 @@ class Encoding:
         else:
             return
         found["crops"].pop("names", None)  # they follow from scheme and ranges
+        found["source"].pop("passed_over", None)  # it changes no shard
+        if self._adopts_batch and "crops_per_batch" in found["source"]:
+            self.settings = replace(self.settings, crop_batch_size=found["source"]["crops_per_batch"])
         if different := list(differences(found, self.identity)):
             raise UserError(
                 f"{self.out}: made with other settings ({'; '.join(different)}); choose another folder or empty it"
@@ -351,7 +356,12 @@ def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
         )
     if settings.precision not in PRECISIONS:
         raise UserError(f"precision {settings.precision!r}: expected one of {', '.join(PRECISIONS)}")
-    if settings.samples_per_shard < 1 or settings.crop_batch_size < 1 or not 0 <= settings.max_skipped <= 1:
+    batch_size = settings.crop_batch_size
+    if (
+        settings.samples_per_shard < 1
+        or (batch_size is not None and batch_size < 1)
+        or not 0 <= settings.max_skipped <= 1
+    ):
         raise UserError("expected samples per shard >= 1, batch size >= 1 and max skipped from 0 to 1")
     if settings.workers < 0:
         raise UserError(f"workers {settings.workers}: expected 0 or more")

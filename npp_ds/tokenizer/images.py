@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from npp_ds.errors import UserError
+from npp_ds.tokenizer.listing import formats, open_plain
 
 MAX_SIDE = 20_000
 """Longest side in pixels of an image that is scaled to a short side of 256. Larger ones are damaged and fill memory."""
+MAX_BYTES = 512 << 20
+"""Largest encoded image in bytes: 24 bits for each of the 178 million pixels that Pillow decodes at most."""
 MAX_KEY_LENGTH = 72
 
 
@@ -58,19 +62,19 @@ class ImageReader:
         """
         if item.problem or not item.size:
             raise UnreadableImage(item.problem or "empty: 0 bytes")
+        if item.size > MAX_BYTES:
+            raise UnreadableImage(f"{item.size} bytes, expected at most {MAX_BYTES}")
         try:
             file = self._open(item.path)
             file.seek(item.offset)
-            data = file.read(item.size if item.name else -1)
+            data = file.read(item.size if item.name else item.size + 1)
         except PermissionError as error:
             raise UnreadableImage(error.strerror) from error
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{item.where}: could not be read ({reason}); rerun the same command") from error
         if len(data) != item.size:
-            raise UserError(
-                f"{item.where}: {len(data)} bytes now, {item.size} when the images were listed; rerun the same command"
-            )
+            raise UserError(f"{item.where}: not the {item.size} bytes that were listed; rerun the same command")
         return data
 
     def close(self) -> None:
@@ -87,21 +91,25 @@ class ImageReader:
 
 
 def open_decompressed(path: str | Path) -> BinaryIO:
-    """Open a file for reading; one whose name ends in .gz is decompressed."""
-    return cast(BinaryIO, gzip.open(path)) if str(path).endswith(".gz") else open(path, "rb")
+    """Open a file for reading; one whose name ends in .gz is decompressed. Raises OSError for a pipe or a device."""
+    file = open_plain(path)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if str(path).endswith(".gz") else file
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode an image to RGB. EXIF rotation is ignored, as in the published pipeline. Raises UnreadableImage."""
+    """Decode an image to RGB; its `format` is that of the data. EXIF rotation is ignored, as in the published pipeline.
+
+    Raises UnreadableImage, also for more than twice Pillow's MAX_IMAGE_PIXELS (178 million pixels in all).
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=formats())
             short, long = sorted(image.size)
             if long * 256 > MAX_SIDE * short:
                 raise UnreadableImage(f"{image.width} x {image.height} pixels: too long for a centre crop")
             image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return _to_rgb(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
@@ -109,6 +117,23 @@ def decode(data: bytes) -> Image.Image:
     except Exception as error:  # for damaged data, the decoders of Pillow 11 raise exceptions of many types
         text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the data", str(error)).replace("\n", " ")
         raise UnreadableImage(text or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB. Of 16-bit grey values the high byte is taken, as Pillow does for 16-bit colours.
+
+    Its own conversion (Pillow 10 to 13) cuts grey values off at 255.
+    """
+    if image.mode == "RGB":
+        return image
+    form = image.format
+    if image.mode.startswith("I;16") or (image.mode == "I" and form in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UnreadableImage(f"{form} of 32-bit or float values, whose range is not known; expected 8 or 16 bits")
+    image = image.convert("RGB")
+    image.format = form
+    return image
 
 
 def decoded_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, Image.Image]]:

@@ -3,32 +3,46 @@
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from npp_ds.checkpoint.safetensors_io import as_weights, misfits, opened_safetensors, read_torch
+from npp_ds.checkpoint.safetensors_io import (
+    WRAPPINGS,
+    as_weights,
+    misfits,
+    opened_safetensors,
+    read_torch,
+    unwrapped_tensors,
+)
 from npp_ds.data.coding import HasTokenizerId, TokenizerId, tokenizer_mismatch
-from npp_ds.errors import UserError
-from npp_ds.tokenizer.vq import VQConfig, VQModel
+from npp_ds.errors import UserError, did_you_mean, similar_names
+from npp_ds.tokenizer.vq import METADATA_KEY, VQConfig, VQModel
 from npp_ds.utils.files import sha256, write_atomic
+from npp_ds.utils.hub import WEIGHTS_FILE
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"fashion_mnist": ASSETS / "fashion_mnist_vq.safetensors"}
-METADATA_KEY = "npp_vq"  # one entry, because safetensors writes several in no fixed order
+ENTRIES = ("vq_ema", "vq", *WRAPPINGS)
+"""Where checkpoints hold a tokenizer. LlamaGen-REPA and GEAR save weights and their average, which they recommend."""
 
 
 def load_tokenizer(name_or_path: str | Path) -> VQModel:
     """Load a tokenizer in float32 and eval mode, and set its `name` and the `sha256` of its file.
 
-    `name_or_path` is "fashion_mnist" (shipped), a .safetensors file of `save_tokenizer`, or a published .pt file, whose
-    tensors determine the shape. Only tensors are unpickled. Raises UserError for a missing, damaged or other file.
+    `name_or_path` is "fashion_mnist" (shipped), a .safetensors file of `save_tokenizer`, a folder of
+    `VQModel.save_pretrained`, or a published .pt file, whose tensors determine the shape. Only tensors are unpickled.
+    Raises UserError for a missing, damaged or other file.
     """
     path = _file_of(name_or_path)
-    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_checkpoint(path), {})
+    if path.suffix == ".safetensors":
+        with opened_safetensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    else:
+        tensors = unwrapped_tensors(path, read_torch(path), ENTRIES)
     tensors.pop("quantize.codebook_used", None)
-    ours = METADATA_KEY in metadata
-    config = _parse_config(path, metadata[METADATA_KEY]) if ours else _infer_config(path, tensors)
+    config = _facts(path).get("config") or _infer_config(path, tensors)
     try:
         with torch.device("meta"):
             model = VQModel(config)
@@ -39,7 +53,7 @@ def load_tokenizer(name_or_path: str | Path) -> VQModel:
         raise UserError(f"{path}: not a complete VQ tokenizer: {problems}")
     model.load_state_dict({name: as_weights(path, name, tensor) for name, tensor in tensors.items()}, assign=True)
     model.requires_grad_(False).eval()
-    model.name, model.sha256 = str(name_or_path) if str(name_or_path) in SHIPPED else path.name, sha256(path)
+    model.name, model.sha256 = identify(name_or_path)
     return model
 
 
@@ -57,7 +71,7 @@ def tokenizer_of(made_by: HasTokenizerId | None, name_or_path: str | Path | None
 
 def _available(made_by: HasTokenizerId | None) -> str:
     """Return the name or path of an available tokenizer that made the codes. Raises UserError if there is none."""
-    if made_by is None:
+    if made_by is None or not made_by.sha256:
         raise UserError("tokenizer: not known which one made the codes; give its name or file with --tokenizer")
     for name, path in (*SHIPPED.items(), (made_by.name, Path(made_by.name))):
         if path.is_file() and sha256(path) == made_by.sha256:
@@ -70,7 +84,7 @@ def _available(made_by: HasTokenizerId | None) -> str:
 
 def check_tokenizer(made_by: HasTokenizerId | None, name_or_path: str | Path) -> None:
     """Check that a tokenizer exists and is the one that made the codes, without loading it. Raises UserError."""
-    found = TokenizerId(str(name_or_path), sha256(_file_of(name_or_path)))
+    found = identify(name_or_path)
     if mismatch := tokenizer_mismatch(found, made_by):
         raise UserError(
             f"tokenizer {name_or_path}: SHA-256 {found.sha256[:12]}.., the codes were made by {mismatch.expected}; "
@@ -78,13 +92,23 @@ def check_tokenizer(made_by: HasTokenizerId | None, name_or_path: str | Path) ->
         )
 
 
+def identify(name_or_path: str | Path) -> TokenizerId:
+    """Return name and SHA-256 of a tokenizer's file, or of the file that a saved copy was made from. UserError."""
+    path = _file_of(name_or_path)
+    if origin := _facts(path).get("origin"):
+        return origin
+    shipped = str(name_or_path) in SHIPPED
+    return TokenizerId(str(name_or_path) if shipped else Path(name_or_path).name, sha256(path))
+
+
 def _file_of(name_or_path: str | Path) -> Path:
     """Return the file of a tokenizer. Raises UserError if there is none."""
     path = SHIPPED.get(str(name_or_path), Path(name_or_path))
+    path = path / WEIGHTS_FILE if path.is_dir() else path
     if not path.is_file():
-        raise UserError(
-            f"tokenizer {str(name_or_path)!r}: no such file; expected a checkpoint or one of {', '.join(SHIPPED)}"
-        )
+        name = str(name_or_path)
+        hint = did_you_mean(similar_names(name, SHIPPED))
+        raise UserError(f"tokenizer {name!r}: no such file{hint}; expected a checkpoint or one of {', '.join(SHIPPED)}")
     return path
 
 
@@ -97,25 +121,18 @@ def save_tokenizer(model: VQModel, path: str | Path, training: dict) -> None:
     write_atomic(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _facts(path: Path) -> dict[str, Any]:
+    """Return `config` and `origin` from the metadata of a file of ours; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
     with opened_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    content = read_torch(path)
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path}: no tensors found, expected a dict of them, or one under the key 'model'")
-    return tensors
-
-
-def _parse_config(path: Path, text: str) -> VQConfig:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        return {}
     try:
-        values = json.loads(text)["config"]
-        values["channel_multipliers"] = tuple(values["channel_multipliers"])
-        return VQConfig(**values)
+        values = json.loads(text)
+        origin = TokenizerId(**values["origin"]) if "origin" in values else None
+        return {"config": VQConfig(**values["config"]), "origin": origin}
     except (ValueError, TypeError, KeyError) as error:
         expected = ", ".join(field.name for field in fields(VQConfig))
         raise UserError(

@@ -1,13 +1,13 @@
 """Sources of images: lists the images of class folders, of ImageNet's tar or of image shards, without unpacking them.
 
-The order is fixed and no image is left out: damage stops the listing. Needs no torch.
+The order is fixed and no image is left out: damage stops the listing, and what is no image is counted. Needs no torch.
 """
 
 import hashlib
 import os
-import re
 import stat
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,33 +18,58 @@ import numpy as np
 
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import crop
+from npp_ds.tokenizer.imagenet import VALIDATION_TAR, class_list_file, list_validation_tar
 from npp_ds.tokenizer.images import ImageItem, decoded_images, open_decompressed, with_unique_keys
+from npp_ds.tokenizer.listing import (
+    CLASSES_FILE,
+    HIDDEN,
+    PREFIX_BYTES,
+    PassedOver,
+    checked_names,
+    class_folders,
+    extensions,
+    image_files,
+    is_image,
+    is_litter,
+    log_passed_over,
+    read_class_list,
+    shortened,
+)
 from npp_ds.utils.files import tar_members
 
 VARIANTS = ("webdataset", "imagefolder", "imagenet-tar")
 SHARD_SUFFIXES = (".tar", ".tar.gz")
 SHARD_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
-FOLDER_EXTENSIONS = (*SHARD_EXTENSIONS, "bmp", "gif", "pgm", "ppm", "tif", "tiff")
-"""Extensions of images in class folders: everything that Pillow reads, because no image may be missed for its name."""
+"""Extensions of the images of shards, the preferred one first; others are taken where a sample has none of these."""
 SPLIT_NAMES = {"train", "val", "test", "validation"}
-CLASSES_FILE = "classes.txt"
-WORDNET_ID = re.compile(r"n\d{8}")
+MAX_CLASSES = 1_000_000
+MAX_LABEL_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in a fixed order. `class_names` may be empty; labels are below `num_classes` in any case."""
+    """Images in a fixed order. `class_names` may be empty; labels are below `num_classes` in any case.
+
+    `passed_over` counts the files and folders that are no images, by reason.
+    """
 
     variant: str
     name: str
     items: list[ImageItem]
     class_names: list[str]
     num_classes: int
+    passed_over: dict[str, int]
 
     @property
     def bytes(self) -> int:
         """Size of all encoded images."""
         return sum(item.size for item in self.items)
+
+    @property
+    def classes_without_images(self) -> list[str]:
+        """Names of the classes that no image has, or numbers if there are no names."""
+        counts = np.bincount([item.label for item in self.items], minlength=self.num_classes)
+        return [self.class_names[label] if self.class_names else str(label) for label in np.flatnonzero(counts == 0)]
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest's entry; its fingerprint covers keys, labels and sizes, but not paths."""
@@ -61,38 +86,57 @@ class Source:
 
 
 def open_source(
-    images: Sequence[str | Path], split: str, class_list: str | Path | None = None, variant: str = "auto"
+    images: Sequence[str | Path],
+    split: str,
+    class_list: str | Path | None = None,
+    variant: str = "auto",
+    labels: Path | None = None,
 ) -> Source:
     """List a source of one of VARIANTS; auto detects which.
 
     webdataset: image shards, as a folder with `<split>-*.tar` or .tar.gz, or as such files. imagefolder: a folder with
     class folders, directly or under `<split>/`. imagenet-tar: a tar of one tar per class, or a folder with
-    ILSVRC2012_img_<split>.tar. Raises UserError if there is none of these, or if labels and class list disagree.
+    ILSVRC2012_img_<split>.tar. `class_list` is a file, or "imagenet" for the shipped one. With `labels` the images are
+    those of ILSVRC2012_img_val.tar (or its folder), and that file has their classes. Raises UserError if there is none
+    of these, or if labels and class list disagree.
     """
     paths = [Path(path) for path in images]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: not found; expected a folder of images or of image shards, or tar files")
-    variant, found = _find(paths, split, variant)
+    if labels is not None:
+        tar = paths[0] / VALIDATION_TAR if paths[0].is_dir() else paths[0]
+        variant, found = "imagenet-val-tar", [tar]
+    else:
+        variant, found = _find(paths, split, variant)
     folders: list[str] = []
+    passed_over: PassedOver = Counter()
     if variant == "webdataset":
-        items = list_shards(found)
+        items = list_shards(found, passed_over)
         name, beside = found[0].parent.name, found[0].parent / CLASSES_FILE
     elif variant == "imagefolder":
-        items, folders = _list_image_folder(found[0])
+        items, folders = _list_image_folder(found[0], passed_over)
         name, beside = found[0].name, found[0] / CLASSES_FILE
-    else:
-        items, folders = _list_imagenet_tar(found[0])
+    elif labels is not None:
+        items, folders = list_validation_tar(found[0], labels)
         name, beside = found[0].name, found[0].parent / CLASSES_FILE
-    names = _read_class_list(class_list or beside, folders) if class_list or beside.is_file() else folders
+    else:
+        items, folders = _list_imagenet_tar(found[0], passed_over)
+        name, beside = found[0].name, found[0].parent / CLASSES_FILE
+    use = class_list or os.path.lexists(beside)
+    names = read_class_list(class_list_file(class_list or beside), folders) if use else folders
+    checked_names(class_list or found[0], names)
     highest = max(items, key=lambda item: item.label)
     if names and highest.label >= len(names):
         raise UserError(f"{highest.where}, {highest.key}: label {highest.label}, but only {len(names)} class names")
-    return Source(variant, name, with_unique_keys(items), names, len(names) or highest.label + 1)
+    return Source(
+        variant, name, with_unique_keys(items), names, len(names) or highest.label + 1, shortened(passed_over)
+    )
 
 
 def load_images(source: Source, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Load all images of a small source: centre crops uint8 [N, image_size, image_size, 3] and labels int64 [N]."""
+    log_passed_over(source.name, source.passed_over)
     images = np.empty((len(source.items), image_size, image_size, 3), np.uint8)
     for row, (_, image) in enumerate(decoded_images(source.items)):
         images[row] = crop(image, image_size, "center")[0]
@@ -118,6 +162,8 @@ def _find_shards(paths: Sequence[Path], split: str) -> list[Path]:
     for path in paths:
         if path.is_dir():
             shards += sorted(p for p in path.iterdir() if p.name.startswith(f"{split}-") and _is_shard(p))
+            if bad := [p for p in path.glob(f"{split}-*") if p.name.endswith(SHARD_SUFFIXES) and p not in shards]:
+                raise UserError(f"{min(bad)}: not a plain file, but a folder, a pipe or a link to nothing; remove it")
         elif _is_shard(path):
             shards.append(path)
         else:
@@ -147,21 +193,17 @@ def _holds_tars(path: Path) -> bool:
     if path.suffix != ".tar":
         return False
     with _open_tar(path) as file:
-        first = next(_files_in(file), tarfile.TarInfo())
+        first = next(_files_in(file, Counter()), tarfile.TarInfo())
         return first.name.endswith(".tar")
 
 
 def _class_root(candidates: Sequence[Path]) -> Path | None:
     """Return the first folder that has class folders and no folders of splits."""
     for root in candidates:
-        folders = _class_folders(root) if root.is_dir() else []
+        folders = class_folders(root, Counter()) if root.is_dir() else []
         if folders and SPLIT_NAMES.isdisjoint(folders):
             return root
     return None
-
-
-def _class_folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _find_image_folder(paths: Sequence[Path], split: str) -> Path:
@@ -174,32 +216,21 @@ def _find_image_folder(paths: Sequence[Path], split: str) -> Path:
     return root
 
 
-def _list_image_folder(root: Path) -> tuple[list[ImageItem], list[str]]:
+def _list_image_folder(root: Path, passed_over: PassedOver) -> tuple[list[ImageItem], list[str]]:
     """Return the items of `root/<class>/**/<image>` in sorted order, and the sorted class folders."""
-    classes = _class_folders(root)
-    items = []
-    for label, name in enumerate(classes):
-        for parts in sorted(_image_files(root, (name,))):
-            items.append(_file_item(root, parts, label))
+    classes = class_folders(root, passed_over)
+    items = [
+        file_item(root, parts, label)
+        for label, name in enumerate(classes)
+        for parts in image_files(root, name, passed_over)
+    ]
     if not items:
-        raise UserError(f"{root}: no images ({', '.join(FOLDER_EXTENSIONS)}) in its {len(classes)} class folders")
+        raise UserError(f"{root}: no images ({', '.join(sorted(extensions()))}) in its {len(classes)} class folders")
     return items, classes
 
 
-def _image_files(root: Path, folder: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yield the parts of the paths of all images in `folder` of `root`, following links."""
-    for entry in os.scandir(root.joinpath(*folder)):
-        if entry.is_dir():
-            yield from _image_files(root, (*folder, entry.name))
-        elif _extension(entry.name) in FOLDER_EXTENSIONS:
-            yield (*folder, entry.name)
-
-
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()
-
-
-def _file_item(root: Path, parts: tuple[str, ...], label: int) -> ImageItem:
+def file_item(root: Path, parts: tuple[str, ...], label: int) -> ImageItem:
+    """Return the item of the file at `parts` below `root`; one that cannot be opened has a `problem`."""
     path = os.path.join(root, *parts)
     key = os.path.splitext("/".join(parts))[0]
     try:
@@ -211,20 +242,20 @@ def _file_item(root: Path, parts: tuple[str, ...], label: int) -> ImageItem:
     return ImageItem(key, label, path, status.st_size)
 
 
-def _list_imagenet_tar(path: Path) -> tuple[list[ImageItem], list[str]]:
+def _list_imagenet_tar(path: Path, passed_over: PassedOver) -> tuple[list[ImageItem], list[str]]:
     """Return the items of a tar of `<class>.tar` files, in the order of extracted files, and the sorted classes."""
     found: dict[str, list[ImageItem]] = {}
     with _open_tar(path) as file:
-        for member in _files_in(file):
+        for member in _files_in(file, passed_over):
             folder, extension = os.path.splitext(os.path.basename(member.name))
             if extension == ".tar":
                 if folder in found:
                     raise UserError(f"{path}: holds {member.name} twice; expected one tar per class")
-                found[folder] = list(_list_class(file, path, member))
-            elif extension[1:].lower() in FOLDER_EXTENSIONS:
+                found[folder] = list(_list_class(file, path, member, passed_over))
+            elif _is_image(file, member, passed_over):
                 raise UserError(
                     f"{path}: holds the image {member.name} and not only one tar per class, so its class is not known; "
-                    "sort the images into class folders and give their root"
+                    "give the file of their labels (--labels), or sort the images into class folders"
                 )
     classes = sorted(found)
     items = []
@@ -236,11 +267,19 @@ def _list_imagenet_tar(path: Path) -> tuple[list[ImageItem], list[str]]:
     return items, classes
 
 
-def _list_class(file: BinaryIO, path: Path, archive: tarfile.TarInfo) -> Iterator[ImageItem]:
+def _is_image(file: BinaryIO, member: tarfile.TarInfo, passed_over: PassedOver) -> bool:
+    def prefix() -> bytes:
+        file.seek(member.offset_data)
+        return file.read(min(PREFIX_BYTES, member.size))
+
+    return is_image(member.name, prefix, passed_over)
+
+
+def _list_class(file: BinaryIO, path: Path, archive: tarfile.TarInfo, passed_over: PassedOver) -> Iterator[ImageItem]:
     """Yield the images of one class, without their label."""
     file.seek(archive.offset_data)
-    for member in _files_in(file):
-        if _extension(member.name) in FOLDER_EXTENSIONS:
+    for member in _files_in(file, passed_over):
+        if _is_image(file, member, passed_over):
             if member.offset_data + member.size > archive.offset_data + archive.size:
                 raise tarfile.ReadError(f"{archive.name}/{member.name} reaches beyond its archive")
             name = member.name.removeprefix("./")
@@ -253,24 +292,28 @@ def _member_item(key: str, label: int, path: Path, member: tarfile.TarInfo) -> I
     return ImageItem(key, label, str(path), member.size, member.offset_data, member.name, problem)
 
 
-def list_shards(shards: Sequence[Path]) -> list[ImageItem]:
+def list_shards(shards: Sequence[Path], passed_over: PassedOver) -> list[ImageItem]:
     """Return the items of WebDataset image shards, in their order."""
     items: list[ImageItem] = []
     for path in shards:
         with _open_tar(path) as file:
-            items += _list_shard(path, file)
+            items += _list_shard(path, file, passed_over)
     if not items:
         raise UserError(f"{shards[0]}: no images; expected <key>.{{{','.join(SHARD_EXTENSIONS)}}} beside <key>.cls")
     return items
 
 
-def _list_shard(path: Path, file: BinaryIO) -> Iterator[ImageItem]:
-    for key, fields, label in _samples(file):
-        image = next((fields[extension] for extension in SHARD_EXTENSIONS if extension in fields), None)
+def _list_shard(path: Path, file: BinaryIO, passed_over: PassedOver) -> Iterator[ImageItem]:
+    choices = (*SHARD_EXTENSIONS, *sorted(extensions()))
+    for key, fields, label in _samples(file, passed_over):
+        image = next((fields[extension] for extension in choices if extension in fields), None)
         if image is None and label is None:
+            passed_over["sample without image and label"] += 1
             continue
-        if label is None or not label.isdigit():
-            raise UserError(f"{path}, {key}: cls is {label!r}, expected a label of at least 0 as text beside the image")
+        if not label or len(label) > MAX_LABEL_BYTES or not label.strip().isdigit() or int(label) >= MAX_CLASSES:
+            raise UserError(
+                f"{path}, {key}: cls is {label!r}, expected a label as text, below {MAX_CLASSES}, beside the image"
+            )
         if image is None:
             found = ", ".join(fields)
             yield ImageItem(key, int(label), str(path), 0, name=key, problem=f"only {found} found, and no image")
@@ -278,14 +321,14 @@ def _list_shard(path: Path, file: BinaryIO) -> Iterator[ImageItem]:
             yield _member_item(key, int(label), path, image)
 
 
-def _samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bytes | None]]:
+def _samples(file: BinaryIO, passed_over: PassedOver) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bytes | None]]:
     """Yield (key, members by extension, content of cls) of consecutive members with the same key.
 
     A second image, or a second member of the same name, begins another sample, so repeated keys lose no image.
     """
     key, label = "", None
     fields: dict[str, tarfile.TarInfo] = {}
-    for member in _files_in(file):
+    for member in _files_in(file, passed_over):
         stem, extension = _split(member)
         second_image = extension in SHARD_EXTENSIONS and not fields.keys().isdisjoint(SHARD_EXTENSIONS)
         if fields and (stem != key or extension in fields or second_image):
@@ -295,7 +338,7 @@ def _samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], 
         fields[extension] = member
         if extension == "cls":
             file.seek(member.offset_data)
-            label = file.read(member.size).strip()
+            label = file.read(min(member.size, MAX_LABEL_BYTES + 1))
     if fields:
         yield key, fields, label
 
@@ -319,62 +362,9 @@ def _open_tar(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: damaged, or no tar file ({error}); fetch or make it again") from error
 
 
-def _files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    return (member for member in tar_members(file) if not member.isdir())
-
-
-def _read_class_list(path: str | Path, folders: Sequence[str]) -> list[str]:
-    """Read class names in label order from a file with one class per line: `name`, `id` or `id name`.
-
-    `folders` are the sorted class folders of the images, or empty if the labels come with the images. A list with ids
-    (WordNet ids, or names of class folders) must have the ids of the folders in their order, because any other order
-    gives images wrong labels. A list without ids must have as many lines as there are folders. Raises UserError with
-    the difference.
-    """
-    lines = _lines(path)
-    ids = _ids(lines, set(folders))
-    if ids is None:
-        if folders and len(lines) != len(folders):
-            raise UserError(f"{path}: {len(lines)} class names for {len(folders)} class folders")
-        return lines
-    _check_ids(path, ids, folders)
-    return [line.removeprefix(label).strip() or label for label, line in zip(ids, lines, strict=True)]
-
-
-def _lines(path: str | Path) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no list of class names ({error})") from error
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: empty; expected one class name a line, in the order of the labels")
-    return lines
-
-
-def _ids(lines: list[str], folders: set[str]) -> list[str] | None:
-    """Return the id of each line, or None for a list without ids."""
-    if not folders.isdisjoint(lines):
-        return lines
-    first = [line.split(maxsplit=1)[0] for line in lines]
-    return first if any(WORDNET_ID.fullmatch(word) or word in folders for word in first) else None
-
-
-def _check_ids(path: str | Path, ids: list[str], folders: Sequence[str]) -> None:
-    if twice := sorted({label for label in ids if ids.count(label) > 1}):
-        raise UserError(f"{path}: lists {_some(twice)} twice")
-    expected = list(folders) or sorted(ids)
-    problems = []
-    if extra := [label for label in ids if label not in set(expected)]:
-        problems.append(f"lists {_some(extra)}, for which there is no class folder")
-    if missing := [label for label in expected if label not in set(ids)]:
-        problems.append(f"lacks {_some(missing)}, for which there is one")
-    if not problems and ids != expected:
-        line = next(i for i, pair in enumerate(zip(ids, expected, strict=True)) if pair[0] != pair[1])
-        problems.append(f"line {line + 1} is {ids[line]}, expected {expected[line]}: class ids follow the sorted ids")
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}; fix the list or the folders")
-
-
-def _some(labels: list[str], shown: int = 3) -> str:
-    return ", ".join(labels[:shown]) + (f" and {len(labels) - shown} more" if len(labels) > shown else "")
+def _files_in(file: BinaryIO, passed_over: PassedOver) -> Iterator[tarfile.TarInfo]:
+    for member in tar_members(file):
+        if is_litter(member.name):
+            passed_over[HIDDEN] += 1
+        elif not member.isdir():
+            yield member

@@ -1,11 +1,15 @@
 """The VQ tokenizer of LlamaGen (arXiv 2406.06525): images to codes and back, with the published parameter names."""
 
+import json
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from npp_ds.utils.hub import WEIGHTS_FILE, HubModel
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,16 @@ class VQConfig:
     codebook_dim: int = 8
     norm_groups: int = 32
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))  # JSON has lists
+
     @property
     def downsample(self) -> int:
         """Pixels per code along each side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
+METADATA_KEY = "npp_vq"  # in safetensors; one entry, because safetensors writes several in no fixed order
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 HALF_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -183,7 +191,7 @@ class Codebook(nn.Module):
         return (F.normalize(latents, dim=-1) @ self.vectors().T).argmax(-1)
 
 
-class VQModel(nn.Module):
+class VQModel(nn.Module, HubModel):
     """Encodes images to codes and decodes codes to images. `name` and `sha256` are those of the file of its weights."""
 
     name = "untrained"
@@ -198,6 +206,16 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self._half_copies: dict[tuple[torch.dtype, torch.device], tuple[nn.Module, nn.Module]] = {}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write model.safetensors in float32. Its metadata names the file of weights that cannot be trained."""
+        from safetensors.torch import save_file
+
+        loaded = self.sha256 and not any(p.requires_grad for p in self.parameters())
+        origin = {"origin": {"name": self.name, "sha256": self.sha256}} if loaded else {}
+        metadata = {METADATA_KEY: json.dumps({"config": asdict(self.config), **origin})}
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, save_directory / WEIGHTS_FILE, metadata)
 
     @property
     def downsample(self) -> int:

@@ -95,7 +95,8 @@ def _check_attention_kernels(config: RunConfig, device: torch.device) -> None:
     heads, kv_heads = shape["n_heads"], config.model.n_kv_heads or shape["n_heads"]
     for stage in config.stage_table():
         positions = num_positions(config.model.grid_size, stage.patch_side)
-        call = device, dtype, positions, heads, kv_heads, shape["dim"] // heads, config.model.attention_dropout > 0
+        dropout = config.model.attention_dropout * stage.dropout_scale
+        call = device, dtype, positions, heads, kv_heads, shape["dim"] // heads, dropout > 0
         chosen_kernel(config.model.attention, *call)
 
 

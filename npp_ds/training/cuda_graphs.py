@@ -68,10 +68,11 @@ class GraphedForward:
         return _Replay.apply(self._captured, codes, labels, *self._parameters)
 
     def _key_of(self, codes: Tensor, labels: Tensor) -> tuple[Any, ...]:
-        """Return what a CUDA graph is bound to: shapes, precision, and the addresses of the weights."""
+        """Return what a CUDA graph is bound to: shapes, precision, dropout, and the addresses of the weights."""
         device = codes.device.type
         precision = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return codes.shape, labels.shape, codes.device, precision, tuple(p.data_ptr() for p in self._parameters)
+        settings = *precision, self._model.dropout_scale
+        return codes.shape, labels.shape, codes.device, settings, tuple(p.data_ptr() for p in self._parameters)
 
     def _keep_gradients(self) -> None:
         """Copy gradients that ZeRO-1 accumulates over micro-batches out of the memory that a replay overwrites."""

@@ -1,8 +1,9 @@
 """DeepSpeed: its import, and its JSON settings from ds_configs/ or a file, with every "auto" filled from the config."""
 
-import json
 import logging
 import os
+import warnings
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import npp_ds
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, did_you_mean, similar_names
+from npp_ds.utils.files import read_json
 
 PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
 MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
@@ -28,6 +30,8 @@ def import_deepspeed() -> ModuleType:
     # CPU processes of one host: not worth it for CPU runs, unused on GPUs. As of deepspeed 0.19.8.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.15 calls deprecated, with a warning on every rank.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 
@@ -43,11 +47,12 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
     shipped = shipped_configs()
     path = shipped.get(name_or_file, Path(name_or_file))
     if not path.is_file():
+        hint = did_you_mean(similar_names(name_or_file, shipped))
         raise UserError(
-            f"deepspeed.config: {name_or_file} is neither a file nor one of {', '.join(shipped)}; name one of these"
+            f"deepspeed.config: {name_or_file} is neither a file nor one of {', '.join(shipped)}{hint}; name one"
         )
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
@@ -60,6 +65,20 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
 def zero_stage_of(config: RunConfig) -> int:
     """Return the ZeRO stage (1, 2 or 3) that a run asks for."""
     return read_settings(config.deepspeed.config)["zero_optimization"]["stage"]
+
+
+def check_monitors(config: RunConfig) -> None:
+    """Raise UserError if the package of a monitor in `logging.monitors` cannot be imported."""
+    for monitor in config.logging.monitors:
+        if monitor == "csv":
+            continue
+        try:
+            import_module("torch.utils.tensorboard" if monitor == "tensorboard" else monitor)
+        except ImportError as error:
+            raise UserError(
+                f"logging.monitors: {monitor} cannot be imported ({error}); install it with `pip install {monitor}`, "
+                "or drop it"
+            ) from error
 
 
 def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[str, Any]:

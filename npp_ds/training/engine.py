@@ -1,7 +1,6 @@
 """One DeepSpeed engine for the whole run: built once, set to each stage's batch sizes, stepped by whole batches."""
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,8 +141,9 @@ class TrainingEngine:
         decay = config.optimizer.ema_decay
         self.ema = ShardedEMA(self.partitions, decay) if decay else None
 
-    def set_batch_sizes(self, stage: Stage) -> None:
-        """Set the batch size and micro-batch size of a stage; between two steps only."""
+    def set_stage(self, stage: Stage) -> None:
+        """Set the batch size, micro-batch size and dropout rates of a stage; between two steps only."""
+        self.engine.module.scale_dropout(stage.dropout_scale)
         self.engine.set_train_micro_batch_size(stage.micro_batch_size)
         self.engine.set_train_batch_size(stage.batch_size)
 
@@ -225,12 +225,3 @@ class TrainingEngine:
         weights = {name: self.partitions.whole(partitions, name, device).to(dtype) for name in self.partitions.shapes}
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
-
-    def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        """Write (name, value, step) to the monitors that the config asks for; after an error they get no more."""
-        if self.monitor:
-            try:
-                self.monitor.write_events(events)
-            except Exception as error:  # whatever a monitor's library raises is no reason to lose a run
-                self.monitor = None
-                warnings.warn(f"logging.monitors: given up after {error!r}", stacklevel=2)

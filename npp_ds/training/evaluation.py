@@ -14,7 +14,7 @@ import torch
 
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import EvaluateSection, RunConfig
-from npp_ds.data.shards import TokenizerInfo
+from npp_ds.data.manifest import TokenizerInfo
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.evaluation.evaluate import load_extractor
@@ -192,7 +192,8 @@ class Evaluation(Hook):
             f"evaluation after step {done}: Frechet distance {found.frechet_distance:.4g} of {found.images} images at "
             f"side {stage.patch_side}; {found.seconds:.1f} s, {found.share_of_time:.1%} of the training time before it"
         )
-        self.log.curves(done, {f"{EVALUATION}/frechet_distance_side_{stage.patch_side}": found.frechet_distance})
+        curves = {f"frechet_distance_side_{stage.patch_side}": found.frechet_distance, "seconds": found.seconds}
+        self.log.curves(done, {f"{EVALUATION}/{name}": value for name, value in curves.items()})
 
     def _is_affordable(self, done: int, elapsed: float) -> bool:
         return done == self._last_step or self._budget.allows(elapsed)
@@ -235,8 +236,9 @@ class Evaluation(Hook):
         return frechet_distance(*moments.statistics(), *self._judge.reference.pool)
 
     def _show(self, images: np.ndarray, done: int) -> None:
-        """Write one picture of some images; a disk that takes none is no reason to stop."""
+        """Write one picture of some images and send it to the monitors; a full disk is no reason to stop."""
+        picture = tiled(images, SHOWN_PER_ROW)
+        self.log.picture("samples", done, picture)
         with suppress(OSError):
             self._pictures.mkdir(parents=True, exist_ok=True)
-            path = self._pictures / f"step-{done:08d}.png"
-            write_atomic(path, lambda file: tiled(images, SHOWN_PER_ROW).save(file, "PNG"))
+            write_atomic(self._pictures / f"step-{done:08d}.png", lambda file: picture.save(file, "PNG"))

@@ -13,30 +13,38 @@ import secrets
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from npp_ds.errors import UserError
-from npp_ds.utils.files import fsync_directory
+from npp_ds.utils.files import fsync_directory, parse_json, read_small
 from npp_ds.utils.locks import locked
 
 logger = logging.getLogger(__name__)
 
+SLOWEST_HEARTBEAT = 20.0
+"""Most seconds between two beats that a lease may claim: this code beats every 5."""
+LEASE_BYTES = 64 << 10
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class Owner:
     """A start of a run. `beat` is counted up as long as its first process lives."""
 
     token: str
     host: str
     machine: str  # running kernel and process namespace: hosts and containers may share a name
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     process_started: int | None  # in ticks since boot, to recognise a reused pid; None where unknown
     job_id: str | None
     restart_count: int
     started: str
-    heartbeat_seconds: float
+    heartbeat_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     beat: int = 0
     released: bool = False
 
@@ -51,7 +59,7 @@ class Owner:
     def from_json(cls, text: bytes) -> "Owner | None":
         """Return the owner in `text`; None when it is no lease or an incomplete one."""
         try:
-            value = json.loads(text)
+            value = parse_json(text)
             return cls(**{field.name: value[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError):
             return None
@@ -139,8 +147,8 @@ class Lease:
     def acquire(self) -> None:
         """Take the lease; called by the first process of a launch only.
 
-        Watch an owner that may live on another node for up to `stale_seconds`, or six of its heartbeats where that
-        is more. Raises UserError when it lives.
+        Watch an owner that may live on another node for up to `stale_seconds`, or six of its heartbeats (of at most
+        SLOWEST_HEARTBEAT seconds) where that is more. Raises UserError when it lives.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         pause = min(0.5, self.heartbeat_seconds / 2)
@@ -193,7 +201,7 @@ class Lease:
             self._beat()
 
     def _patience(self, owner: Owner) -> float:
-        return max(self.stale_seconds, 6 * owner.heartbeat_seconds)
+        return max(self.stale_seconds, 6 * min(owner.heartbeat_seconds, SLOWEST_HEARTBEAT))
 
     def _reason_to_take(self, owner: Owner | None, quiet: float) -> str | None:
         """Return why the folder may be taken, empty when nobody needs to know; None when it may not."""
@@ -258,7 +266,7 @@ class Lease:
         """Return the lease in the file; None when the file is absent or incomplete."""
         for attempt in range(3):
             try:
-                return Owner.from_json(self.path.read_bytes())
+                return Owner.from_json(read_small(self.path, LEASE_BYTES))
             except FileNotFoundError:
                 return None
             except OSError:  # a file that is replaced while it is read may be stale on NFS

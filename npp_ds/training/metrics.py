@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from npp_ds.config.schedule import Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
-from npp_ds.utils.files import write_text_atomic
+from npp_ds.utils.files import open_regular, parse_json, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,12 @@ def read_events(path: str | Path, warn: bool = True) -> list[Event]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the metrics of a run, as `npp train` writes them")
-    lines = path.read_bytes().split(b"\n")
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            event = json.loads(line or b"null")
+            event = parse_json(line or b"null")
             if event is not None:
                 events.append({**event, "event": event["event"], "step": int(event["step"])})
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -45,13 +47,23 @@ def events_named(events: list[Event], name: str, stage: int | None = None) -> li
 
 
 def stages_begun(events: list[Event]) -> list[Stage]:
-    """Return the stages that have begun, as their own events describe them."""
+    """Return the stages that have begun, as their own events describe them; a later key has its default."""
     names = {f.name for f in fields(Stage)} - {"index", "start_step"}
     begun = {e["stage"]: e for e in events_named(events, "stage")}
     return [
-        Stage(index=index, start_step=e["step"], **{name: e[name] for name in names})
+        Stage(index=index, start_step=e["step"], **{name: e[name] for name in names & e.keys()})
         for index, e in sorted(begun.items())
     ]
+
+
+def planned_stages(config: RunConfig, events: list[Event], images: int | None = None) -> list[Stage]:
+    """Return all stages of a run from its files: those that have begun as logged, the rest for `images` to train on.
+
+    Without `images` their number follows from whole epochs of the stages that have begun; [] if none has.
+    """
+    begun = stages_begun(events)
+    images = images or max((stage.steps_per_epoch * stage.batch_size for stage in begun), default=0)
+    return [*begun, *config.build_schedule(images).stages[len(begun) :]] if images else []
 
 
 class StepLog:

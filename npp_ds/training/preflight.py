@@ -4,11 +4,11 @@ import logging
 
 from npp_ds.checkpoint.folders import saved_steps
 from npp_ds.checkpoint.open import Weights, open_weights
-from npp_ds.config.load import problems_of
+from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.data.coding import Coding, Mismatch, meaning_mismatches, size_mismatches
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import load_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig
@@ -16,7 +16,7 @@ from npp_ds.model.attention import check_attention
 from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import check_tokenizer
 from npp_ds.training.compile import check_performance
-from npp_ds.training.deepspeed_config import engine_settings
+from npp_ds.training.deepspeed_config import check_monitors, engine_settings
 from npp_ds.training.evaluation import evaluation_problems
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> li
     problems = []
     for check in (
         lambda: engine_settings(config, first, world_size),
+        lambda: check_monitors(config),
         lambda: check_attention(config.model.attention),
         lambda: check_performance(config),
     ):

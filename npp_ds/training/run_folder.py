@@ -1,9 +1,12 @@
 """The folder of a run: its settings, its environment, and the checkpoint that a start resumes from."""
 
+import json
 import logging
+import os
 import platform
 import socket
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.training.metrics import events_named, read_events
 from npp_ds.utils.files import write_json_atomic, write_text_atomic
+from npp_ds.utils.format import utc_now
+from npp_ds.utils.records import git_commit
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +57,27 @@ def check_shared(run_dir: Path, token: str, patience: float = 60.0) -> None:
         time.sleep(0.5)
 
 
-def describe(config: RunConfig, processes: Processes) -> None:
-    """Write config.yaml (the resolved config) and environment.json (versions and device)."""
+def describe(config: RunConfig, processes: Processes, images: int) -> None:
+    """Write config.yaml (the resolved config) and environment.json (date, commit, versions, device of this start)."""
     (config.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text_atomic(config.directory / "config.yaml", config.to_yaml())
-    write_json_atomic(config.directory / "environment.json", _environment(processes))
+    path = config.directory / "environment.json"
+    write_json_atomic(path, {**_environment(processes), "training_images": images, "starts": _starts(path)})
+
+
+def count_start(run_dir: Path) -> None:
+    """Add one to the `starts` in environment.json: those that trained, or were about to."""
+    path = run_dir / "environment.json"
+    with suppress(OSError):  # a full disk; the count is only for people
+        write_json_atomic(path, {**json.loads(path.read_bytes()), "starts": _starts(path) + 1})
+
+
+def _starts(path: Path) -> int:
+    """Return the starts counted so far; where an earlier version did not count them, a run with a log had one."""
+    try:
+        return int(json.loads(path.read_bytes())["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return int(path.with_name("metrics.jsonl").is_file())
 
 
 def checkpoint_to_resume(
@@ -147,10 +168,13 @@ def _environment(processes: Processes) -> dict[str, Any]:
             versions[package] = None
     cuda = processes.device.type == "cuda"
     return {
+        "started_at": utc_now(),
+        "git_commit": git_commit(),
         "npp_ds": npp_ds.__version__,
         "python": platform.python_version(),
         "versions": versions,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(processes.device) if cuda else platform.processor() or platform.machine(),
+        "cpu_cores": os.cpu_count(),
         "world_size": processes.world_size,
     }

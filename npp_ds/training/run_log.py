@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,11 +21,18 @@ from npp_ds.training.deepspeed_config import zero_stage_of
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.hooks import FinishedStep, Hook, Logged
 from npp_ds.training.metrics import Event, MetricsLog, StepLog, events_named
-from npp_ds.training.throughput import Clock, peak_tflops, speed, take_peak_memory_gb
+from npp_ds.training.monitors import Monitors
+from npp_ds.training.run_folder import count_start
+from npp_ds.training.throughput import Clock, StepCosts, peak_tflops, speed, take_peak_memory_gb
+from npp_ds.utils.format import counted
+from npp_ds.utils.progress import LiveLine, fitted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
-NOT_FOR_MONITORS = ("stage", "epoch", "elapsed_seconds")
+NOT_FOR_MONITORS = ("epoch", "elapsed_seconds", "stage_eta_seconds", "eta_seconds")
 """Figures of a training line that are no curves."""
 
 
@@ -39,7 +46,7 @@ class RunLog(Hook):
         self._metrics: MetricsLog | None = None
         self._samples: StepLog | None = None
         self._progress: Progress | None = None
-        self._engine: TrainingEngine | None = None
+        self._monitors: Monitors | None = None
 
     def open(self, step: int) -> None:
         """Open the files of the run folder and drop their lines of later steps; the first rank only."""
@@ -54,12 +61,16 @@ class RunLog(Hook):
 
     def already_logged(self, done: int) -> Logged:
         """Return (event, patch side) of what earlier starts logged after `done` steps; empty but on the first rank."""
-        kept = self._metrics.kept if self._metrics else []
-        return frozenset((e["event"], e.get("patch_side")) for e in kept if e["step"] == done)
+        return frozenset((e["event"], e.get("patch_side")) for e in self._kept if e["step"] == done)
 
     def last_logged(self, event: str) -> Event | None:
         """Return the last such line of earlier starts, on the first rank."""
-        return next(reversed(events_named(self._metrics.kept if self._metrics else [], event)), None)
+        return next(reversed(events_named(self._kept, event)), None)
+
+    @property
+    def _kept(self) -> list[Event]:
+        """The lines of earlier starts, on the first rank."""
+        return self._metrics.kept if self._metrics else []
 
     def start(self, schedule: Schedule, first_step: int, engine: TrainingEngine, how: str) -> None:
         """Say what starts and `how`, show progress, start the clock; the monitors of `engine` get the curves."""
@@ -72,13 +83,15 @@ class RunLog(Hook):
         )
         logger.info(
             f"{config.name}: {how} in {config.directory}; {config.model.parameters() / 1e6:.1f}M parameters, "
-            f"{self.processes.world_size} processes, ZeRO-{zero_stage_of(config)}, {config.precision}; "
+            f"{counted(self.processes.world_size, 'process')}, ZeRO-{zero_stage_of(config)}, {config.precision}; "
             + ", ".join(stages)
         )
-        self._engine = engine
         self.clock = Clock(self._metrics.elapsed_before if self._metrics else 0.0)
+        self._costs = StepCosts(schedule.stages, config.model, events_named(self._kept, "train"))
         if self.processes.is_first:
-            self._progress = Progress(schedule.total_steps, first_step, len(schedule.stages))
+            count_start(config.directory)
+            self._monitors = Monitors(config, engine.monitor, first_step)
+            self._progress = Progress(schedule.total_steps, len(schedule.stages))
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step` steps."""
@@ -93,8 +106,13 @@ class RunLog(Hook):
 
     def curves(self, step: int, values: Mapping[str, float | None]) -> None:
         """Send a point of each named curve to the monitors; None is left out."""
-        if self._engine:
-            self._engine.write_events([(name, value, step) for name, value in values.items() if value is not None])
+        if self._monitors:
+            self._monitors.curves(step, {name: value for name, value in values.items() if value is not None})
+
+    def picture(self, name: str, step: int, image: "Image") -> None:
+        """Send a picture to the monitors that show pictures."""
+        if self._monitors:
+            self._monitors.picture(name, step, image)
 
     def sync(self) -> None:
         """Make what is written survive a power cut."""
@@ -109,6 +127,8 @@ class RunLog(Hook):
     def begin_stage(self, stage: Stage) -> None:
         shape = {k: v for k, v in asdict(stage).items() if k not in ("index", "start_step")}
         self.write("stage", stage.start_step, stage=stage.index, elapsed_seconds=self.clock.elapsed, **shape)
+        if self._monitors:
+            self._monitors.stage(stage)
 
     def is_due(self, stage: Stage, done: int) -> bool:
         return done in (1, stage.end_step) or done % self.config.logging.every == 0
@@ -138,9 +158,12 @@ class RunLog(Hook):
             "data_wait_share": lap.data_wait_share,
             "peak_memory_gb": peak_memory,
         }
+        self._costs.add(line)
+        if left := self._costs.left(step.done):
+            line |= {"stage_eta_seconds": left[stage.index], "eta_seconds": sum(left)}
         self.write("train", step.done, **line)
         if self._progress:
-            self._progress.show({"step": step.done, **line}, lap.seconds_per_step)
+            self._progress.show({"step": step.done, **line})
         self.curves(step.done, {f"train/{name}": v for name, v in line.items() if name not in NOT_FOR_MONITORS})
 
     def _log_samples(self, stage: Stage, batch: StepBatch, left_out: bool) -> None:
@@ -156,38 +179,41 @@ class RunLog(Hook):
 
 
 class Progress:
-    """Stage, step, loss, learning rate, images/s, MFU and remaining time, on the first rank's screen.
+    """Stage, step, loss, learning rate, images/s, MFU and the time left, on the first rank's screen.
 
-    A bar on a terminal, one line per logged step elsewhere. A screen behind a full disk is no reason to stop.
+    One line per logged step; on a terminal what fits its width, above a bar with the time left. A screen behind a full
+    disk is no reason to stop.
     """
 
-    def __init__(self, total_steps: int, first_step: int, stages: int):
+    def __init__(self, total_steps: int, stages: int):
         self.total_steps, self.stages = total_steps, stages
-        self._bar = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+        self._live = LiveLine() if sys.stdout.isatty() else None
 
-            columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:3.0f}%"))
-            self._bar = Bar(*columns, TextColumn("eta"), TimeRemainingColumn())
-            self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
-            self._bar.start()
-
-    def show(self, line: Event, seconds_per_step: float) -> None:
+    def show(self, line: Event) -> None:
         """Show the state after a logged step, as written to metrics.jsonl."""
-        text = (
-            f"stage {line['stage'] + 1}/{self.stages} side {line['patch_side']}  step {line['step']}/{self.total_steps}"
-            f"  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['images_per_second']:.0f} images/s"
-        )
+        facts = [
+            (3, f"stage {line['stage'] + 1}/{self.stages} side {line['patch_side']}"),
+            (2, f"step {line['step']}/{self.total_steps}"),
+            (1, f"loss {line['loss']:.4f}"),
+            (7, f"lr {line['learning_rate']:.2e}"),
+            (5, f"{line['images_per_second']:.0f} images/s"),
+        ]
         if line["mfu"] is not None:
-            text += f"  MFU {line['mfu']:.1%}"
+            facts.append((6, f"MFU {line['mfu']:.1%}"))
+        eta = [(0, f"eta {_clock(line['eta_seconds'])}")]
+        if line["stage"] + 1 < self.stages:
+            eta.insert(0, (4, f"stage eta {_clock(line['stage_eta_seconds'])}"))
         with suppress(OSError):
-            if self._bar:
-                self._bar.update(self._task, completed=line["step"], description=text)
+            if self._live:
+                print(fitted(facts, self._live.width), flush=True)
+                self._live.show(line["step"] / self.total_steps, facts + eta)
             else:
-                seconds_left = (self.total_steps - line["step"]) * seconds_per_step
-                print(f"{text}  eta {timedelta(seconds=round(seconds_left))}", flush=True)
+                print(fitted(facts + eta), flush=True)
 
     def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.close()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -34,7 +34,7 @@ class StageManager:
         """Yield (stage, batch) for every step from `first_step` to the end of the schedule."""
         for stage in self.schedule.stages:
             if first_step < stage.end_step:
-                self.engine.set_batch_sizes(stage)
+                self.engine.set_stage(stage)
                 yield from self._batches_of(stage, max(first_step, stage.start_step))
 
     def _batches_of(self, stage: Stage, first_step: int) -> Iterator[tuple[Stage, StepBatch]]:

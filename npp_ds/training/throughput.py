@@ -1,18 +1,27 @@
-"""How fast a run is and how long it waits for data: the clock of training, and the figures of a logged interval."""
+"""How fast a run is and what time it still needs: the clock of training, the figures of a logged interval, the ETA.
+
+Imports torch only to ask a device.
+"""
 
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import ModelSection
 from npp_ds.sizes import num_positions
 from npp_ds.utils.gpu_specs import gpu_of_device
+
+if TYPE_CHECKING:
+    import torch
+
+RECENT = 9
+"""Training lines of a stage whose median is the cost of its steps; after a resume on other hardware it changes soon."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,58 @@ class Lap:
     images: int
     data_wait_share: float
 
-    @property
-    def seconds_per_step(self) -> float:
-        return self.seconds / max(1, self.steps)
+
+class StepCosts:
+    """The seconds that a step takes in each stage of a run, and so the time left (the ETA).
+
+    A stage that has training lines costs what they say: the median of the last `RECENT`, without the stage's first one,
+    which includes the warm-up. Another stage costs what the nearest such stage does, times the ratio of their FLOPs; if
+    two have lines, the line through their costs over FLOPs holds, since a part of a step does not depend on its FLOPs.
+    """
+
+    def __init__(self, stages: Sequence[Stage], model: ModelSection, lines: Iterable[dict[str, Any]] = ()):
+        """`lines` are the events "train" of metrics.jsonl so far."""
+        self.stages = stages
+        self._flops = [step_flops(model, stage, stage.patch_side) for stage in stages]
+        self._measured: dict[int, list[float]] = {}
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take note of a training line; one without a rate says nothing."""
+        stage: int = line.get("stage", -1)
+        if (rate := line.get("images_per_second")) and stage in range(len(self.stages)):
+            self._measured.setdefault(stage, []).append(self.stages[stage].batch_size / rate)
+
+    def seconds_per_step(self, index: int) -> float:
+        """Return the cost of a stage's steps, once there is a training line of any stage."""
+        nearest, *others = sorted(self._measured, key=lambda other: abs(other - index))
+        cost, flops, known = self._cost(nearest), self._flops[index], self._flops[nearest]
+        in_proportion = cost * flops / known
+        if not others or known == self._flops[others[0]]:
+            return in_proportion
+        slope = (cost - self._cost(others[0])) / (known - self._flops[others[0]])
+        least, most = sorted((cost, in_proportion))
+        return min(max(cost + slope * (flops - known), least), most)
+
+    def _cost(self, index: int) -> float:
+        costs = self._measured[index]
+        return median(costs[max(1, len(costs) - RECENT) :] or costs)
+
+    def left(self, done: int) -> list[float]:
+        """Return the seconds of training left in each stage after `done` steps; [] before any training line.
+
+        Validation, evaluation and saving come on top.
+        """
+        if not self._measured:
+            return []
+        steps = (stage.end_step - min(max(done, stage.start_step), stage.end_step) for stage in self.stages)
+        return [n * self.seconds_per_step(index) for index, n in enumerate(steps)]
+
+
+def step_flops(model: ModelSection, stage: Stage, patch_side: int) -> int:
+    """Return the model FLOPs of a step on a stage's batch at `patch_side`."""
+    return stage.batch_size * model.training_flops(num_positions(model.grid_size, patch_side))
 
 
 class Clock:
@@ -87,18 +145,22 @@ def speed(
     }
 
 
-def peak_tflops(device: torch.device) -> float | None:
+def peak_tflops(device: "torch.device") -> float | None:
     """Return a device's dense bf16 rate in TFLOP/s by its data sheet; None for CPUs and for unknown GPUs."""
+    import torch
+
     gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return gpu.tflops if gpu else None
 
 
-def take_peak_memory_gb(device: torch.device) -> float:
+def take_peak_memory_gb(device: "torch.device") -> float:
     """Return the most memory held at once, in 10^9 bytes.
 
     On a GPU by tensors since the last call, on a CPU by this process since its start (its resident set).
     """
     if device.type == "cuda":
+        import torch
+
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e9

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,12 +38,19 @@ def train(config: RunConfig, from_step: int | None, stop: StopRequests) -> None:
     every process of the launch. Raises UserError for what a person can fix, NonFiniteError when a loss or gradients
     are not finite, Preempted after a checkpoint that a signal asked for.
     """
-    processes = join_processes()
+    processes = join_processes(end_if_asked=partial(_end_if_asked, stop))
     show_logs(processes.rank)
     try:
         Trainer(config, processes, from_step, stop).run()
     finally:
         leave_processes()
+
+
+def _end_if_asked(stop: StopRequests) -> None:
+    """End a start that a signal has asked to stop before the processes have met."""
+    if stop.requested:
+        logger.info(f"{stop.requested}: stopped before all processes had met; rerun the same command to resume")
+        raise Preempted(stop.requested, 0)
 
 
 class Trainer:
@@ -71,7 +79,7 @@ class Trainer:
         self.resumed_from: tuple[Path, CheckpointRecord] | None = processes.on_first(
             run_folder.checkpoint_to_resume, config, fingerprint, from_step
         )
-        processes.on_first(run_folder.describe, config, processes)
+        processes.on_first(run_folder.describe, config, processes, len(self.train_store))
         record = self.resumed_from[1] if self.resumed_from else None
         self.first_step = record.step if record else 0
         self.initial: Weights | None = None if record else processes.on_first(initial_weights, config)

@@ -1,16 +1,22 @@
 """Files that are complete or absent, whatever interrupts the writer, and their hashes."""
 
+import errno
 import hashlib
 import json
+import math
 import os
+import stat
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from npp_ds.errors import UserError
+
+SMALL_FILE_BYTES = 64 << 20  # limit for files that are read whole, such as manifests and configs
+TAR_HEADER_BYTES = 1 << 20  # limit for all headers of a member
 
 
 def fsync_directory(directory: Path) -> None:
@@ -28,11 +34,67 @@ def nearest_folder(path: str | Path) -> Path:
     return next(p for p in (path, *path.parents) if p.is_dir())
 
 
+def open_regular(path: str | Path, flags: int = 0) -> BinaryIO:
+    """Open a regular file for reading; `flags` are added to those of `os.open`.
+
+    Raises OSError, as `open` does, and also for a FIFO, a socket or a device, of which nothing is read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | flags)
+    try:
+        if stat.S_ISDIR(mode := os.fstat(descriptor).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: str | Path, limit: int = SMALL_FILE_BYTES) -> bytes:
+    """Return the content of a regular file. Raises OSError as `open_regular` does, and if it exceeds `limit` bytes."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if content is None or len(content) > limit:
+        raise OSError(errno.EFBIG, f"Larger than the {limit:,} bytes that such a file may have", str(path))
+    return content
+
+
+def read_json(path: str | Path, limit: int = SMALL_FILE_BYTES) -> Any:
+    """Return the value in a JSON file. Raises OSError as `read_small` does, ValueError as `parse_json` does."""
+    return parse_json(read_small(path, limit))
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return the value of a JSON text. Raises ValueError for anything else, deep nesting, and 1e400."""
+    try:
+        return json.loads(content, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"number {text[:32]} out of range")
+    return number
+
+
+def plain_name(name: str) -> str:
+    """Return `name` if it is that of a file in a folder: printable, not hidden, without separators.
+
+    Raises ValueError for any other text, such as "../x". Names that a file lists must pass this before they are opened.
+    """
+    if not name.isprintable() or not 0 < len(name.encode()) <= 255 or name.startswith(".") or {"/", "\\"} & set(name):
+        raise ValueError("expected a plain file name: printable, without '/' and '\\', not beginning with '.'")
+    return name
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; when the block ends, flush it to disk and rename it to `path`.
 
-    If the block raises (a full disk, an interrupt), the temporary file is removed and `path` stays as it was.
+    If the block raises (a full disk, an interrupt), the temporary file is removed and `path` stays as it was. Errors
+    of the system name `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,8 +104,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # the first error counts
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(temporary)):
+            error.filename = str(path)
         raise
     fsync_directory(path.parent)
 
@@ -67,7 +132,7 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file in 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -96,15 +161,50 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
+class _Headers:
+    """A file as `tarfile` sees it: at most `left` more bytes are read. tarfile itself reads any size that it finds."""
+
+    left = 0
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError("a member's header is too long")
+        return self.file.read(size)
+
+
+@contextmanager
+def _as_tar_errors() -> Iterator[None]:
+    """Turn what `tarfile` (Python 3.10 to 3.13) raises for bad headers into tarfile.ReadError."""
+    try:
+        yield
+    except (ValueError, OverflowError, RecursionError, TypeError, LookupError) as error:
+        raise tarfile.ReadError(f"bad header ({type(error).__name__})") from None
+
+
 def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """Yield the members of the archive that begins at the file's position. Raises tarfile.ReadError for damage.
 
-    `tarfile` alone takes a damaged header for the end of the archive.
+    `tarfile` alone takes a damaged header for the end of the archive, goes back in the file if a size is negative, and
+    reads headers of any length.
     """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # do not keep them; typeshed 2026 lacks the attribute
-            yield member
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("the end-of-archive mark is missing")
+    headers = _Headers(file)
+    headers.left = TAR_HEADER_BYTES
+    with _as_tar_errors():
+        tar = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+    while True:
+        headers.left = TAR_HEADER_BYTES
+        with _as_tar_errors():
+            member = tar.next()
+        if member is None:
+            break
+        tar.members = []  # do not keep them
+        if member.size < 0 or tar.offset <= member.offset:
+            raise tarfile.ReadError("a member's size is negative")
+        yield member
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("the end-of-archive mark is missing")

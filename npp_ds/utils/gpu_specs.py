@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, did_you_mean, similar_names
 
 GPUS_PER_NODE = 8
 
@@ -71,8 +71,9 @@ def find_gpu(name: str, memory_gb: float | None, tflops: float | None, bandwidth
     """
     known = GPUS.get(name)
     if known is None and (memory_gb is None or tflops is None):
+        hint = did_you_mean(similar_names(name, GPUS))
         raise UserError(
-            f"--gpu {name}: not one of {', '.join(GPUS)}; name one of these, or give also --gpu-memory (GB) "
+            f"--gpu {name}: not one of {', '.join(GPUS)}{hint}; name one of these, or give also --gpu-memory (GB) "
             "and --gpu-tflops (dense bf16)"
         )
     base = known or GPUS["a100-80"]

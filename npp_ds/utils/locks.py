@@ -5,7 +5,10 @@ a process that is killed leaves its marker behind, which processes on other node
 truncates the file that it locks, and two of ours have content: a run's stalled.txt and the lock of a staged set.
 """
 
+import errno
 import fcntl
+import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +43,7 @@ def locked(path: Path, patience: float | None = None, create_folder: bool = Fals
     It is not held if the file system offers no locks, or if another process (for example a suspended one) keeps it for
     more than `patience` seconds. Raises OSError if the folder is absent and `create_folder` is not set.
     """
-    with open_lock(path) if create_folder else path.open("a+") as file:
+    with open_lock(path) if create_folder else _open(path) as file:
         try:
             held = lock(file, patience)
         except OSError:
@@ -51,12 +54,23 @@ def locked(path: Path, patience: float | None = None, create_folder: bool = Fals
 def open_lock(path: Path) -> TextIO:
     """Open a lock file for reading and appending, creating it and its folder if absent.
 
-    Another process that has finished may remove the folder at any moment; then it is created again.
+    Another process that has finished may remove the folder at any moment; then it is created again. Raises OSError for
+    a link, a FIFO or a device of that name: in a shared folder a link could point to any file of this user.
     """
     for _ in range(100):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return path.open("a+")
+            return _open(path)
         except FileNotFoundError:
             continue
-    return path.open("a+")
+    return _open(path)
+
+
+def _open(path: Path) -> TextIO:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.fdopen(os.open(path, flags, 0o666), "a+")
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "Not a plain file, as a lock must be", str(path))

@@ -1,12 +1,19 @@
-"""Log records of npp_ds on the screen of the first process."""
+"""What people read on the screen: lines of text, and the log records of the first process."""
 
 import logging
 import sys
 from contextlib import suppress
 from typing import TextIO
 
+from npp_ds.utils.format import printable
+
 ANY_RANK = {"any_rank": True}
 """`extra` of a record that other processes show, too: of work that any one process does for the others."""
+
+
+def say(*lines: str, to_stderr: bool = False) -> None:
+    """Print lines for people. Characters of names that would control the terminal or break a line are escaped."""
+    print("\n".join(map(printable, lines)), file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 class ScreenHandler(logging.Handler):
@@ -20,7 +27,7 @@ class ScreenHandler(logging.Handler):
         stream: TextIO = sys.stderr if self.to_stderr else sys.stdout  # looked up now: a progress bar may replace it
         prefix = "WARNING: " if record.levelno >= logging.WARNING else ""
         with suppress(OSError):
-            print(prefix + record.getMessage(), file=stream, flush=True)
+            print(prefix + printable(record.getMessage(), keep="\n"), file=stream, flush=True)
 
 
 def show_logs(rank: int = 0, to_stderr: bool = False) -> None:

@@ -1,17 +1,67 @@
-"""The progress of long work: a bar on a terminal, a line every few seconds elsewhere."""
+"""The progress of long work: a bar and facts that fit the width of a terminal, a line every few seconds elsewhere."""
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from npp_ds.utils.format import format_duration
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+    from rich.table import Table
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_BARS = 10.0, 0.1
+NARROWEST_BAR, WIDEST_BAR = 8, 40
 Item = TypeVar("Item")
+Facts = Sequence[tuple[int, str]]
+"""(rank, text) in the order of display; where space is short, those of higher rank are left out first."""
+
+
+def fitted(facts: Facts, width: int | None = None) -> str:
+    """Return the facts side by side, as many of them as fit in `width` columns; all without a width."""
+    kept = list(facts)
+    while width is not None and len(kept) > 1 and len("  ".join(text for _, text in kept)) > width:
+        kept.remove(max(kept))
+    return "  ".join(text for _, text in kept)[:width]
+
+
+class LiveLine:
+    """A bar and facts in the last line of a terminal, which must be one; what is printed meanwhile stands above it."""
+
+    def __init__(self, stderr: bool = False):
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(stderr=stderr)
+        self._share: float = 0.0
+        self._facts: Facts = ()
+        self._live = Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._line)
+        self._live.start()
+
+    @property
+    def width(self) -> int:
+        """The number of columns, which may change."""
+        return self._console.width
+
+    def show(self, share: float, facts: Facts) -> None:
+        """Show that this share of the work is done."""
+        self._share, self._facts = share, facts
+        self._live.refresh()
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _line(self) -> "Table":
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        text, grid = fitted(self._facts, self.width), Table.grid(padding=(0, 1))
+        bar = min(self.width - len(text) - 1, WIDEST_BAR)
+        drawn = [ProgressBar(1.0, self._share, width=bar)] if bar >= NARROWEST_BAR else []
+        grid.add_row(*drawn, Text(text, no_wrap=True))
+        return grid
 
 
 class Progress:
@@ -23,20 +73,19 @@ class Progress:
 
     def __init__(self, what: str, shown: bool = True, unit: str = "images"):
         self.what, self.shown, self.unit = what, shown, unit
-        self._bar: Bar | None = None
+        self._live: LiveLine | None = None
         self._pause = SECONDS_BETWEEN_LINES
         self._last = time.monotonic()
         self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> "Progress":
         if self.shown and sys.stderr.isatty():
-            self._bar, self._pause = _bar(self.what), SECONDS_BETWEEN_BARS
-            self._bar.start()
+            self._live, self._pause = LiveLine(stderr=True), SECONDS_BETWEEN_BARS
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.close()
 
     def __call__(self, done: int, total: int, facts: str = "") -> None:
         """Show that `done` of `total` units are done, with the rate, other `facts` and the time left."""
@@ -45,30 +94,18 @@ class Progress:
         if not self.shown or now - self._last < self._pause:
             return
         self._last = now
-        parts = [self.unit, facts]
+        rate = left = ""
         if done > self._first[0]:
-            rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
-            parts = [
-                self.unit,
-                f"{rate:.3g} {self.unit}/s",
-                facts,
-                f"{format_duration(max(total - done, 0) / rate)} left",
-            ]
-        text = ", ".join(filter(None, parts))
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
+            per_second = (done - self._first[0]) / max(now - self._first[1], 1e-9)
+            rate = f"{per_second:.3g} {self.unit}/s"
+            left = f"{format_duration(max(total - done, 0) / per_second)} left"
+        if self._live:
+            shown = [(1, self.what), (2, f"{done}/{total} {self.unit}"), (3, rate), (4, facts), (0, left)]
+            self._live.show(done / max(total, 1), [fact for fact in shown if fact[1]])
         else:
-            print(f"{self.what}: {done}/{total} {text}", file=sys.stderr, flush=True)
-
-
-def _bar(what: str) -> "Bar":
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.add_task("", total=None, text="")
-    return bar
+            text = ", ".join(filter(None, [self.unit, rate, facts, left]))
+            with suppress(OSError):  # a full disk or a closed pipe under the screen stops no work
+                print(f"{self.what}: {done}/{total} {text}", file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[Item], what: str, total: int, shown: bool = True) -> Iterator[Item]:

@@ -41,7 +41,7 @@ def test_wrong_input_is_one_clear_text_and_exit_code_2():
     done = npp("train", "--recipe", "quickstart", "schedule.epocs=3", "seed=x")
     assert done.returncode == 2
     assert done.stderr.startswith("error: 2 problems in the config (recipe quickstart):")
-    assert "schedule.epocs: unknown key, did you mean epochs?" in done.stderr
+    assert "schedule.epocs: unknown key, did you mean schedule.epochs?" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
@@ -77,7 +77,7 @@ def test_every_launcher_trains_to_the_end_and_a_second_start_does_nothing(tmp_pa
     }
     done = npp("train", "--config", str(file), launcher=launchers[launcher])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{1 if launcher == 'alone' else 2} processes" in done.stdout
+    assert ("1 process," if launcher == "alone" else "2 processes,") in done.stdout
     metrics = metrics_of(tmp_path / "run")
     assert metrics[-1] == {"event": "end", "step": 20}
     if launcher != "alone":

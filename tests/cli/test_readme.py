@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from forks import ON_CPU, run_forked
 from image_sets import few_images
+from npp_ds.cli import app
 from npp_ds.config.load import load_config, recipe_names
 
 ROOT = Path(__file__).parents[2]
@@ -62,19 +64,43 @@ def test_the_pipeline_goes_from_images_to_a_report(tmp_path):
     assert (tmp_path / "runs/longer/config.yaml").is_file()
 
 
-def test_the_imagenet_commands_name_options_and_recipes_that_exist():
+def test_the_imagenet_commands_name_options_scripts_and_recipes_that_exist():
     parse = runpy.run_path(str(ROOT / "data_prep/tokenize_imagenet.py"))["parse"]
     seen = []
     for command in commands("On to ImageNet"):
-        words = shlex.split(command)
+        words = shlex.split(command, comments=True)
         seen.append(words[0])
         if words[0] == "python":
             parse(words[2:])
+        elif words[0] in ("cp", "sbatch"):
+            assert (ROOT / words[1]).is_file()
+        elif words[0] == "npp":
+            get_command(app).commands[words[1]].make_context(words[1], words[2:])
         else:
             at = words.index("train")
             config = load_config(words[at + 2], overrides=words[at + 3 :], world_size=8)
             assert config.data.train in README
-    assert set(seen) == {"python", "torchrun"}
+    assert set(seen) == {"python", "torchrun", "npp", "sbatch", "cp"}
+
+
+def test_the_measured_ratios_beside_the_published_code_are_those_of_the_results():
+    rows = dict(re.findall(r"^\| ([^|]+) \| 1 \| ([^|]+) \|$", README, re.MULTILINE))
+
+    def result(name: str, pattern: str) -> float:
+        return float(re.search(pattern, (ROOT / f"benchmarks/results/{name}.md").read_text(), re.MULTILINE)[1])
+
+    step = r"^\| {side} \| \S+ \([^|]+\) \| \S+ \([^|]+\) \| ([0-9.]+) \("
+    time = result("patch_loss", r"published_time_w768_k16\) \| [0-9.]+ \| ([0-9.]+)")
+    memory = result("patch_loss", r"published_memory_w768_k16\) \| [0-9.]+ \| ([0-9.]+)")
+    one, four = (result("training_step", step.format(side=side)) for side in (1, 4))
+    drawn = result("sampling", r"published way \| .* \| ([0-9.]+) \|$")
+    codes = result("tokenize", r"Ratio in the same turn: \*\*([0-9.]+)")
+    assert list(rows.values()) == [
+        f"time 1/{time:.1f}, extra memory 1/{memory:.0f}",
+        f"time 1/{one:.1f} and 1/{four:.1f}",
+        f"time 1/{drawn:.1f}",
+        f"time 1/{codes:.1f}",
+    ]
 
 
 def test_no_command_asks_a_run_of_a_recipe_for_an_average_that_the_recipe_does_not_keep():

@@ -9,11 +9,15 @@ import yaml
 from typer.testing import CliRunner
 
 from npp_ds.cli import app
-from npp_ds.config.load import load_config, load_run, problems_of, recipe_names
+from npp_ds.config.checks import problems_of
+from npp_ds.config.fields import keys_of, section_of
+from npp_ds.config.load import load_config, load_run, recipe_names
+from npp_ds.config.reference import reference
 from npp_ds.config.schema import RunConfig, ScheduleSection
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, similar_names
 from npp_ds.sizes import SIZES
 from npp_ds.training.deepspeed_config import engine_settings, read_settings, shipped_configs
+from npp_ds.utils.gpu_specs import GPUS
 
 MINIMAL = {"model": {"size": "B"}, "data": {"train": "shards"}}
 
@@ -41,7 +45,7 @@ def test_every_problem_is_reported_at_once_with_key_value_expectation_and_fix(tm
     text = complaint(tmp_path, keys, "schedule.epochs=x", "nonsense", world_size=2)
     for expected in (
         "9 problems",
-        "model.dims: unknown key, did you mean dim?",
+        "model.dims: unknown key, did you mean model.dim?",
         "loging: unknown key, did you mean logging?",
         "seed: found 'abc', expected integer",
         "data.class_dropout: found 2, expected less than or equal to 1 (share of labels replaced by the null class)",
@@ -86,7 +90,7 @@ def test_a_coarse_last_stage_can_be_asked_for(tmp_path):
 def test_stages_that_do_not_fit_the_number_of_images_are_refused():
     config = RunConfig.model_validate({**MINIMAL, "schedule": {"epochs": 4, "warmup_epochs": 3}})
     assert "exceeds the 255 training images" in problems_of(config, 1, 255)[0]
-    assert "schedule.warmup_epochs: 3.0 (6 steps) exceeds stage 0 of 4; lower it" in problems_of(config, 1, 512)[0]
+    assert "schedule.warmup_epochs: 3.0 (6 steps) exceeds the 4 of every stage" in problems_of(config, 1, 512)[0]
     assert not problems_of(RunConfig.model_validate({**MINIMAL, "schedule": {"epochs": 4}}), 1, 512)
 
 
@@ -121,12 +125,57 @@ def test_validating_an_average_that_is_not_kept_is_refused(tmp_path):
     assert "validation.weights: ema, but optimizer.ema_decay is 0" in text
 
 
+@pytest.mark.parametrize(
+    "override, hint",
+    [
+        ("optimizer.lr=1", "optimizer.learning_rate"),
+        ("lr=1", "optimizer.learning_rate or schedule.stages.N.learning_rate"),
+        ("optimizer.wd=1", "optimizer.weight_decay"),
+        ("optim.eps=1", "optimizer"),
+        ("model.epochs=3", "schedule.epochs or schedule.stages.N.epochs"),
+        ("Seed=3", "seed"),
+        ("model.size=xl", "XL"),
+        ("model.attention=flash", "flash_attn"),
+        ("optimizer.qqq=1", None),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(tmp_path, override, hint):
+    text = complaint(tmp_path, MINIMAL, override)
+    assert text.startswith("1 problem in") and (f"did you mean {hint}?" in text if hint else "did you mean" not in text)
+
+
+@pytest.mark.parametrize(
+    "known, typed, expected",
+    [
+        (recipe_names(), "xl", ["xl_256"]),
+        (recipe_names(), "quickstrat", ["quickstart"]),
+        (recipe_names(), "PAPER", ["paper_256"]),
+        (GPUS, "a100", ["a100-40", "a100-80"]),
+        (GPUS, "4090", ["rtx4090"]),
+        (GPUS, "H100", ["h100"]),
+        (GPUS, "h100-sxm", ["h100"]),
+        (shipped_configs(), "zero_2", ["zero2"]),
+        (recipe_names(), "", []),
+        ([], "x", []),
+    ],
+)
+def test_similar_names_are_found_by_case_beginning_part_or_spelling(known, typed, expected):
+    assert similar_names(typed, known)[: max(1, len(expected))] == expected
+
+
+def test_no_problem_is_listed_twice(tmp_path):
+    keys = {**MINIMAL, "optimizer": {"final_learning_rate": 1}}
+    text = complaint(tmp_path, keys, "model.dims=2", "model.dims=2")
+    assert text.count("final_learning_rate: 1.0 is above the peak 0.0001 of every stage") == 1
+    assert text.count("model.dims") == 1 and text.startswith("2 problems")
+
+
 def test_a_wrong_key_causes_no_second_complaint_about_what_it_would_have_set(tmp_path):
     stages = [{"patch_side": 3, "epoch": 1}, {"patch_side": 1, "epochs": 1}]
     keys = {"model": {"size": "XXXL", "grid_size": 9}, "data": {"train": "x"}, "schedule": {"stages": stages}}
     text = complaint(tmp_path, keys)
     assert text.startswith("2 problems"), text
-    assert "schedule.stages.0.epoch: unknown key, did you mean epochs?" in text
+    assert "schedule.stages.0.epoch: unknown key, did you mean schedule.stages.0.epochs?" in text
     assert "model.size: found 'XXXL'" in text
 
 
@@ -182,7 +231,14 @@ def test_a_run_that_was_started_with_such_keys_can_be_read_and_resumed(tmp_path)
     [
         ("seed: 1\nname: a\nseed: 2", "line 3: seed is given twice; remove one"),
         ("schedule:\n  stages:\n    - {patch_side: 1, epochs: 1, epochs: 2}", "line 3: epochs is given twice"),
-        ("seed: " + "[" * 5000, "maximum recursion depth exceeded"),
+        ("seed: " + "[" * 5000, "line 1: nested more than 50 levels deep"),
+        (
+            "a0: &a0 1\n" + "\n".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]" for i in range(9)),
+            "line 6: more than 10,000",
+        ),
+        ("seed: [" + "1," * 20_000 + "]", "line 1: more than 10,000 values"),
+        ("seed: &a [*a]", "line 1: an alias stands in what it names"),
+        ("name: \0", "unacceptable character #x0000"),
         ("seed: 0100", "line 1: 0100 would be octal; write it without the zero, or quote it"),
         ("seed: -0_17", "line 1: -0_17 would be octal"),
         ("seed: 1:4", "line 1: 1:4 would be a number of base 60; quote it"),
@@ -301,9 +357,11 @@ def test_a_key_that_a_saved_config_lacks_has_its_default():
     stages = "schedule.stages=[{patch_side: 2, epochs: 3}, {patch_side: 1, epochs: 3}]"
     saved = load_config("b_256", overrides=[stages]).bound_keys()
     del saved["optimizer"]["eps"], saved["schedule"]["stages"][1]["warmup_epochs"], saved["init_from"]
+    del saved["model"]["coarse_positions"], saved["schedule"]["stages"][0]["dropout_scale"]
     assert not load_config("b_256", overrides=[stages]).differences_from(saved)
-    changed = [stages, "optimizer.eps=1e-6", "schedule.stages.1.warmup_epochs=2"]
+    changed = [stages, "optimizer.eps=1e-6", "schedule.stages.1.warmup_epochs=2", "model.coarse_positions=centers"]
     assert load_config("b_256", overrides=changed).differences_from(saved) == [
+        "model.coarse_positions: it has 'paper', asked for 'centers'",
         "optimizer.eps: it has 1e-08, asked for 1e-06",
         "schedule.stages.1.warmup_epochs: it has None, asked for 2.0",
     ]
@@ -414,3 +472,12 @@ def test_a_deepspeed_setting_that_contradicts_the_run_config_is_refused(tmp_path
         engine_settings(config, stage, 2)
     with pytest.raises(UserError, match="neither a file nor one of zero1, zero2, zero3"):
         read_settings("zero7")
+
+
+def test_the_page_of_all_keys_is_current():
+    """If it is not: python -m npp_ds.config.reference > docs/configuration.md"""
+    page = (Path(__file__).parents[2] / "docs/configuration.md").read_text()
+    assert page == reference()
+    keys = [key for key, field in keys_of(RunConfig) if section_of(field.annotation) is not field.annotation]
+    assert len(keys) > 70 and not [key for key in keys if page.count(f"\n| `{key}` | ") != 1]
+    assert not [key for key, field in keys_of(RunConfig) if not field.description and not section_of(field.annotation)]

@@ -71,7 +71,7 @@ def test_explicit_stages_have_their_own_lengths_batches_and_rates():
             "warmup_epochs": 0,
             "stages": [
                 {"patch_side": 4, "steps": 8, "batch_size": 32, "micro_batch_size": 2, "learning_rate": 3e-4},
-                {"patch_side": 1, "epochs": 1.5},
+                {"patch_side": 1, "epochs": 1.5, "dropout_scale": 0.5},
             ],
         },
     )
@@ -80,6 +80,7 @@ def test_explicit_stages_have_their_own_lengths_batches_and_rates():
     assert (first.batch_size, first.micro_batch_size, first.peak_learning_rate) == (32, 2, 3e-4)
     assert (second.start_step, second.end_step, second.steps_per_epoch) == (8, 17, 6)
     assert (second.batch_size, second.micro_batch_size, second.peak_learning_rate) == (16, 2, 1e-4)
+    assert (first.dropout_scale, second.dropout_scale) == (1.0, 0.5)
     assert second.start_epoch == 3, "a stage begins with an epoch that no earlier stage has touched"
 
 

@@ -13,8 +13,8 @@ import torch
 
 from npp_ds.config.schedule import Stage
 from npp_ds.data.loader import PREFETCHED_STEPS, EvalLoader, StageLoader
+from npp_ds.data.manifest import ShardInfo
 from npp_ds.data.order import batch_ids, crop_index, drop_label, rank_slice
-from npp_ds.data.shards import ShardInfo
 from npp_ds.data.store import CodeStore, stage
 from npp_ds.errors import UserError
 from npp_ds.model.patches import group

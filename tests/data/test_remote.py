@@ -1,9 +1,11 @@
 """Shards behind a URL: fetched once per node, complete or not at all, resumed after any interruption."""
 
+import contextlib
 import logging
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -11,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from npp_ds.data import remote
-from npp_ds.data.shards import Manifest, ShardInfo, verify
+from npp_ds.data.manifest import Manifest, ShardInfo
+from npp_ds.data.shards import verify
 from npp_ds.data.store import available_manifest, load_manifest, stage
 from npp_ds.errors import UserError
 from runs import WATCHED, assert_same, outcome_of, run, tiny_config
@@ -147,8 +150,53 @@ def test_server_that_falls_silent_is_given_up_and_asked_again(tmp_path, publishe
     server, codes, labels = published
     server.faults[SHARDS[1]] = [stall]
     assert_holds(stage(server.url, tmp_path / "cache"), codes, labels)
-    assert f"{SHARDS[1]}: curl ended with exit code 28" in caplog.messages[1]
+    assert f"{SHARDS[1]}: too slow: below 16,000 bytes a second after 1 s" in caplog.messages[1]
     assert [server.requests[name] for name in SHARDS] == [1, 2, 1]
+
+
+def drip(handler, content):
+    """Two bytes at a time, slowly, until the other side has gone."""
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b"[[")
+            time.sleep(0.05)
+
+
+def flood(handler, content):
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b" " * (1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (stall, "too slow: not done"),
+        (drip, "too slow: not done"),
+        (flood, "more than the 10,000,000 bytes"),
+    ],
+)
+def test_manifest_that_does_not_end_is_given_up(tmp_path, published, monkeypatch, fault, reason):
+    server, _, _ = published
+    monkeypatch.setattr(remote, "MANIFEST_SECONDS", 2)
+    monkeypatch.setattr(remote, "SMALL_FILE_BYTES", 10_000_000)
+    server.faults["manifest.json"] = [fault] * 4
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"^{server.url}/manifest.json: {reason}"):
+        stage(server.url, tmp_path / "cache")
+    assert time.monotonic() - started < 20
+    assert server.requests["manifest.json"] == 1
+
+
+def test_shard_that_arrives_too_slowly_is_given_up(tmp_path, published):
+    server, _, _ = published
+    server.faults[SHARDS[1]] = [drip] * 4
+    with pytest.raises(UserError, match=f"{SHARDS[1]}: too slow: below 16,000 bytes a second .*in each of 4 tries"):
+        stage(server.url, tmp_path / "cache")
 
 
 def test_download_resumes_from_another_server_when_the_first_one_died(tmp_path, published):
@@ -270,6 +318,7 @@ def test_command_is_run_for_each_file(tmp_path):
     codes, labels = write_set(tmp_path / "shards", 20, num_shards=2)
     log = tmp_path / "log"
     source = f"pipe:echo {{file}} >> {log} && cat '{tmp_path}/shards/{{file}}'"
+    remote.allow_commands([f"data.train={source}"])
     assert_holds(stage(source, tmp_path / "cache"), codes, labels)
     assert log.read_text().split() == ["manifest.json", *SHARDS[:2]]
 
@@ -278,6 +327,7 @@ def test_command_that_fails_is_named_with_its_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.0)
     write_set(tmp_path / "shards", 20)
     failing = f"pipe:test {{file}} = manifest.json || exit 3; cat {tmp_path}/shards/{{file}}"
+    remote.allow_commands([failing, "pipe:cat /data"])
     with pytest.raises(UserError, match=rf"^pipe:.*{SHARDS[0]}.*: the command ended with exit code 3 .*in each of 4"):
         stage(failing, tmp_path / "cache")
     with pytest.raises(UserError, match=r"^pipe:cat /data: found no \{file\} in the command; .*pipe:ssh"):
@@ -311,6 +361,7 @@ def test_set_that_cannot_be_had_is_refused_by_its_url(tmp_path, published):
 def test_manifest_cannot_put_words_into_the_command(tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     manifest_of([ShardInfo(file=file, samples=1, bytes=1, sha256="0" * 64)]).save(tmp_path)
+    remote.allow_commands([f"pipe:cat {tmp_path}/{{file}}"])
     with pytest.raises(UserError, match=r"expected only letters, digits, .* in the name"):
         stage(f"pipe:cat {tmp_path}/{{file}}", tmp_path / "cache")
     assert not (tmp_path / "stolen").exists()
@@ -337,6 +388,7 @@ def test_manifest_of_a_staged_url_is_available_without_the_network(tmp_path):
     write_set(tmp_path / "shards", 20)
     source = f"pipe:cat {tmp_path}/shards/{{file}}"
     assert available_manifest(source, tmp_path / "cache") is None
+    remote.allow_commands([source])
     manifest = stage(source, tmp_path / "cache").manifest
     shutil.rmtree(tmp_path / "shards")
     assert available_manifest(source, tmp_path / "cache") == manifest

@@ -11,7 +11,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from npp_ds.data.shards import CropInfo, Manifest, ShardInfo, ShardWriter, read_shard, verify
+from npp_ds.data.manifest import CropInfo, Manifest, ShardInfo
+from npp_ds.data.shards import ShardWriter, read_shard, verify
 from npp_ds.errors import UserError
 from npp_ds.utils.files import sha256
 from shard_sets import CROP_NAMES, files_limited_to, manifest_of, random_set, write_set

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import stat
 import threading
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from npp_ds.data import store as store_module
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest, stage
 from npp_ds.errors import UserError
 from shard_sets import files_limited_to, manifest_of, write_set
@@ -138,6 +139,11 @@ def test_available_manifest_is_that_of_the_folder_else_of_the_copy_staged_last(t
     assert available_manifest(tmp_path / "shards", tmp_path / "cache").num_samples == 30
     (tmp_path / "shards" / "manifest.json").unlink()
     assert available_manifest(tmp_path / "shards", tmp_path / "cache").num_samples == 40
+    write_set(tmp_path / "shards", 30)
+    newest = stage(tmp_path / "shards", tmp_path / "cache").folder
+    (tmp_path / "shards" / "manifest.json").unlink()
+    os.utime(newest, (0, 0))  # as a copy of the cache may have it
+    assert available_manifest(tmp_path / "shards", tmp_path / "cache").num_samples == 30
     assert available_manifest(tmp_path / "others", tmp_path / "cache") is None
 
 
@@ -339,3 +345,88 @@ def test_foreign_folder_in_shared_memory_is_not_trusted(tmp_path, default_caches
     shared.symlink_to(tmp_path / "foreign")
     assert stage(tmp_path / "shards").folder.parent == home
     assert os.listdir(tmp_path / "foreign") == []
+
+
+def overwrite(name, offset, content):
+    """Changes bytes of a staged file in place, as another process of this user could."""
+
+    def spoil(folder):
+        (folder / name).chmod(0o644)
+        with (folder / name).open("r+b") as file:
+            file.seek(offset)
+            file.write(content)
+        (folder / name).chmod(0o444)
+
+    return spoil
+
+
+def link_outside(folder):
+    copy = shutil.copy(folder / "codes.npy", folder.parent / "copy")
+    (folder / "codes.npy").unlink()
+    (folder / "codes.npy").symlink_to(copy)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (overwrite("codes.npy", 1000, b"\x01\x00"), "codes.npy: found SHA-256 .*; staging the set anew"),
+        (overwrite("codes.npy", 1000, b"\xff\xff"), "codes.npy: holds values outside of 0 to 999; staging"),
+        (overwrite("labels.npy", 135, b"\xff"), "labels.npy: holds values outside of 0 to 9; staging the set anew"),
+        (overwrite("record.json", 0, b"[[["), None),
+        (lambda folder: (folder / "record.json").unlink(), None),
+        (lambda folder: folder.chmod(0o775), None),
+        (lambda folder: (folder / "codes.npy").chmod(0o646), None),
+        (link_outside, None),
+    ],
+    ids=["bit", "code", "label", "record", "earlier version", "shared folder", "shared file", "link"],
+)
+def test_staged_copy_that_changed_or_that_others_may_change_is_staged_anew(tmp_path, caplog, spoil, message):
+    codes, labels = write_set(tmp_path / "shards", 40)
+    folder = stage(tmp_path / "shards", tmp_path / "cache").folder
+    spoil(folder)
+    with each_shard_read(lambda done: read.append(done)):
+        read = []
+        assert_holds(stage(tmp_path / "shards", tmp_path / "cache"), codes, labels)
+    assert read == [40]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(set(warnings)) == bool(message)
+    assert all(re.search(message, warning) for warning in warnings)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives files to another user")
+@pytest.mark.parametrize("name", ["", "codes.npy", ".lock", ".download"])
+def test_what_another_user_put_into_a_shared_cache_is_refused(tmp_path, monkeypatch, name):
+    write_set(tmp_path / "shards", 40)
+    folder = stage(tmp_path / "shards", tmp_path / "cache").folder
+    path = folder / name if not name.startswith(".") else folder.with_suffix(name)
+    if name == ".lock":
+        shutil.rmtree(folder)
+    if name == ".download":
+        shutil.rmtree(folder)
+        path.mkdir()
+        monkeypatch.setattr(store_module.remote, "is_remote", lambda source: True)
+        monkeypatch.setattr(store_module.remote, "load_manifest", lambda source: Manifest.load(tmp_path / "shards"))
+    os.chown(path, 12345, 12345)
+    with pytest.raises(UserError, match=f"^{path}: belongs to the user 12345, expected this one, 0.*data.cache_dir"):
+        stage(str(tmp_path / "shards"), tmp_path / "cache")
+
+
+def test_lock_that_is_a_link_does_not_empty_its_target(tmp_path):
+    write_set(tmp_path / "shards", 40)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "thesis").write_text("years of work")
+    lock = tmp_path / "cache" / f"{Manifest.load(tmp_path / 'shards').fingerprint()}.lock"
+    for link in (lock.symlink_to, lock.hardlink_to):
+        link(tmp_path / "thesis")
+        with pytest.raises(UserError, match=rf"^{lock}: .* while staging"):
+            stage(tmp_path / "shards", tmp_path / "cache")
+        assert (tmp_path / "thesis").read_text() == "years of work"
+        lock.unlink()
+
+
+def test_folders_that_are_no_leftovers_of_staging_stay(tmp_path):
+    write_set(tmp_path / "shards", 40)
+    (tmp_path / "cache" / "thesis.tmp").mkdir(parents=True)
+    stage(tmp_path / "shards", tmp_path / "cache")
+    assert "thesis.tmp" in os.listdir(tmp_path / "cache")

@@ -116,13 +116,23 @@ def test_the_converter_keeps_pixels_and_labels_and_gives_equal_bytes_twice(conve
     assert [label for _, _, label in samples] == labels.tolist()
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "text"])
+DAMAGE = {
+    "cut": lambda data: data[:-3],
+    "text": lambda data: b"<html>",
+    "cut header": lambda data: data[:6],
+    "255 dimensions": lambda data: b"\0\0\x08\xff" + bytes(1020),
+    "cut gzip": lambda data: gzip.compress(data)[:-9],
+    "damaged gzip": lambda data: gzip.compress(data)[:10] + b"\xff" * 20,
+}
+
+
+@pytest.mark.parametrize("damage", ["missing", *DAMAGE])
 def test_wrong_idx_files_give_one_line_naming_the_file_and_exit_code_2(damage, convert, idx_folder, tmp_path):
     path = idx_folder[0] / "t10k-labels-idx1-ubyte"
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:-3] if damage == "cut" else b"<html>")
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
     code, stderr = convert("--idx", idx_folder[0], "--split", "test", "--out", tmp_path / "out")
     assert code == 2 and "t10k-labels-idx1-ubyte" in stderr
     assert len(stderr.splitlines()) == 1 and not list(tmp_path.glob("out/*.gz"))

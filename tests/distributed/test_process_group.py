@@ -1,16 +1,21 @@
 """A process reads its rank and the rendezvous address from its launcher, and reports peers that do not arrive."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from launches import Launch
 from npp_ds.distributed import process_group
 from npp_ds.distributed.environment import ProcessInfo, read_environment, rendezvous_port, srun_rendezvous
 from npp_ds.errors import RendezvousError, UserError
+from npp_ds.training.preemption import PREEMPTED
+from runs import tiny_config
 from workers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +100,21 @@ def test_a_rendezvous_that_fails_names_rank_and_address(no_launcher):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         no_launcher.setenv(name, value)
     with pytest.raises(RendezvousError, match=rf"rank 0 on \S+ did not meet all 2 processes at 127\.0\.0\.1:{port} "):
-        process_group._rendezvous(ProcessInfo(0, 0, 2), timedelta(seconds=1), timedelta(minutes=1))
+        process_group._rendezvous(ProcessInfo(0, 0, 2), timedelta(seconds=1), timedelta(minutes=1), lambda: None)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_the_others_answers_signals(tmp_path, rank, number):
+    (tmp_path / "train").mkdir()
+    config = tiny_config(tmp_path, tmp_path / "run")
+    with Launch(config, 2) as launch:
+        launch.processes[1 - rank].kill()  # it never arrives
+        launch.processes[1 - rank].wait()
+        time.sleep(1)
+        launch.send(rank, number)
+        launch.processes[rank].wait(20)
+        assert launch.processes[rank].returncode == PREEMPTED, launch.text()
 
 
 @pytest.mark.parametrize(
@@ -106,9 +125,23 @@ def test_a_rendezvous_that_fails_names_rank_and_address(no_launcher):
         ("UserError('bad', on_all_ranks=True)", 0, 2, "error: bad\n"),
         ("UserError('bad', on_all_ranks=True)", 1, 2, ""),
         ("RendezvousError('nobody came')", 1, 1, "error: nobody came\n"),
+        (
+            "RuntimeError('Connection closed by peer')", 1, 1,
+            "error (rank 1, host n2): lost the connection to another process of this launch (Connection closed by "
+            "peer): it has ended or cannot be reached; its own messages say why\n",
+        ),
+        (
+            "OSError(28, 'No space left on device')", 1, 2,
+            "error (rank 1, host n2): No space left on device; fix that, or name another path\n",
+        ),
+        (
+            "MemoryError()", 1, 2,
+            "error (rank 1, host n2): out of memory: MemoryError; use a smaller batch or model, or more memory\n",
+        ),
         ("RuntimeError('broken')", 1, 1, "[rank 1, host n2] RuntimeError: broken\n"),
+        ("OSError(9, 'Bad file descriptor')", 1, 1, "[rank 1, host n2] OSError: [Errno 9] Bad file descriptor\n"),
     ],
-)
+)  # fmt: skip
 def test_errors_among_several_processes_begin_with_rank_and_host(error, rank, code, said):
     program = f"""
 from npp_ds.cli import program
@@ -122,7 +155,7 @@ program.main()"""
         [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == code
-    assert done.stderr.endswith(said) if "broken" in error else done.stderr == said
+    assert done.stderr.endswith(said) if said.startswith("[") else done.stderr == said
     assert all(line.startswith("[rank 1, host n2] ") for line in done.stderr.splitlines()) or "broken" not in error
 
 

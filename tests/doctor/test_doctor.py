@@ -17,20 +17,21 @@ import torch
 import yaml
 
 from npp_ds.config.load import load_config
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.doctor import collectives, runner
 from npp_ds.doctor.checks import FAILURE, OK, WARNING, Check, Context, Result, row_of
 from npp_ds.doctor.collectives import temporary_folder
 from npp_ds.doctor.machine import cores, gpu, gpu_memory, missing_gpu, software, world_size
-from npp_ds.doctor.run import checkpoint_bytes, checkpoint_space, most_checkpoints, staging
+from npp_ds.doctor.run import CHECKS, checkpoint_bytes, checkpoint_space, most_checkpoints, staging
 from npp_ds.doctor.runner import Request, Runner, StoreExchange
 from npp_ds.errors import RendezvousError
-from npp_ds.training.engine import TrainingEngine
+from npp_ds.training.engine import TrainingEngine, initial_model
 from runs import shards_in, tiny_config
 from shard_sets import write_set
 from workers import free_port
 
+CHECK_WEIGHTS = next(check for check in CHECKS if check.name == "weights")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -171,7 +172,7 @@ def test_a_wrong_key_is_reported_once(pair, config_file):
     (code, _, err), other = pair.run(checked, "schedule.epocs=3", file=config_file)
     assert (code, other) == (2, (2, "", ""))
     assert err.startswith("error: host n0 (rank 0): config: 1 problem")
-    assert "schedule.epocs: unknown key, did you mean epochs?" in err
+    assert "schedule.epocs: unknown key, did you mean schedule.epochs?" in err
 
 
 def test_a_run_folder_that_is_not_shared_is_found(pair, config_file, tmp_path):
@@ -353,7 +354,7 @@ def test_fewer_processes_than_gpus_and_a_gpu_in_use_are_warnings(monkeypatch):
     assert gpu(alone(device="cuda", nodes=("n0", "n0"))).state == OK
     found = gpu(alone(device="cuda", nodes=("n0", "n1")))
     assert found.state == WARNING
-    assert "2 GPUs and 1 processes on this node" in found.detail
+    assert "2 GPUs and 1 process on this node" in found.detail
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 10**9, 80 * 10**9))
     assert gpu_memory(alone(device="cuda")).state == OK
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 10**9, 80 * 10**9))
@@ -417,6 +418,18 @@ def test_disks_without_room_for_checkpoints_stop_fresh_runs_alone(shards, tmp_pa
     assert checkpoint_space(alone(config)).state == resumed
     save(alone(config).schedule.total_steps)
     assert checkpoint_space(alone(config)) is None
+
+
+def test_weights_to_start_from_are_read(shards, tmp_path):
+    state = initial_model(tiny_config(shards, tmp_path / "run")).state_dict()
+    config = tiny_config(shards, tmp_path / "run", init_from=str(tmp_path / "c2i.pt"))
+    torch.save({"model": state}, config.init_from)
+    assert CHECK_WEIGHTS.run(alone(config)).detail.endswith("all finite")
+    state["norm.weight"][3] = torch.nan
+    torch.save({"model": state}, config.init_from)
+    found = CHECK_WEIGHTS.run(alone(config))
+    assert (found.state, found.lasting) == (FAILURE, True)
+    assert f"{config.init_from}: norm.weight: 1 of 32 values are NaN" in found.detail
 
 
 def test_nodes_without_room_to_stage_are_found(shards, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from extractors import fidelity_distance, statistics
 from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import (
     SHIPPED,
+    Classifier,
     ClassifierExtractor,
     load_classifier,
     predict,
@@ -41,6 +42,17 @@ def test_at_least_89_percent_of_the_shipped_validation_images_are_classified_rig
     assert predicted.dtype == np.int64 and predicted.shape == (1000,)
     assert (predicted == labels).mean() >= 0.89
     assert SHIPPED.stat().st_size < 5e5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_classifier_of_other_widths_loads_and_sees_colours_if_it_has_three_channels(tmp_path, channels):
+    torch.manual_seed(0)
+    save_classifier(Classifier(4, (channels, 8, 8, 16)).eval(), tmp_path / "small.safetensors")
+    extractor = ClassifierExtractor(path=tmp_path / "small.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    first, turned = extractor(images), extractor(images[..., ::-1].copy())
+    assert (extractor.name, first.probabilities.shape) == ("small.safetensors", (2, 4))
+    assert np.allclose(first.pool, turned.pool, atol=1e-5) == (channels == 1)
 
 
 def test_reconstructions_of_the_shipped_tokenizer_are_classified_nearly_as_well(validation, script):
@@ -84,7 +96,7 @@ def test_images_of_another_size_or_type_are_refused():
 
 def test_a_trained_classifier_is_reproducible_and_survives_its_file(validation, script, tmp_path):
     images, labels = validation[0][:256], validation[1][:256]
-    options = Namespace(seed=0, epochs=6, batch_size=32, learning_rate=2e-3)
+    options = Namespace(seed=0, epochs=6, batch_size=32, learning_rate=2e-3, widths=[1, 32, 48, 64])
     first, second = (script["fit"](images, labels, options) for _ in range(2))
     assert (predict(images, first) == labels).mean() > 0.7
     save_classifier(first, tmp_path / "c.safetensors")

@@ -24,7 +24,7 @@ from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor
 from npp_ds.evaluation.extractors import ClassifierExtractor, Features, measure
 from npp_ds.evaluation.images import open_images, shard_paths
 from npp_ds.evaluation.reference import check_reference, load_reference, make_reference, recorded_extractor
-from npp_ds.reporting.report import newest_evaluation
+from npp_ds.reporting.run_data import newest_evaluation
 from npp_ds.sampling.folder import newest_samples, write_pngs, write_samples
 from npp_ds.tokenizer.sources import load_images, open_source
 from npp_ds.utils.files import write_json_atomic
@@ -102,7 +102,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
     for name, text in (
         ("missing", "no images found; expected a folder that `npp sample` wrote"),
         ("val-*.tar", "no images found"),
-        ("empty", "no images found; expected jpg, png"),
+        ("empty", "no images found; expected .*jpg, .*png"),
         ("text.npz", "no .npz file with images under 'arr_0'"),
         ("other.npz", "no .npz file with images under 'arr_0'"),
         ("float.npz", r"arr_0 is float64 \[2, 4, 4, 3\], expected uint8"),
@@ -292,6 +292,17 @@ def test_each_reason_why_results_are_not_comparable_is_reported_once(images, tmp
     assert len(found) == 4 and all(text.startswith(start) for text, start in zip(found, published, strict=True))
 
 
+@pytest.mark.parametrize("form, lossy", [("JPEG", True), ("PNG", False)])
+def test_samples_in_a_lossy_format_are_reported_whatever_their_names(form, lossy, images, tmp_path):
+    (tmp_path / "samples").mkdir()
+    for number, image in enumerate(images[:30]):
+        Image.fromarray(image).save(tmp_path / f"samples/{number}.png", form)
+    np.savez(tmp_path / "reference.npz", arr_0=images)
+    reference = load_reference(tmp_path / "reference.npz", Projection())
+    found = evaluate_images(open_images(tmp_path / "samples"), reference, Projection())["warnings"]
+    assert found == ["samples were read from JPEG files, which can lose detail: save samples as PNG or .npz"] * lossy
+
+
 @pytest.mark.parametrize(
     "name", ["VIRTUAL_imagenet256_labeled.npz", "evaluation.npz", "festival.npz", "valley/train.npz"]
 )
@@ -416,7 +427,7 @@ def test_an_unwritable_result_is_reported_before_measuring(images, tmp_path, mon
 def test_the_commands_of_the_guide_name_options_that_exist():
     guide = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
     commands = [shlex.split(line) for line in re.findall(r"^ *((?:npp|accelerate) .*)$", guide, re.MULTILINE)]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for words in commands:
         _, command, *arguments = words[words.index("npp_ds") if "npp_ds" in words else 0 :]
         get_command(app).commands[command].make_context(command, arguments)

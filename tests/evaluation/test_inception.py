@@ -227,3 +227,18 @@ def test_files_that_hold_no_inception_are_refused_and_run_nothing(tmp_path):
         with pytest.raises(UserError, match=r"mine\.pth: holds no weights of torch-fidelity's Inception"):
             load_extractor("inception", path)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda tensor: tensor * torch.nan, "values are NaN or infinite"),
+        (lambda tensor: tensor.to(torch.int8), "is torch.int8, expected a floating-point type"),
+        (torch.Tensor.to_sparse, "is torch.sparse_coo"),
+    ],
+)
+def test_each_tensor_of_inception_is_checked(weights, tmp_path, change, reason):
+    tensors = torch.load(weights)
+    torch.save({**tensors, "fc.weight": change(tensors["fc.weight"])}, tmp_path / "mine.pth")
+    with pytest.raises(UserError, match=rf"mine\.pth: holds no weights .*\(fc\.weight.* {reason}"):
+        load_extractor("inception", tmp_path / "mine.pth")

@@ -21,7 +21,7 @@ from npp_ds.evaluation import likelihood
 from npp_ds.evaluation.likelihood import likelihood_by_position, likelihood_of, mean_nll
 from npp_ds.model import ModelConfig, Transformer, patches
 from npp_ds.reporting.plot import likelihood_picture
-from npp_ds.reporting.report import report_run
+from npp_ds.reporting.report import report_runs
 from runs import metrics_of, run, tiny_config
 from shard_sets import write_set
 
@@ -224,7 +224,7 @@ def test_npp_likelihood_measures_what_validation_logged_and_the_report_shows_its
         assert min(Image.open(tmp_path / f"{kind}-{side}.png").size) > 300
     done = CliRunner().invoke(app, ["likelihood", str(trained), "--limit", "7"], catch_exceptions=False)
     assert json.loads((trained / "likelihood.json").read_text())["images"] == 7
-    report_run(trained, show=False)
+    report_runs([trained], show=False)
     assert "Where the model is unsure" in (trained / "report.html").read_text()
 
 

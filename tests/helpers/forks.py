@@ -86,13 +86,16 @@ def run_main(module: str, *arguments: str) -> None:
 
 def run_forked(
     module: str, *arguments: str | Path, environment: Mapping[str, str] = os.environ, folder: Path | None = None,
-    timeout: float = 120,
+    timeout: float = 120, main: Callable[..., None] = run_main,
 ) -> subprocess.CompletedProcess:  # fmt: skip
-    """Return exit code and output of `run_main` in a forked process on the CPU, as `subprocess.run` does."""
+    """Return exit code and output of `main`, here `run_main`, in a forked process on the CPU, as `subprocess.run` does.
+
+    Raises subprocess.TimeoutExpired, and kills the process, after `timeout` seconds.
+    """
     words = [str(word) for word in arguments]
     with tempfile.TemporaryDirectory() as place:
         streams = {name: Path(place) / name for name in ("output", "errors")}
-        process = Fork(run_main, module, *words, environment={**environment, **ON_CPU}, folder=folder, **streams)
+        process = Fork(main, module, *words, environment={**environment, **ON_CPU}, folder=folder, **streams)
         try:
             process.wait(timeout)
         finally:

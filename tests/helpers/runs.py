@@ -29,7 +29,7 @@ WATCHED = {
 }
 MEASURED = (
     "images_per_second", "positions_per_second", "model_tflops_per_second", "mfu", "elapsed_seconds",
-    "data_wait_share", "peak_memory_gb",
+    "data_wait_share", "peak_memory_gb", "stage_eta_seconds", "eta_seconds",
 )  # fmt: skip
 
 

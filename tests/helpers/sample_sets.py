@@ -9,7 +9,7 @@ from image_sets import TINY, save_tiny_tokenizer
 from npp_ds.checkpoint.folders import CheckpointRecord, folder_of, write_record
 from npp_ds.checkpoint.rank_files import MASTER, Fragment, file_of, write_state
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.model import ModelConfig, Transformer
 
 MODEL = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from npp_ds.data.shards import CropInfo, Manifest, ShardInfo, ShardWriter, TokenizerInfo, shard_name
+from npp_ds.data.manifest import CropInfo, Manifest, ShardInfo, TokenizerInfo
+from npp_ds.data.shards import ShardWriter, shard_name
 
 CROP_NAMES = ["top-left", "center", "center-flip"]
 

@@ -63,6 +63,19 @@ def test_rotation_and_its_gradient_are_those_of_rotation_matrices(monkeypatch, c
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "patch_side, centers", [(1, [0, 1, 2, 3]), (2, [0.5, 2.5, 4.5, 6.5]), (4, [1.5, 5.5, 9.5, 13.5])]
+)
+def test_rotary_positions_are_the_patch_centers_in_units_of_codes(patch_side, centers):
+    frequencies = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    pairs = [(row, column) for row in centers for column in centers][:-1]
+    angles = torch.stack([torch.cat([row * frequencies, column * frequencies]) for row, column in pairs])
+    table = rotary_table(4, 16, patch_side=patch_side)
+    assert table.shape == (16, 8, 2) and not table[0].any()
+    expected = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    torch.testing.assert_close(table[1:].double(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     """Pretend a GPU of compute capability 9.0 with flash-attn; return kernel(choice, dtype, head_dim)."""

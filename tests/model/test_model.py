@@ -1,6 +1,7 @@
 """The transformer agrees with the published implementation and keeps its promises at every patch side."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,21 @@ def test_each_dropout_acts_in_train_mode_only(which):
     assert torch.equal(model(codes, labels), model(codes, labels))
     model.train()
     assert not torch.equal(model(codes, labels), model(codes, labels))
+
+
+def test_positions_at_patch_centers_change_coarse_stages_only():
+    paper, vectors = published_model("gpt_small")
+    centers = Transformer(replace(paper.config, coarse_positions="centers")).eval()
+    centers.load_state_dict(paper.state_dict())
+    codes, labels = torch.from_numpy(vectors["codes"].astype(np.int64)), torch.from_numpy(vectors["labels"])
+    for patch_side, positions in ((1, 40), (2, 16)):
+        grouped = patches.group(codes, patch_side)
+        logits, before = (model(grouped, labels, output="logits") for model in (centers, paper))
+        assert torch.equal(logits, before) == (patch_side == 1)
+        cache = centers.new_cache(len(codes), centers.config.grid_size // patch_side, torch.float32, "cpu", patch_side)
+        for i in range(positions):
+            step = centers.decode_step(labels if i == 0 else grouped[:, i - 1], i, cache)
+            torch.testing.assert_close(step, logits[:, i], rtol=1e-4, atol=1e-4)
 
 
 def test_a_position_sees_its_class_and_earlier_patches_only():

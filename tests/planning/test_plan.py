@@ -16,7 +16,8 @@ from npp_ds.planning import mfu
 from npp_ds.planning.memory import training_memory
 from npp_ds.planning.mfu import Mfu
 from npp_ds.planning.plan import IMAGENET, Plan, make_plan
-from npp_ds.planning.table import milliseconds
+from npp_ds.planning.plot import write_plot
+from npp_ds.planning.table import duration, milliseconds
 from npp_ds.utils.gpu_specs import GPUS, find_gpu
 from shard_sets import write_set
 
@@ -121,8 +122,13 @@ def test_a_configured_micro_batch_that_does_not_fit_is_a_warning_with_one_that_d
     arguments = ["plan", "--recipe", "xxl_384", "--gpus", "8", "--gpu", "h100"]
     assert "WARNING" not in CliRunner().invoke(app, arguments).output
     output = CliRunner().invoke(app, [*arguments, "schedule.micro_batch_size=32"]).output
+    output = " ".join(output.split())
     assert "WARNING: 32 images at a time, as configured, do not fit" in output
     assert "set schedule.micro_batch_size=16" in output
+    (warning,) = json.loads(CliRunner().invoke(app, [*arguments, "schedule.micro_batch_size=32", "--json"]).stdout)[
+        "warnings"
+    ]
+    assert warning in output
 
 
 @pytest.mark.parametrize("mode", ["selective", "block"])
@@ -241,11 +247,11 @@ def test_the_plan_says_which_mfu_is_measured(nothing_measured):
     arguments = ["plan", "--recipe", "xxl_256", "--gpus", "32", "--gpu", "h100"]
     printed = CliRunner().invoke(app, arguments).output
     for expected in (
-        "│ 40% assumed │",
-        "│ 50% measured │",
+        "MFU at side 2: assumed; no measurement",
+        "MFU at side 1: measured; it is lower on GPUs",
         "MFU: benchmarks/results/mfu_gpu.json: XXL at side 1, engine eager, 256 images",
     ):
-        assert expected in printed.replace("  ", " ")
+        assert expected in " ".join(printed.split())
     printed_json = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["stages"]
     assert printed_json[0]["mfu"] == {"share": 0.4, "origin": "assumed", "source": None}
     assert (printed_json[1]["mfu"]["share"], printed_json[1]["mfu"]["origin"]) == (0.5, "measured")
@@ -294,9 +300,10 @@ def test_plan_prints_tables_and_one_json_object():
         "0.625 in positions (token_cost)",
         "0.624 in FLOPs (flop_cost)",
         "0.971 in time (time_cost)",
-        "│ 40% assumed │",
+        "time: 17.6 hours, 564 GPU-hours on 32 x h100",
+        "│ 40% │",
     ):
-        assert expected in printed.output
+        assert expected in " ".join(printed.output.split())
     printed_json = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     assert [stage["patch_side"] for stage in printed_json["stages"]] == [2, 1]
     assert sum(stage["share"] for stage in printed_json["stages"]) == pytest.approx(1)
@@ -305,8 +312,63 @@ def test_plan_prints_tables_and_one_json_object():
     assert all(set(zero["memory"]) == parts for zero in printed_json["zero"])
 
 
+WIDE = (
+    "schedule.patch_sides=[8,4,2,1]", "schedule.coarse_batch_scale=64", "schedule.epochs=3000",
+    "optimizer.learning_rate=0.000123456",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("columns, most", [(80, 80), (None, 100), (200, 100)])
+def test_a_plan_fits_80_columns_and_at_most_100_beside_a_terminal(columns, most, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cases = [["--recipe", name] for name in recipe_names() if name != "quickstart"] + [["--recipe", "2b_256", *WIDE]]
+    for case in cases:
+        result = CliRunner().invoke(app, ["plan", *case], env={"COLUMNS": columns and str(columns)})
+        assert result.exit_code == 0, result.output
+        assert max(map(len, result.output.splitlines())) <= most and "…" not in result.output
+        first_cells = [line.split("│")[1].strip() for line in result.output.splitlines() if line.startswith("│")]
+        assert all(first_cells), "no row is folded"
+
+
+def test_json_holds_what_the_tables_and_the_picture_show():
+    arguments = ["plan", "--recipe", "xxl_256", "--gpus", "32", "--json"]
+    plan = json.loads(CliRunner().invoke(app, arguments).output)
+    assert plan["flops"] / plan["next_token_flops"] == pytest.approx(plan["flop_cost"])
+    assert (plan["bandwidth"], plan["usable_memory_gb"], plan["warnings"]) == (400, 72, [])
+    for stage in plan["stages"]:
+        assert stage["step_seconds"] == max(stage["compute_seconds"], stage["communication_seconds"])
+        assert (stage["final_learning_rate"], stage["warmup_epochs"], stage["decay_epochs"]) == (1e-5, 1, 30)
+
+
+@pytest.mark.parametrize("suffix, magic", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_schedule_is_drawn(tmp_path, suffix, magic):
+    path = tmp_path / "new" / f"plan.{suffix}"
+    result = CliRunner().invoke(app, ["plan", "--recipe", "xxl_256", *WIDE[:1], "--plot", str(path)])
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes().startswith(magic)
+    if suffix == "svg":
+        text = path.read_text()
+        for shown in ("Patch side", "8x8", "Learning rate", "next-token training: 8.28e+20", "0.572 of that", "epoch"):
+            assert f"<!-- {shown}" in text or shown in text, shown
+
+
+@pytest.mark.parametrize(
+    "name, problem", [("plan.gif", "found suffix '.gif'"), ("plan", "found suffix ''"), ("x.png", "folder")]
+)
+def test_a_picture_that_cannot_be_written_is_an_error(tmp_path, name, problem):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(UserError, match=problem):
+        write_plot(plan_of("b_256"), tmp_path / name)
+
+
 def test_times_of_a_step_are_written_out():
-    assert [milliseconds(t) for t in (0.0000101, 0.0108, 0.174, 2.84)] == ["0.0101 ms", "10.8 ms", "174 ms", "2,840 ms"]
+    assert [milliseconds(t) for t in (0.0000101, 0.0108, 0.174, 2.84)] == ["0.0101", "10.8", "174", "2,840"]
+    assert [duration(hours) for hours in (0.04, 47.9, 48, 2400)] == [
+        "0.0 hours",
+        "47.9 hours",
+        "2.0 days",
+        "100.0 days",
+    ]
 
 
 def test_planning_needs_no_torch():
@@ -326,7 +388,7 @@ def documented_row(recipe: str) -> str:
         f"{plan.flops:.2e}",
         f"{chosen.micro_batch_size}",
         f"{chosen.memory.peak / 1e9:.1f}",
-        f"{plan.days:.1f}",
+        duration(24 * plan.days),
         f"{plan.gpu_hours:,.0f}",
     ]
     return f"| {' | '.join(cells)} |"

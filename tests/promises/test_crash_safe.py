@@ -412,7 +412,6 @@ def _break_monitor(trainer: Trainer) -> None:
         trainer.engine.monitor.write_events = _raise_io_error
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_monitor_that_fails_is_given_up(pair, shards, tmp_path):
     keys = {"schedule": {"patch_sides": [2, 1], "epochs": 2}, "validation": {"every": 0}}
     pair.run(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from npp_ds.config.schedule import Stage
 from npp_ds.data.loader import StageLoader
+from npp_ds.data.manifest import ShardInfo
 from npp_ds.data.order import epoch_permutation
-from npp_ds.data.shards import ShardInfo
 from npp_ds.data.store import CodeStore
 from npp_ds.data.store import stage as stage_shards
 from shard_sets import manifest_of, write_set

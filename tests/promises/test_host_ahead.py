@@ -143,7 +143,7 @@ def _waits(processes: Processes, config) -> list[Counter[str]]:
     ):
         for step, count in enumerate([1, 1, 1, 4]):
             batch_size = count * stage.micro_batch_size * processes.world_size
-            engine.set_batch_sizes(replace(stage, batch_size=batch_size))
+            engine.set_stage(replace(stage, batch_size=batch_size))
             waits.clear()
             shape = stage.micro_batch_size, 1, 16
             batch = torch.zeros(shape, dtype=torch.long), torch.zeros(shape[0], dtype=torch.long)

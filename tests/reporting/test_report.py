@@ -1,8 +1,10 @@
 """The report of a run: figures from a hand-made metrics.jsonl, the table, the plot, the self-contained page."""
 
+import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -17,8 +19,12 @@ from rich.console import Console
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
+from npp_ds.reporting.curves import MOST_POINTS, axis_knots, binned, panels, plot_data
+from npp_ds.reporting.glossary import with_terms
+from npp_ds.reporting.page import picture
 from npp_ds.reporting.plot import plot_run, smooth
-from npp_ds.reporting.report import report_run
+from npp_ds.reporting.report import report_runs
+from npp_ds.reporting.run_data import read_run
 from npp_ds.reporting.summary import print_summary, summarize
 from npp_ds.training.metrics import read_events, stages_begun
 
@@ -32,6 +38,18 @@ EVALUATION = {
     "num_reference_images": 1000,
     "extractor": "tiny-features",
     "samples": {"cfg_scale": 2.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 11},
+}
+
+ENVIRONMENT = {
+    "started_at": "2026-01-31T12:00:00.000+00:00",
+    "git_commit": "0123abcd+",
+    "npp_ds": "0.1.0",
+    "python": "3.11.7",
+    "versions": {"torch": "2.14.1", "flash-attn": None},
+    "platform": "Linux-6.18",
+    "device": "NVIDIA H100 80GB HBM3",
+    "cpu_cores": 96,
+    "world_size": 8,
 }
 
 
@@ -99,6 +117,7 @@ def run_dir(tmp_path):
         "data": {"train": str(tmp_path / "none")},
     }
     (tmp_path / "config.yaml").write_text(RunConfig(name="tiny-run", **sections).to_yaml())
+    (tmp_path / "environment.json").write_text(json.dumps(ENVIRONMENT))
     samples = tmp_path / "samples/step-00000100"
     samples.mkdir(parents=True)
     (samples / "evaluation.json").write_text(json.dumps(EVALUATION))
@@ -137,6 +156,8 @@ def test_a_resumed_run_reads_like_one_that_was_never_stopped(tmp_path):
 def test_the_stage_table_is_read_back_from_the_metrics():
     assert tuple(stages_begun(run_lines())) == STAGES
     assert tuple(stages_begun(run_lines(last_step=30))) == STAGES[:2]
+    of_earlier_versions = [{k: v for k, v in line.items() if k != "dropout_scale"} for line in run_lines()]
+    assert tuple(stages_begun(of_earlier_versions)) == STAGES
 
 
 def printed(summary, width: int = 160) -> str:
@@ -227,9 +248,9 @@ class Page(HTMLParser):
         values = dict(attributes)
         if tag == "img":
             self.images.append(values["src"])
-        elif tag in ("link", "script", "iframe"):
+        elif tag in ("link", "iframe") or (tag == "script" and "src" in values):
             self.fetched.append(tag)
-        if tag not in ("img", "meta"):
+        if tag not in ("img", "meta", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -239,13 +260,18 @@ class Page(HTMLParser):
         self.text += data
 
 
+def read_page(path: Path) -> Page:
+    """The page, which is well-formed and fetches nothing."""
+    page, text = Page(), path.read_text()
+    page.feed(text)
+    assert page.open == [] and page.fetched == [] and not re.search(r"https?:|url\((?!#)|@import", text)
+    return page
+
+
 def test_the_page_is_one_file_with_pictures_and_all_figures(run_dir):
-    summary = report_run(run_dir, next_steps=["npp sample <run> & look"], show=False)
-    page = Page()
-    page.feed((run_dir / "report.html").read_text())
-    assert page.open == [] and page.fetched == []
-    assert len(page.images) == 2 and all(src.startswith("data:image/png;base64,iVBOR") for src in page.images)
-    assert "url(" not in (run_dir / "report.html").read_text()
+    (summary,) = report_runs([run_dir], next_steps=["npp sample <run> & look"], show=False)
+    page = read_page(run_dir / "report.html")
+    assert len(page.images) == 1 and all(src.startswith("data:image/png;base64,iVBOR") for src in page.images)
     for piece in ("tiny-run", "78.5%", "2.6000 nats per code", "0.662", "npp sample <run> & look", "ffn_multiple_of"):
         assert piece in page.text
     assert Image.open(run_dir / "training.png").size == (1210, 770)
@@ -258,7 +284,7 @@ def test_the_page_is_one_file_with_pictures_and_all_figures(run_dir):
 
 def test_an_unfinished_run_has_no_cost_if_its_later_stages_are_unknown(run_dir):
     write_lines(run_dir / "metrics.jsonl", run_lines(last_step=30))
-    summary = report_run(run_dir, show=False)
+    (summary,) = report_runs([run_dir], show=False)
     assert (summary.token_cost, summary.flop_cost) == (None, None)
     assert [s.patch_side for s in summary.stages] == [4, 2]
 
@@ -271,10 +297,104 @@ def test_reports_are_made_without_torch():
 
 def test_a_run_without_samples_or_lines_is_handled(run_dir, capsys):
     (run_dir / "samples/step-00000100/evaluation.json").unlink()
-    summary = report_run(run_dir)
+    (summary,) = report_runs([run_dir])
     assert summary.evaluation == {} and "Frechet" not in capsys.readouterr().out
-    given = report_run(run_dir, evaluation=EVALUATION)
-    assert given.evaluation == EVALUATION and "Frechet distance" in capsys.readouterr().out
     (run_dir / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no training line yet"):
-        report_run(run_dir)
+        report_runs([run_dir])
+
+
+def test_the_page_names_date_commit_hardware_data_parameters_and_how_to_repeat_the_run(run_dir):
+    report_runs([run_dir], show=False)
+    text = read_page(run_dir / "report.html").text
+    for piece in (
+        "2026-01-31 12:00 UTC",
+        "0123abcd, with changed files",
+        "8 x NVIDIA H100 80GB HBM3, 96 CPU cores; Linux-6.18",
+        "npp_ds 0.1.0, Python 3.11.7, torch 2.14.1\n",
+        str(run_dir / "none"),
+        "M parameters: 2 layers, width 32, 2 heads; 8 x 8 codes out of 64, 3 classes",
+        "git checkout 0123abcd\ntorchrun --standalone --nproc-per-node 8 -m npp_ds train --config "
+        f"{run_dir}/config.yaml run_dir={run_dir}-again",
+        "Why validation at patch side 1 may rise in coarse stages",
+        f"could not be read here: {run_dir}/none: these shards are not on this machine",
+    ):
+        assert piece in text, piece
+    (run_dir / "environment.json").unlink()
+    report_runs([run_dir], show=False)
+    assert f"npp train --config {run_dir}/config.yaml" in read_page(run_dir / "report.html").text
+
+
+def test_several_runs_have_one_page_that_writes_nothing_into_their_folders(run_dir, tmp_path, capsys):
+    folders = [tmp_path / "runs" / name for name in ("<img src=x onerror=alert(1)>", "b")]
+    for folder in folders:
+        shutil.copytree(run_dir, folder, ignore=shutil.ignore_patterns("runs"))
+    write_lines(folders[1] / "metrics.jsonl", run_lines(last_step=30))
+    config = (folders[1] / "config.yaml").read_text()
+    (folders[1] / "config.yaml").write_text(config.replace("val: null", "val: other"))
+    (folders[0] / "config.yaml").write_text(config.replace("val: null", "val: held-out"))
+    before = {*tmp_path.rglob("*")}
+    summaries = report_runs(folders)
+    assert sorted({*tmp_path.rglob("*")} - before) == [tmp_path / "runs" / "comparison.html"]
+    assert [s.finished for s in summaries] == [True, False]
+    assert capsys.readouterr().out.replace("\n", "").count(str(tmp_path / "runs" / "comparison.html")) == 2
+    page = read_page(tmp_path / "runs" / "comparison.html")
+    assert "x" not in page.images, "the name of a folder is text"
+    assert all(str(folder) in page.text for folder in folders), "runs of one name are called by their folders"
+    assert "validated on different images" in page.text
+    report_runs(folders, out=tmp_path / "new" / "page.html", show=False)
+    assert (tmp_path / "new" / "page.html").is_file()
+
+
+def test_terms_are_explained_where_they_first_stand_and_all_else_is_escaped():
+    html = str(with_terms("<b> MFU & mfu, patch side, sides"))
+    assert html.startswith('&lt;b&gt; <a class="term" href="#term-mfu" aria-describedby="term-mfu">MFU<span')
+    assert html.endswith(", sides") and "&amp; mfu, <a" in html and html.count("<a ") == 2
+
+
+def test_many_lines_become_few_points_that_keep_mean_and_extremes():
+    lines = [{"event": "train", "step": step, "loss": 1.0 + (step == 777) * 9} for step in range(1, 1501)]
+    lines[5]["loss"], lines[6]["loss"], lines[7]["loss"] = None, float("nan"), float("inf")
+    points = binned(lines, "loss")
+    assert len(points) == MOST_POINTS and max(high for *_, high in points) == 10
+    assert all(1 <= mean < 2 and low == 1 for _, mean, low, _ in points)
+    assert binned(lines[:8], "loss") == [[step, 1.0] for step in range(1, 6)]
+    assert binned(lines[5:8], "loss") == [] and binned([], "loss") == []
+
+
+def test_large_pictures_are_stored_smaller():
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 1200, 3), np.uint8)).save(noise, "PNG")
+    stored = picture(noise.getvalue(), "", "").source
+    assert stored.startswith("data:image/jpeg;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(stored.partition(",")[2]))) as image:
+        assert image.size == (1024, 512)
+
+
+def test_a_page_of_many_steps_is_small(run_dir):
+    report_runs([run_dir], show=False)
+    small = (run_dir / "report.html").stat().st_size
+    lines = [line for line in run_lines() if line["event"] != "train"]
+    train = [line for line in run_lines() if line["event"] == "train"]
+    lines += [{**line, "step": line["step"], "loss": i / 7} for line in train for i in range(1000)]
+    write_lines(run_dir / "metrics.jsonl", lines)
+    report_runs([run_dir], show=False)
+    assert (run_dir / "metrics.jsonl").stat().st_size > 3e6
+    assert (run_dir / "report.html").stat().st_size < small + 100_000
+
+
+def test_each_step_has_its_place_on_every_axis(run_dir):
+    run = read_run(run_dir)
+    knots = {int(row[0]): row[1:].tolist() for row in axis_knots(run)}
+    flops = run.config.model.training_flops
+    per_stage = [20 * 20 * flops(4), 20 * 20 * flops(16), 60 * 20 * flops(64)]
+    assert knots[0] == [0, 0, 0]
+    assert knots[20] == pytest.approx([2, per_stage[0], 0.5])
+    assert knots[100] == pytest.approx([10, sum(per_stage), 26.5])
+    data = plot_data([run], panels([run], ["run"]))
+    assert data["axes"] == ["step", "epoch", "TFLOPs", "seconds of training"]
+    assert data["runs"][0]["stages"] == [[0, 20, 4], [20, 40, 2], [40, 100, 1]]
+    assert data["runs"][0]["knots"][-1] == pytest.approx([100, 10, sum(per_stage) / 1e12, 26.5], rel=1e-6)
+    assert [panel["key"] for panel in data["panels"]] == ["validation", "loss", "rate", "speed", "gradients"]
+    side_1, own = data["panels"][0]["curves"]
+    assert side_1["parts"] == [[[20, 4.6], [40, 4.1], [100, 2.6]]] and own["parts"] == [[[20, 4.9], [40, 4.2]]]

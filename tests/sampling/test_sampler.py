@@ -19,7 +19,7 @@ from PIL import Image
 from image_sets import save_tiny_tokenizer
 from npp_ds.checkpoint.export import export_weights
 from npp_ds.checkpoint.open import open_weights
-from npp_ds.data.shards import TokenizerInfo
+from npp_ds.data.manifest import TokenizerInfo
 from npp_ds.errors import UserError
 from npp_ds.model.patches import group
 from npp_ds.sampling import folder as sample_folder
@@ -115,7 +115,7 @@ def test_class_names_are_found_in_any_case_and_near_ones_are_suggested():
     assert parse_classes(split_classes("sneaker,ANKLE boot,high,Bag,bag", names), 4, names) == [0, 2, 1, 3]
     with pytest.raises(UserError, match="BAG is the name of 1 and 3; give the number"):
         parse_classes(["BAG"], 4, names)
-    with pytest.raises(UserError, match=r"found sneekers, 9 \(did you mean Sneaker\?\), expected numbers 0..3 or one"):
+    with pytest.raises(UserError, match=r"found sneekers, 9, did you mean Sneaker\? expected numbers 0..3 or one"):
         parse_classes(["sneekers", "9"], 4, names)
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from forks import run_forked
 from image_sets import encoded, save_tiny_tokenizer, shipped_images, write_image_shards
-from npp_ds.data.shards import Manifest, ShardWriter, verify
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import ShardWriter, verify
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import load_tokenizer, to_uint8
 from npp_ds.tokenizer.contents import decode, describe, random_codes, read_contents

@@ -19,11 +19,13 @@ import webdataset
 
 import image_sets
 from image_sets import encoded, save_tiny_tokenizer
-from npp_ds.data.shards import Manifest, read_shard, verify
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import read_shard, verify
 from npp_ds.data.store import stage
 from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError
-from npp_ds.tokenizer import VQConfig, VQModel, load_tokenizer, to_input
+from npp_ds.tokenizer import VQ16, VQConfig, VQModel, load_tokenizer, to_input
+from npp_ds.tokenizer.batches import bytes_per_crop
 from npp_ds.tokenizer.contents import estimate
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
 from npp_ds.tokenizer.images import decoded_images
@@ -196,6 +198,30 @@ def test_an_image_folder_tree_gives_the_codes_of_the_same_images_in_shards(
     wanted = sorted((label, stored.tobytes()) for path in codes.glob("*.tar") for _, stored, label in read_shard(path))
     found = [sample for path in (tmp_path / "out").glob("*.tar") for sample in read_shard(path)]
     assert sorted((label, stored.tobytes()) for _, stored, label in found) == wanted
+
+
+def test_the_batch_size_fits_the_free_memory_and_a_set_keeps_its_own(
+    image_shards, tokenizer_file, tmp_path, monkeypatch, command
+):
+    config = load_tokenizer(tokenizer_file).config
+    assert bytes_per_crop(VQ16, 256, "fp32") == 2 * bytes_per_crop(VQ16, 256, "bf16") == 7 * 128 * 256 * 256 * 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for crops, expected in ((13, 8), (0.1, 1), (1e6, 256)):
+        free = int(2 * 2 * crops * bytes_per_crop(config, 32, "fp32"))
+        monkeypatch.setattr("npp_ds.tokenizer.batches.free_memory", lambda device, free=free: free)
+        job = encoding(image_shards, tmp_path / "new", tokenizer_file, crop_batch_size=None)
+        assert job.settings.crop_batch_size == job.identity["source"]["crops_per_batch"] == expected
+    first, second = (encoding(image_shards, tmp_path / "out", tokenizer_file, crop_batch_size=n) for n in (10, None))
+    first.run()
+    assert second.run() == 0 and second.finish().source["crops_per_batch"] == 10  # also if `first` began in between
+
+    def encode(self, images, precision):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore.")
+
+    monkeypatch.setattr(VQModel, "encode", encode)
+    code, stderr = command(*arguments(image_shards, tmp_path / "full", tokenizer_file))
+    assert (code, len(stderr.splitlines())) == (2, 1)
+    assert "cpu: out of memory with 10 crops of 32 pixels at once; lower --batch-size" in stderr
 
 
 @pytest.fixture

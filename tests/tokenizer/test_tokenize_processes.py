@@ -20,7 +20,8 @@ from test_tokenize import digests
 
 from forks import fork_context
 from image_sets import WRITERS, image_files, save_tiny_tokenizer, write_tree
-from npp_ds.data.shards import Manifest, verify
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.shards import verify
 from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer import load_tokenizer
@@ -239,6 +240,26 @@ def test_a_killed_decoding_process_is_one_clear_error(material):
     with DecodePool(32, (), workers=2, ahead=32) as pool, pytest.raises(UserError, match="exit code -9"):
         for _ in pool.map(tasks_of(0, items * 20)):
             os.kill(pool.workers[1].process.pid, signal.SIGKILL)
+
+
+@pytest.mark.processes
+def test_a_crash_of_a_decoder_names_its_image(material, tmp_path, monkeypatch):
+    """A process that starts with this PYTHONPATH ends at once when it opens an image of 12345 bytes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "from PIL import Image\n"
+        "load = Image.open\n"
+        "Image.open = lambda file, **more: os._exit(99) if len(file.getvalue()) == 12345 else load(file, **more)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    images = write_tree(
+        tmp_path, {f"a/{name}.png": bytes(12345 if name == "evil" else 9) for name in ("b", "c", "evil", "z")}
+    )
+    with (
+        DecodePool(32, (), workers=1, ahead=32) as pool,
+        pytest.raises(UserError, match=r"exit code 99 .* while it decoded .*a/evil\.png;"),
+    ):
+        list(pool.map(tasks_of(0, open_source([images], "train").items)))
 
 
 @pytest.mark.processes

@@ -108,6 +108,27 @@ def test_uint8_conversion_truncates_as_the_published_sampler_and_inverts_the_inp
     assert to_uint8(edge)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 255, 255]
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state, _: {"model": state, "optimizer": {}, "steps": 3},
+        lambda state, _: {"state_dict": {f"module._orig_mod.{name}": value for name, value in state.items()}},
+        lambda state, _: {"module": state},
+        lambda state, other: {"vq": other, "vq_ema": state, "steps": 5},
+        lambda state, _: {"vq": {f"_orig_mod.{name}": value for name, value in state.items()}},
+        lambda state, _: state,
+    ],
+)
+def test_tokenizers_load_from_every_wrapping_and_of_two_the_average(wrap, tmp_path):
+    torch.manual_seed(0)
+    config = VQConfig(32, (1, 2), 1, 32, 64, 4)  # 32 groups, as in all published files
+    model, other = VQModel(config), VQModel(config)
+    torch.save(wrap(model.state_dict(), other.state_dict()), tmp_path / "vq.pt")
+    loaded = load_tokenizer(tmp_path / "vq.pt")
+    assert loaded.config == config
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
 class Surprise:
     def __reduce__(self):
         return (Path.touch, (Path("/tmp/npp-ds-test-was-unpickled"),))

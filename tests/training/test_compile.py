@@ -122,6 +122,8 @@ def test_dropout_in_compiled_blocks_follows_the_seed_alone():
         torch.manual_seed(seed)
         losses.append(model(codes, labels).item())
     assert losses[0] == losses[2] != losses[1]
+    model.scale_dropout(0)
+    assert model(codes, labels).item() == pytest.approx(model.eval()(codes, labels).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "sdpa_math"])

@@ -207,7 +207,7 @@ def test_a_capture_leaves_other_threads_free():
     assert StandInCapture.modes == ["thread_local"] * 2
 
 
-def test_only_passes_that_are_trained_on_are_captured_and_moved_weights_are_noticed():
+def test_only_passes_that_are_trained_on_are_captured_and_moved_weights_and_other_dropout_are_noticed():
     model, ((codes, labels), _) = model_and_batches("cpu", [(4, 4)] * 2)
     use_cuda_graphs(model)
     with stand_ins() as live_at_creation:
@@ -221,6 +221,9 @@ def test_only_passes_that_are_trained_on_are_captured_and_moved_weights_are_noti
         model.norm.weight.data = torch.zeros(64)
         assert model(codes, labels).item() == pytest.approx(4.60517) != before
         assert live_at_creation == [0, 1] * 2
+        model.scale_dropout(0)
+        model(codes, labels)
+        assert live_at_creation == [0, 1] * 3
 
 
 @pytest.mark.skipif(torch.__version__ < "2.11", reason="PyTorch 2.8 needs a GPU's driver to index a stand-in")

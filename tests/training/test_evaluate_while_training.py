@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluated_runs import BATCH_SIZE, IMAGES, config_of, images_to_evaluate_with
 from extractors import statistics
-from image_sets import save_tiny_tokenizer, shipped_images
+from image_sets import save_tiny_tokenizer
 from npp_ds.checkpoint.open import open_weights
-from npp_ds.config.load import problems_of
-from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest, ShardWriter, TokenizerInfo, shard_name
+from npp_ds.config.checks import problems_of
+from npp_ds.data.manifest import Manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import ClassifierExtractor
 from npp_ds.evaluation.metrics import Moments, frechet_distance
 from npp_ds.evaluation.reference import load_reference, make_reference
-from npp_ds.reporting.report import report_run
+from npp_ds.reporting.report import report_runs
 from npp_ds.sampling.logits_processing import Options
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.tokenizer import load_tokenizer
@@ -33,45 +33,14 @@ from npp_ds.training.hooks import Context
 from npp_ds.training.preemption import Preempted
 from npp_ds.training.throughput import Clock
 from npp_ds.training.trainer import Trainer
-from npp_ds.utils.files import sha256
-from runs import assert_same, error_of, metrics_of, outcome_of, run, tiny_config
-from shard_sets import CROP_NAMES, manifest_of
+from runs import assert_same, error_of, metrics_of, outcome_of, run
 
 COSTS = ("seconds", "share_of_time")
-IMAGES, BATCH_SIZE = 12, 5
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """tokenizer.safetensors, reference.npz of 32x32 images, and train/: 96 images of its codes on an 8x8 grid."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    tokenizer = save_tiny_tokenizer(folder / "tokenizer.safetensors")
-    (folder / "train").mkdir()
-    rng = np.random.default_rng(0)
-    with ShardWriter(folder / "train" / shard_name("train", 0)) as writer:
-        for row in range(96):
-            codes = rng.integers(0, 64, (len(CROP_NAMES), 64), dtype=np.uint16)
-            writer.write(f"n{row % 10:08d}/{row:05d}", codes, row % 10)
-    made_by = TokenizerInfo(name=tokenizer.name, sha256=sha256(tokenizer), downsample=4, precision="fp32")
-    manifest_of([writer.info], grid_size=8, vocab_size=64, image_size=32, tokenizer=made_by).save(folder / "train")
-    np.savez(folder / "images.npz", arr_0=shipped_images(200)[0])
-    make_reference(folder / "reference.npz", folder / "images.npz", ClassifierExtractor())
-    return folder
-
-
-def config_of(folder: Path, run_dir: Path, evaluate: dict[str, Any], **sections: Any) -> RunConfig:
-    """Two stages (sides 2 and 1) of 6 steps each, evaluated on 12 images as `evaluate` says."""
-    usual = {"reference": str(folder / "reference.npz"), "images": IMAGES, "batch_size": BATCH_SIZE, "max_share": 1e9}
-    data = {"train": str(folder / "train"), "tokenizer": str(folder / "tokenizer.safetensors")}
-    return tiny_config(
-        folder,
-        run_dir,
-        model={"grid_size": 8, "vocab_size": 64},
-        data={**data, "val": None},
-        schedule={"patch_sides": [2, 1], "epochs": 2, "warmup_epochs": 0},
-        evaluate={**usual, **evaluate},
-        **sections,
-    )
+    return images_to_evaluate_with(tmp_path_factory.mktemp("evaluate"))
 
 
 def evaluations_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -249,7 +218,7 @@ def test_evaluations_that_cost_too_much_are_put_off_but_the_last(pair, folder, t
     events = [(e["event"], e["step"]) for e in metrics_of(tmp_path / "run") if e["event"].startswith("evaluation")]
     put_off = [("evaluation_put_off", step) for step in (4, 6, 8, 10)]
     assert events == [("evaluation", 2), *put_off, ("evaluation", 12)]
-    summary = report_run(tmp_path / "run", show=False)
+    (summary,) = report_runs([tmp_path / "run"], show=False)
     costs = [e["seconds"] for e in evaluations_of(tmp_path / "run")]
     assert summary.evaluations == 2 and summary.evaluation_seconds == pytest.approx(sum(costs))
     assert "evaluations while training" in (tmp_path / "run" / "report.html").read_text()

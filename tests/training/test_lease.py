@@ -374,6 +374,35 @@ def test_a_torn_file_is_taken(tmp_path, kept):
         assert record(tmp_path)["token"] == lease.token
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pid": -1}, {"pid": "1"}, {"restart_count": None}, {"heartbeat_seconds": float("inf")},
+        {"heartbeat_seconds": "soon"}, {"beat": []},
+    ],
+)  # fmt: skip
+def test_a_file_that_no_start_wrote_is_taken(tmp_path, changes):
+    left = {**silent_holder(tmp_path), **changes}
+    (tmp_path / "lease.json").write_text(json.dumps(left))
+    with taken(tmp_path, stale_seconds=3600) as lease:
+        assert record(tmp_path)["token"] == lease.token
+
+
+def test_a_heartbeat_is_believed_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease_module, "SLOWEST_HEARTBEAT", HEARTBEAT)
+    left = {**silent_holder(tmp_path), "heartbeat_seconds": 1e9}
+    (tmp_path / "lease.json").write_text(json.dumps(left))
+    with taken(tmp_path, stale_seconds=HEARTBEAT) as lease:
+        assert "it has been silent for 0.6" in lease.said[-1]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_lease_that_is_no_regular_file_is_refused(tmp_path, make):
+    make(tmp_path / "lease.json")
+    with pytest.raises(OSError, match="Not a regular file"):
+        Lease(tmp_path).acquire()
+
+
 def test_temporary_files_of_killed_starts_are_removed(tmp_path):
     (tmp_path / ".lease.json.0123456789abcdef.tmp").write_text("{")
     with taken(tmp_path):

@@ -12,7 +12,7 @@ from npp_ds.checkpoint.export import export_weights
 from npp_ds.checkpoint.open import TokenizerId, open_weights
 from npp_ds.cli import app
 from npp_ds.config.schema import RunConfig
-from npp_ds.data.shards import Manifest
+from npp_ds.data.manifest import Manifest
 from npp_ds.errors import UserError
 from npp_ds.evaluation.likelihood import likelihood_of
 from npp_ds.model import ModelConfig, Transformer
@@ -131,3 +131,16 @@ def test_a_tokenizer_is_known_by_its_file_whatever_its_name(folder, tmp_path):
         made_by = tokenizer_info(folder / key, TokenizerId("elsewhere.pt", sha256(file)))
         describe(folder / key, tokenizer=made_by)
     assert problems(tiny_config(folder, tmp_path / "run", data={"tokenizer": str(file)})) == ""
+
+
+@pytest.mark.parametrize("monitor", ["wandb", "tensorboard"])
+def test_a_monitor_whose_package_is_missing_is_refused(folder, tmp_path, monkeypatch, monitor):
+    config = tiny_config(folder, tmp_path / "run", logging={"monitors": ["csv", monitor]})
+
+    def missing(name: str) -> None:
+        raise ImportError("no such package")
+
+    monkeypatch.setattr("npp_ds.training.deepspeed_config.import_module", missing)
+    assert f"logging.monitors: {monitor} cannot be imported (no such package)" in problems(config)
+    monkeypatch.setattr("npp_ds.training.deepspeed_config.import_module", lambda name: None)
+    assert problems(config) == ""

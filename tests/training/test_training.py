@@ -48,6 +48,16 @@ def test_losses_equal_plain_pytorch_across_two_stage_boundaries(
     assert max(norms) > config.optimizer.gradient_clipping > min(norms), "clipping acts on some steps, not on all"
 
 
+def test_a_stage_scales_dropout_and_the_next_one_has_its_own(pools, shards, tmp_path):
+    stages = [{"patch_side": 2, "steps": 3, "dropout_scale": 0}, {"patch_side": 1, "steps": 1}]
+    keys = {"schedule": {"stages": stages, "warmup_epochs": 0}, "validation": {"every": 0}}
+    rates = dict.fromkeys(NO_DROPOUT, 0.5)
+    pools[1].run(run, tiny_config(shards, tmp_path / "run", model=rates, **keys))
+    found = [line["loss"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"]
+    expected, _, _ = plain_losses(tiny_config(shards, tmp_path, model=NO_DROPOUT, **keys), 4)
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-5) and found[3] != pytest.approx(expected[3], rel=1e-5)
+
+
 @pytest.mark.parametrize(  # bf16 first: autocast leaves a mark on DeepSpeed's module
     "world_size, zero_stage, precision",
     [
@@ -154,16 +164,6 @@ def test_an_engine_setting_that_cannot_work_is_reported_before_anything_is_writt
     told = pair.run(error_of, tiny_config(shards, tmp_path / "run", deepspeed={"config": "zero7"}))
     assert "deepspeed.config: zero7 is neither a file nor one of zero1, zero2, zero3" in told[0]
     assert not (tmp_path / "run").exists()
-
-
-def test_monitors_receive_what_metrics_hold(pair, shards, tmp_path):
-    keys = {"logging": {"monitors": ["csv", "tensorboard"]}, "schedule": {"patch_sides": [2, 1], "epochs": 2}}
-    pair.run(run, tiny_config(shards, tmp_path / "run", **keys))
-    monitor = tmp_path / "run" / "monitor" / "tiny"
-    losses = [float(t.split(",")[1]) for t in next(monitor.glob("*train_loss.csv")).read_text().splitlines()[1:]]
-    expected = [line["loss"] for line in metrics_of(tmp_path / "run") if line["event"] == "train"]
-    assert losses == pytest.approx(expected)
-    assert list(monitor.glob("events.out.tfevents*"))
 
 
 @pytest.mark.parametrize("size", ["XXL", "2B"])

@@ -1,8 +1,15 @@
-"""Durations and sizes read the same in every table, line and report."""
+"""Durations and sizes read the same in every table, line and report; names of files cannot control a terminal."""
+
+import logging
 
 import pytest
+from rich.console import Console
 
-from npp_ds.utils.format import format_bytes, format_duration
+from npp_ds.cli.exit_codes import exit_code_of
+from npp_ds.errors import UserError
+from npp_ds.utils.format import format_bytes, format_duration, printable
+from npp_ds.utils.logs import say
+from npp_ds.utils.tables import make_table
 
 
 @pytest.mark.parametrize(
@@ -33,3 +40,25 @@ def test_durations_are_readable(seconds, text):
 )
 def test_sizes_are_readable(number, text):
     assert format_bytes(number) == text
+
+
+HOSTILE = "n\x1b[2J\x9b1m\r\x07\u202e\udc80[red]é"
+ESCAPED = r"n\x1b[2J\x9b1m\r\x07\u202e\udc80[red]é"
+
+
+def test_text_of_a_file_is_printed_with_escapes_in_lines_errors_logs_and_tables(capsys):
+    assert printable(HOSTILE) == ESCAPED
+    assert printable("a\nb\tc", keep="\n") == "a\nb\\tc"
+    assert printable("größe 図 🙂") == "größe 図 🙂"
+
+    def command():
+        say(HOSTILE, "second\nline")
+        logging.getLogger("npp_ds").warning("of %s", HOSTILE)
+        Console(width=120).print(make_table(["name"], [[HOSTILE]], title=HOSTILE, totals=[HOSTILE]))
+        raise UserError(f"{HOSTILE}:\n  - problem")
+
+    assert exit_code_of(command) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:2] == [ESCAPED, r"second\nline"]
+    assert out.count(ESCAPED) == 4
+    assert err.splitlines() == [f"WARNING: of {ESCAPED}", f"error: {ESCAPED}:", "  - problem"]

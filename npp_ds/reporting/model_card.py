@@ -1,0 +1,70 @@
+"""The model card of an exported folder: what the weights are, what they cost, how they were evaluated, samples."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from npp_ds import __version__
+from npp_ds.checkpoint.open import Weights
+from npp_ds.config.schedule import Schedule
+from npp_ds.reporting.summary import STAGE_COLUMNS, RunSummary, result_rows, stage_rows, summarize
+from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
+from npp_ds.training.metrics import events_named, read_events, stages_begun
+
+SECTIONS = ("model", "schedule", "optimizer", "precision", "seed")
+"""What the card shows of a run's config: all that describes the training, and no path."""
+
+
+def model_card(weights: Weights, folder: str, has_tokenizer: bool) -> dict[str, bytes]:
+    """Return README.md for the folder of that name and, for a run with samples, samples.png: {file name: content}."""
+    from jinja2 import Environment, PackageLoader
+
+    run_dir = weights.path if weights.config else None
+    newest = newest_record(run_dir / "samples", RECORD_FILE) if run_dir else None
+    grid = newest.parent / GRID_FILE if newest else None
+    pictures = {"samples.png": grid.read_bytes()} if grid and grid.is_file() else {}
+    summary = _summary(weights, run_dir) if run_dir else None
+    templates = Environment(loader=PackageLoader("npp_ds.reporting", "."), keep_trailing_newline=True)
+    text = templates.get_template("model_card.md.j2").render(
+        weights=weights,
+        version=__version__,
+        folder=folder,
+        has_tokenizer=has_tokenizer,
+        has_samples=bool(pictures),
+        classes=json.dumps(list(weights.class_names[:2]) or [0, 1], ensure_ascii=False),
+        cfg_scale=json.loads(newest.read_text())["cfg_scale"] if newest else (2 if weights.has_null_class else 1),
+        summary=summary,
+        columns=STAGE_COLUMNS,
+        rows=stage_rows(summary) if summary else (),
+        results=result_rows(summary) if summary else (),
+        recipe=_recipe(weights),
+    )
+    return {"README.md": text.encode(), **pictures}
+
+
+def _recipe(weights: Weights) -> str:
+    if weights.config is None:
+        return ""
+    content = weights.config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump({name: content[name] for name in SECTIONS}, sort_keys=False)
+
+
+def _summary(weights: Weights, run_dir: Path) -> RunSummary | None:
+    """Return the figures of a run; None if its log has no training line."""
+    log = run_dir / "metrics.jsonl"
+    events = read_events(log) if log.is_file() else []
+    if not events_named(events, "train"):
+        return None
+    schedule, model = Schedule(tuple(stages_begun(events))), weights.model
+    ended = bool(events_named(events, "end"))
+    evaluated = newest_record(run_dir / "samples", "evaluation.json")
+    evaluation = json.loads(evaluated.read_text()) if evaluated else None
+    return summarize(
+        weights.name,
+        events,
+        schedule.stages,
+        token_cost=schedule.token_cost() if ended else None,
+        flop_cost=schedule.flop_cost(model.grid_size, model.training_flops) if ended else None,
+        evaluation=evaluation,
+    )

@@ -1,0 +1,61 @@
+"""Seconds per step of every (patch side, batch size) in the results, measured in short runs on an idle machine."""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from shutil import rmtree
+from statistics import median
+from typing import Any
+
+from npp_ds.distributed.process_group import Processes, join_processes, leave_processes
+from npp_ds.training.metrics import events_named, read_events
+from npp_ds.training.trainer import Trainer
+from npp_ds.utils.files import write_json_atomic
+from studies.claim.plan import Plan, Run
+
+SECONDS_FILE = "seconds.json"
+STEPS, EVERY = 60, 10  # per measurement; the first lines of the log are left out
+BUSY = 0.5  # load average, beside this process, above which the measurement is marked
+
+
+def read_seconds(plan: Plan) -> dict[str, float]:
+    """Return the seconds per step by "side x batch size", empty before they are measured."""
+    path = plan.results / SECONDS_FILE
+    return json.loads(path.read_text())["seconds_per_step"] if path.is_file() else {}
+
+
+def key_of(stage: dict[str, Any]) -> str:
+    """Return the key of a stage in `read_seconds`."""
+    return f"{stage['patch_side']}x{stage['batch_size']}"
+
+
+def measure_seconds(plan: Plan, out: Path) -> None:
+    """Measure what the results so far need, each in a run of `STEPS` steps, and write seconds.json beside them."""
+    load = os.getloadavg()[0]
+    found = [result for part in plan.parts for run in plan.runs(part) if (result := plan.result(run))]
+    stages = {key_of(stage): stage for result in found for stage in result["stages"]}
+    processes = join_processes()
+    try:
+        seconds = {key: _seconds_per_step(plan, stage, out, processes) for key, stage in sorted(stages.items())}
+    finally:
+        leave_processes()
+    write_json_atomic(
+        plan.results / SECONDS_FILE,
+        {"seconds_per_step": seconds, "load_before": load, "is_idle": load < BUSY, "threads": 1},
+    )
+
+
+def _seconds_per_step(plan: Plan, stage: dict[str, Any], out: Path, processes: Processes) -> float:
+    run = plan.runs(min(plan.parts))[0]
+    run_dir = out / "seconds" / key_of(stage)
+    config = plan.config(Run(run.part, run.arm, run.seed), out / "codes", run_dir)
+    assert config is not None  # the first arm chooses nothing
+    short = {**stage, "steps": STEPS, "warmup_epochs": 0.0}
+    keys = config.model_dump()
+    keys["schedule"] |= {"stages": [short], "end_at_patch_side_one": False}
+    keys |= {"logging": {"every": EVERY}, "checkpoint": {"every": 0}, "data": {**keys["data"], "val": None}}
+    rmtree(run_dir, ignore_errors=True)
+    Trainer(type(config).model_validate(keys), processes).run()
+    times = [e["elapsed_seconds"] for e in events_named(read_events(run_dir / "metrics.jsonl"), "train")][1:]
+    return median((b - a) / EVERY for a, b in pairwise(times))

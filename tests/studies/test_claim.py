@@ -1,0 +1,126 @@
+"""The study of the claim: its plan is sound, and the whole command trains, measures, resumes and writes its page."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from npp_ds.config.checks import problems_of
+from npp_ds.errors import UserError
+from npp_ds.evaluation.extractors import SHIPPED as CLASSIFIER
+from npp_ds.tokenizer.loading import SHIPPED as TOKENIZERS
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from studies.claim.page import interval, verdict  # noqa: E402
+from studies.claim.plan import Plan  # noqa: E402
+from studies.claim.runs import run_part  # noqa: E402
+from studies.claim.seconds import read_seconds  # noqa: E402
+
+
+def write_result(plan: Plan, run, nats: float, **values) -> None:
+    plan.file(run).parent.mkdir(parents=True, exist_ok=True)
+    plan.file(run).write_text(json.dumps({"plan_sha256": plan.sha256, "nats": nats, **values}))
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """The shipped plan, with results of parts 1 to 3 in which the arms get better in their order."""
+    plan = Plan(tmp_path)
+    runs = [run for part in (1, 2, 3) for run in plan.runs(part)]
+    for number, run in enumerate(runs):
+        write_result(plan, run, 5 - number / 1000)
+    return plan
+
+
+def test_every_run_of_the_plan_has_a_config_that_can_be_trained(plan, tmp_path):
+    runs = [run for part in plan.parts for run in plan.runs(part)]
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        config = plan.config(run, tmp_path, tmp_path / run.name)
+        assert not problems_of(config), run
+        config.build_schedule(plan.keys["data"]["train"])
+
+
+def test_arms_have_the_flops_updates_and_choices_that_the_plan_says(plan):
+    flops, updates = {}, {}
+    for arm in plan.part_of:
+        flops[arm], updates[arm] = list(plan.flops(plan.stages(arm)))[-1][::-1]
+    for arm in ("centers-flops", "superposition", "next-updates", "npp-best-flops", "rising", "share-40"):
+        assert flops[arm] == pytest.approx(flops["next"], rel=0.03), arm
+    assert 0.5 < flops["paper"] / flops["next"] < 0.65
+    assert updates["next-updates"] == updates["centers-flops"]
+    assert plan.chosen("next") == "next-b64-6e-3" and plan.resolved("next") == {"batch": 64, "peak": 6e-3}
+    assert plan.resolved("npp-best-epochs")["coarse_dropout"] == 0
+    assert [s.get("dropout_scale") for s in plan.stages("coarse-dropout-free")] == [0, 0, None]
+
+
+def test_an_arm_waits_for_what_it_chooses_from_and_results_of_another_plan_are_refused(plan):
+    (tuning, *_) = plan.runs(1)
+    plan.file(tuning).unlink()
+    assert plan.stages("next") is None and plan.stages("next-updates") is None and plan.stages(tuning.arm)
+    plan.file(tuning).write_text(json.dumps({"plan_sha256": "other", "nats": 1.0}))
+    with pytest.raises(UserError, match="result of another plan"):
+        plan.stages("next")
+
+
+def test_intervals_are_those_of_students_t_and_decide_as_planned():
+    mean, half = interval([-0.03, -0.02, -0.04])
+    assert (mean, half) == (pytest.approx(-0.03), pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4))
+    assert verdict(mean, half, 0.02) == "better"
+    assert verdict(0.03, 0.02, 0.02) == "worse"
+    assert verdict(0.0, 0.015, 0.02) == "no worse"
+    assert verdict(0.0, 0.03, 0.02) == "undecided"
+
+
+TINY = {
+    "margin": 0.02,
+    "data": {"train": 40, "validation": 10, "image_size": 32, "tokenizer": str(TOKENIZERS["fashion_mnist"]),
+             "classifier": str(CLASSIFIER)},
+    "model": {"dim": 16, "n_layers": 1, "n_heads": 1, "ffn_multiple_of": 16, "vocab_size": 512, "grid_size": 8,
+              "num_classes": 10},
+    "training": {"epochs": 2, "ratio": 0.5, "warmup_epochs": 0.25, "decay_fraction": 0.2, "final_rate": 0.1,
+                 "dropout": 0.1},
+    "samples": {"cfg_scales": [1.0, 2.0], "sweep_images": 20, "sweep_seed": 1, "images": 30, "seed": 2},
+    "parts": {
+        1: {"title": "Tuning", "seeds": [0], "baseline": "next", "test": True, "arms": {
+            "next": {"batch": 10, "peak": 1e-3},
+            "centers": {"choose": ["next"], "sides": [2, 1], "positions": "centers", "flops": 1},
+        }},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.processes
+def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_runs_stay(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, label, number in np.ndindex(2, 10, 5):
+        path = tmp_path / "images" / ("train", "test")[split] / f"class{label}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(TINY))
+    paths = {name: tmp_path / name for name in ("images", "out", "results")} | {"plan": tmp_path / "plan.yaml"}
+    command = [sys.executable, "-m", "studies.claim", *(f"--{name}={path}" for name, path in paths.items())]
+    command.append(f"--page={tmp_path / 'docs/study.md'}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for part in ("1", "seconds"):
+        call = [*command, f"--part={part}"]
+        found = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert found.returncode == 0, found.stderr[-3000:]
+    plan = Plan(paths["results"], paths["plan"])
+    run_part(plan, 1, ["--no-run-is-left"], jobs=2)
+    results = {run.arm: plan.result(run) for run in plan.runs(1)}
+    for result in results.values():
+        assert result["curve"][-1]["flops"] == result["flops"] and 0 < result["test_nats"] < 7
+        assert result["cfg_scale"] in (1.0, 2.0) and result["frechet_distance"] > 0 and result["cpu_seconds"] > 0
+    assert results["centers"]["chosen"] == "next" and results["centers"]["updates"] > results["next"]["updates"]
+    page = (tmp_path / "docs/study.md").read_text()
+    assert min(read_seconds(plan).values()) > 0 and len(read_seconds(plan)) == 2
+    assert "| centers |" in page and "seconds, idle" in page and f"{results['centers']['nats']:.4f}" in page
+    assert (tmp_path / "docs/images/study_part_1.png").is_file()

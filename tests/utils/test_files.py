@@ -1,0 +1,33 @@
+"""Small files are read whole only if they are regular, not too large, and hold what a parser can take."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from npp_ds.utils.files import parse_json, read_json, read_small
+
+
+def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"[1.5]")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    assert read_small(tmp_path / "file") == b"[1.5]"
+    assert read_json(tmp_path / "file") == [1.5]
+    for name, reason in {
+        "fifo": "Not a regular file", "zero": "Not a regular file", "sparse": "Larger than the 67,108,864 bytes",
+        ".": "Is a directory", "absent": "No such file",
+    }.items():  # fmt: skip
+        with pytest.raises(OSError, match=reason) as caught:
+            read_small(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
+    with pytest.raises(OSError, match="Larger than the 100 bytes"):
+        read_small(Path("/proc/self/maps"), limit=100)  # a file whose size is said to be 0
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"\xff\xfe\xfd", b"1e400", b"-1e999", b"9" * 5000, b"{"])
+def test_bad_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
