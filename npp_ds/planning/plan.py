@@ -12,10 +12,10 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
-from npp_ds.planning.memory import FP32, Memory, training_memory, weight_bytes
+from npp_ds.planning.memory import FP32, MAX_LIVE, Memory, training_memory, weight_bytes
 from npp_ds.planning.mfu import Mfu, mfu_by_side
 from npp_ds.sizes import num_positions
-from npp_ds.training.deepspeed_config import read_settings
+from npp_ds.training.deepspeed_config import read_settings, shipped_configs
 from npp_ds.training.throughput import step_flops
 from npp_ds.utils.gpu_specs import GPU
 
@@ -28,6 +28,9 @@ COARSE_BATCH_SCALE_SHOWN = 4
 REPEATED_FLOPS = {"none": 1.0, "selective": 1.0, "block": 4 / 3}
 """Factor on the FLOPs by activation checkpointing: `block` runs the forward pass a second time."""
 
+BF16 = 2
+Settings = Mapping[str, Any]
+"""DeepSpeed's JSON settings, as in ds_configs/."""
 Mfus = Callable[[int], Mfu]
 """patch side -> MFU."""
 
@@ -91,6 +94,24 @@ class Lever:
 
 
 @dataclass(frozen=True)
+class Network:
+    """What the run sends and how long it takes with these DeepSpeed settings and this precision.
+
+    `bytes_per_parameter` are those that a GPU sends in a step of the last stage. `stalls_from` is the smallest power of
+    two of GPUs on which a coarse stage waits for the network; None if none does while the batch can be split.
+    """
+
+    settings: str
+    precision: str
+    is_chosen: bool
+    bytes_per_parameter: float
+    communication_seconds: float
+    time_cost: float
+    days: float
+    stalls_from: int | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that `npp plan` shows.
 
@@ -116,6 +137,7 @@ class Plan:
     gpu_hours: float
     next_token_flops: float
     bandwidth: float
+    networks: list[Network]
     levers: list[Lever]
 
     @property
@@ -156,7 +178,7 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, 
     if problems := problems_of(config, gpus, count):
         text = "\n".join(f"  - {p}" for p in problems)
         raise UserError(f"the config does not fit {count:,} images ({source}) and {gpus} GPUs:\n{text}")
-    own = read_settings(config.deepspeed.config)["zero_optimization"]
+    own = read_settings(config.deepspeed.config)
     schedule = config.build_schedule(count, gpus)
     fit, mfus = _Fit(config, gpu, gpus), mfu_by_side(config, gpu, mfu)
     stages = [_plan_stage(fit, own, stage, mfus) for stage in schedule.stages]
@@ -177,9 +199,12 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, 
         next_token_flops=sum(s.steps * step_flops(config.model, s, 1) for s in schedule.stages),
         bandwidth=gpu.bandwidth(gpus),
         stages=stages,
-        zero=[_plan_zero(fit, zero, schedule.stages, zero is own) for zero in _zero_settings(own, config.precision)],
+        zero=[_plan_zero(fit, other, schedule.stages, other is own) for other in _all_settings(own, config.precision)],
         days=days,
         gpu_hours=gpu_hours,
+        networks=sorted(
+            _networks(config, gpu, gpus, count, mfus), key=lambda n: (n.time_cost * n.days, n.communication_seconds)
+        ),
         levers=list(_levers(config, fit, own, count, mfus)),
     )
 
@@ -192,12 +217,13 @@ def _images(config: RunConfig, given: int | None) -> tuple[int, str]:
     return (manifest.num_samples, config.data.train) if manifest else (IMAGENET, "ImageNet-1K; no shards available")
 
 
-def _zero_settings(own: Mapping[str, Any], precision: str) -> list[Mapping[str, Any]]:
+def _all_settings(own: Settings, precision: str) -> list[Settings]:
     """Return the shipped settings of ZeRO-1 (not with bf16, which refuses it), 2 and 3, with the run's own in place of
     the shipped ones of its stage."""
     numbers = (2, 3) if precision == "bf16" else (1, 2, 3)
-    shipped = (read_settings(f"zero{number}")["zero_optimization"] for number in numbers)
-    return [own if zero["stage"] == own["stage"] else zero for zero in shipped]
+    shipped = (read_settings(f"zero{number}") for number in numbers)
+    stage = own["zero_optimization"]["stage"]
+    return [own if other["zero_optimization"]["stage"] == stage else other for other in shipped]
 
 
 @dataclass(frozen=True)
@@ -208,28 +234,29 @@ class _Fit:
     gpu: GPU
     gpus: int
 
-    def memory(self, zero: Mapping[str, Any], stage: Stage, micro_batch_size: int) -> Memory:
+    def memory(self, settings: Settings, stage: Stage, micro_batch_size: int) -> Memory:
+        zero = settings["zero_optimization"]
         accumulates = micro_batch_size < stage.batch_size // self.gpus
         return training_memory(self.config, zero, self.gpus, micro_batch_size, stage.patch_side, accumulates)
 
     def fits(self, memory: Memory) -> bool:
         return memory.peak <= USABLE_MEMORY * self.gpu.memory_gb * 1e9
 
-    def micro_batch_size(self, zero: Mapping[str, Any], stage: Stage) -> int:
+    def micro_batch_size(self, settings: Settings, stage: Stage) -> int:
         """Return the largest one that the config allows and that fits; 1 if none fits."""
         rows = stage.batch_size // self.gpus
         sizes = (size for size in range(stage.micro_batch_size, 0, -1) if rows % size == 0)
-        return next((size for size in sizes if self.fits(self.memory(zero, stage, size))), 1)
+        return next((size for size in sizes if self.fits(self.memory(settings, stage, size))), 1)
 
 
-def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfus: Mfus) -> StagePlan:
+def _plan_stage(fit: _Fit, settings: Settings, stage: Stage, mfus: Mfus) -> StagePlan:
     config, rows, mfu = fit.config, stage.batch_size // fit.gpus, mfus(stage.patch_side)
     positions = num_positions(config.model.grid_size, stage.patch_side)
-    micro_batch_size = fit.micro_batch_size(zero, stage)
+    micro_batch_size = fit.micro_batch_size(settings, stage)
     flops = step_flops(config.model, stage, stage.patch_side)
     repeated = REPEATED_FLOPS[config.model.activation_checkpointing]
     compute = flops * repeated / (fit.gpus * fit.gpu.tflops * 1e12 * mfu.share)
-    sent = sent_bytes(config, zero["stage"], fit.gpus, rows // micro_batch_size)
+    sent = sent_bytes(config, settings, fit.gpus, rows // micro_batch_size)
     communication = sent / (fit.gpu.bandwidth(fit.gpus) * 1e9)
     return StagePlan(
         patch_side=stage.patch_side,
@@ -252,39 +279,46 @@ def _plan_stage(fit: _Fit, zero: Mapping[str, Any], stage: Stage, mfus: Mfus) ->
     )
 
 
-def sent_bytes(config: RunConfig, zero_stage: int, gpus: int, micro_batches: int) -> float:
+def sent_bytes(config: RunConfig, settings: Settings, gpus: int, micro_batches: int) -> float:
     """Return the bytes that each GPU sends in an optimizer step, by ring collectives: a pass sends (n-1)/n of a buffer.
 
-    ZeRO-1 reduces the float32 gradients once a step and ZeRO-2 with every micro-batch, both by all-reduce (two passes),
-    as DeepSpeed 0.19 does for buckets of several ranks; both gather the weights once. With every micro-batch, ZeRO-3
-    scatters the gradients (one pass) and gathers the weights twice.
+    ZeRO-1 reduces the gradients once a step, ZeRO-2 with every micro-batch: in one pass to the GPU that owns them, or in
+    two passes to all with `use_multi_rank_bucket_allreduce`. Both gather the weights once. With every micro-batch,
+    ZeRO-3 scatters the gradients and gathers the weights, a second time for the backward pass if the model is larger
+    than `stage3_max_live_parameters`. `benchmarks/network.py` compares these formulas with traces of DeepSpeed 0.19.8.
     """
-    count, around = config.model.parameters(), (gpus - 1) / gpus
-    gradients, weights = FP32 * count, weight_bytes(config.precision) * count
-    if zero_stage == 3:
-        return around * micro_batches * (gradients + 2 * weights)
-    return around * (2 * gradients * (micro_batches if zero_stage == 2 else 1) + weights)
+    zero, count, around = settings["zero_optimization"], config.model.parameters(), (gpus - 1) / gpus
+    gradients = count * (BF16 if settings.get("communication_data_type") == "bf16" else FP32)
+    weights = count * weight_bytes(config.precision)
+    if zero["stage"] == 3:
+        gathers = 1 if count <= zero.get("stage3_max_live_parameters", MAX_LIVE) else 2
+        if config.precision == "autocast_bf16" and gradients < FP32 * count:
+            weights = BF16 * count  # DeepSpeed gathers in the dtype in which it sends gradients
+        return around * micro_batches * (gradients + gathers * weights)
+    passes = 2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1
+    return around * (passes * gradients * (micro_batches if zero["stage"] == 2 else 1) + weights)
 
 
-def _plan_zero(fit: _Fit, zero: Mapping[str, Any], stages: tuple[Stage, ...], is_chosen: bool) -> ZeroPlan:
-    sizes = [fit.micro_batch_size(zero, stage) for stage in stages]
-    memories = [fit.memory(zero, stage, size) for stage, size in zip(stages, sizes, strict=True)]
+def _plan_zero(fit: _Fit, settings: Settings, stages: tuple[Stage, ...], is_chosen: bool) -> ZeroPlan:
+    sizes = [fit.micro_batch_size(settings, stage) for stage in stages]
+    memories = [fit.memory(settings, stage, size) for stage, size in zip(stages, sizes, strict=True)]
     worst = max(range(len(stages)), key=lambda i: memories[i].peak)
     stage, size, memory = stages[worst], sizes[worst], memories[worst]
     accumulation = stage.batch_size // fit.gpus // size
-    return ZeroPlan(zero["stage"], is_chosen, stage.patch_side, size, accumulation, memory, fit.fits(memory))
+    number = settings["zero_optimization"]["stage"]
+    return ZeroPlan(number, is_chosen, stage.patch_side, size, accumulation, memory, fit.fits(memory))
 
 
-def _time(fit: _Fit, zero: Mapping[str, Any], stages: tuple[Stage, ...], mfus: Mfus) -> tuple[float, float, float]:
+def _time(fit: _Fit, settings: Settings, stages: tuple[Stage, ...], mfus: Mfus) -> tuple[float, float, float]:
     """Return (days, GPU-hours, time relative to next-token training on the same images in the last stage's batches)."""
-    hours = sum(_plan_stage(fit, zero, stage, mfus).hours for stage in stages)
+    hours = sum(_plan_stage(fit, settings, stage, mfus).hours for stage in stages)
     last = stages[-1]
-    next_token = _plan_stage(fit, zero, replace(last, patch_side=1), mfus)
+    next_token = _plan_stage(fit, settings, replace(last, patch_side=1), mfus)
     steps = sum(stage.steps * stage.batch_size for stage in stages) / last.batch_size
     return hours / 24, hours * fit.gpus, hours * 3600 / (steps * next_token.step_seconds)
 
 
-def _levers(config: RunConfig, fit: _Fit, zero: Mapping[str, Any], images: int, mfus: Mfus) -> Iterator[Lever]:
+def _levers(config: RunConfig, fit: _Fit, settings: Settings, images: int, mfus: Mfus) -> Iterator[Lever]:
     """Yield the time without and with larger coarse batches, if the schedule has coarse stages."""
     if config.schedule.stages is not None or max(config.schedule.patch_sides) == 1:
         return
@@ -293,5 +327,46 @@ def _levers(config: RunConfig, fit: _Fit, zero: Mapping[str, Any], images: int, 
         other = config.model_copy(update={"schedule": config.schedule.model_copy(update={"coarse_batch_scale": scale})})
         if problems_of(other, fit.gpus, images):
             continue
-        days, gpu_hours, time_cost = _time(fit, zero, other.build_schedule(images, fit.gpus).stages, mfus)
+        days, gpu_hours, time_cost = _time(fit, settings, other.build_schedule(images, fit.gpus).stages, mfus)
         yield Lever(scale, time_cost, days, gpu_hours)
+
+
+def _networks(config: RunConfig, gpu: GPU, gpus: int, images: int, mfus: Mfus) -> Iterator[Network]:
+    """Yield what the run sends with each of the shipped settings, and in the bf16 engine as well."""
+    own = config.deepspeed.config
+    for precision in dict.fromkeys((config.precision, "bf16")):
+        other = config.model_copy(update={"precision": precision})
+        for name in dict.fromkeys((own, *shipped_configs())):
+            settings = read_settings(name)
+            if precision == "bf16" and settings["zero_optimization"]["stage"] == 1:
+                continue  # refused by the engine
+            stages = [
+                _plan_stage(_Fit(other, gpu, gpus), settings, s, mfus)
+                for s in other.build_schedule(images, gpus).stages
+            ]
+            days, _, time_cost = _time(
+                _Fit(other, gpu, gpus), settings, other.build_schedule(images, gpus).stages, mfus
+            )
+            last = stages[-1]
+            yield Network(
+                settings=name,
+                precision=precision,
+                is_chosen=name == own and precision == config.precision,
+                bytes_per_parameter=last.communication_seconds * gpu.bandwidth(gpus) * 1e9 / config.model.parameters(),
+                communication_seconds=last.communication_seconds,
+                time_cost=time_cost,
+                days=days,
+                stalls_from=_stalls_from(other, gpu, settings, images, mfus),
+            )
+
+
+def _stalls_from(config: RunConfig, gpu: GPU, settings: Settings, images: int, mfus: Mfus) -> int | None:
+    """Return the smallest power of two of GPUs on which a coarse stage waits for the network, None if there is none."""
+    gpus = 2
+    while not problems_of(config, gpus, images):
+        stages = config.build_schedule(images, gpus).stages
+        planned = [_plan_stage(_Fit(config, gpu, gpus), settings, stage, mfus) for stage in stages]
+        if any(s.patch_side > 1 and s.limit == "communication" for s in planned):
+            return gpus
+        gpus *= 2
+    return None

@@ -10,6 +10,7 @@ STAGE_COLUMNS = ("patch\nside", "epochs", "steps", "posi-\ntions", "batch", "pea
 TIME_COLUMNS = (
     "patch\nside", "micro-\nbatch", "passes", "MFU", "compute\nms", "commu-\nnication\nms", "limit"
 )  # fmt: skip
+NETWORK_COLUMNS = ("deepspeed.config", "precision", "bytes per\nparameter", "time_cost", "time")
 MOST_COLUMNS = 100
 """Width of what is printed beside a terminal."""
 
@@ -74,6 +75,20 @@ def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
     return [*rows, ("fits", *("yes" if z.fits else "no" for z in plan.zero))]
 
 
+def network_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Return the cells under `NETWORK_COLUMNS`."""
+    return [
+        (
+            f"{n.settings}{' *' if n.is_chosen else ''}",
+            n.precision,
+            f"{n.bytes_per_parameter:.1f}",
+            f"{n.time_cost:.3f}",
+            duration(24 * n.days),
+        )
+        for n in plan.networks
+    ]
+
+
 def mfu_notes(plan: Plan) -> list[str]:
     """Return lines that say where each MFU is from."""
     lines = []
@@ -101,6 +116,8 @@ def notes(plan: Plan) -> list[str]:
         f"GPU sending {plan.bandwidth:g} GB/s",
         *mfu_notes(plan),
     ]
+    if plan.gpus > 1:
+        lines += network_notes(plan)
     if len(plan.levers) > 1:
         each = [
             f"with {v.coarse_batch_scale} {duration(24 * v.days)}, {v.gpu_hours:,.0f} GPU-hours, "
@@ -112,6 +129,26 @@ def notes(plan: Plan) -> list[str]:
         f"memory: the maximum of each part; fits: a peak of at most {USABLE_MEMORY:.0%} of {gpu.memory_gb:g} GB; "
         f"*: the ZeRO stage of the run, activation checkpointing {plan.activation_checkpointing}"
     )
+    return lines
+
+
+def network_notes(plan: Plan) -> list[str]:
+    """Return lines on which settings send least, and from how many GPUs on coarse stages wait even so."""
+    best = plan.networks[0]
+    if best.is_chosen:
+        lines = [f"network: no shipped settings send less than deepspeed.config={best.settings} with {best.precision}"]
+    else:
+        (own,) = (n for n in plan.networks if n.is_chosen)
+        lines = [
+            f"network: least is sent with deepspeed.config={best.settings} precision={best.precision}: "
+            f"{best.bytes_per_parameter:.1f} instead of {own.bytes_per_parameter:.1f} bytes per parameter and step, "
+            f"time_cost {best.time_cost:.3f}, {duration(24 * best.days)}; docs/performance.md has the effect on losses"
+        ]
+    if best.stalls_from:
+        lines.append(
+            f"network: from {best.stalls_from} GPUs on, coarse stages wait for the network even so; there larger "
+            "coarse batches (schedule.coarse_batch_scale) are the only way to save more time"
+        )
     return lines
 
 
@@ -132,5 +169,9 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
     console.print(make_table((*TIME_COLUMNS, unit), time_rows(plan), title=f"one step, and the {unit} of the stage"))
     zero = (f"ZeRO-{z.zero_stage}{' *' if z.is_chosen else ''}" for z in plan.zero)
     console.print(make_table(("", *zero), memory_rows(plan), title="memory of a GPU in GB"))
+    if plan.gpus > 1:
+        console.print(
+            make_table(NETWORK_COLUMNS, network_rows(plan), title="settings that send less, the fastest first")
+        )
     for line in notes(plan):
         console.print(plain_text(line))
