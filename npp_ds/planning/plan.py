@@ -282,8 +282,8 @@ def _plan_stage(fit: _Fit, settings: Settings, stage: Stage, mfus: Mfus) -> Stag
 def sent_bytes(config: RunConfig, settings: Settings, gpus: int, micro_batches: int) -> float:
     """Return the bytes that each GPU sends in an optimizer step, by ring collectives: a pass sends (n-1)/n of a buffer.
 
-    ZeRO-1 reduces the gradients once a step, ZeRO-2 with every micro-batch: in one pass to the GPU that owns them, or in
-    two passes to all with `use_multi_rank_bucket_allreduce`. Both gather the weights once. With every micro-batch,
+    ZeRO-1 reduces the gradients once a step, ZeRO-2 with every micro-batch: in one pass to the GPU that owns them, or
+    in two passes to all with `use_multi_rank_bucket_allreduce`. Both gather the weights once. With every micro-batch,
     ZeRO-3 scatters the gradients and gathers the weights, a second time for the backward pass if the model is larger
     than `stage3_max_live_parameters`. `benchmarks/network.py` compares these formulas with traces of DeepSpeed 0.19.8.
     """
