@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from npp_ds.errors import UserError
-from npp_ds.utils.files import sha256, write_json_atomic
+from npp_ds.utils.files import plain_name, read_json, sha256, write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +111,13 @@ def read_record(folder: Path) -> CheckpointRecord:
     unknown format.
     """
     try:
-        raw = json.loads((folder / RECORD).read_text())
+        raw = read_json(folder / RECORD)
         found = raw["format"]
         digest = raw.pop("sha256", None)
         intact = digest == _digest(raw)
         record = CheckpointRecord(**raw) if intact and found in READABLE_FORMATS else None
+        for name in record.files if record else ():
+            plain_name(name)
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise IncompleteCheckpointError(f"{folder / RECORD}: not a readable completeness record ({error!r})") from error
     except OSError as error:
