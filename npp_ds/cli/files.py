@@ -201,13 +201,14 @@ def show(
     from npp_ds.sampling.folder import sample_grid
     from npp_ds.tokenizer import contents
     from npp_ds.tokenizer.loading import tokenizer_of
-    from npp_ds.utils.files import write_atomic
+    from npp_ds.utils.files import check_writable, explain_os_errors, write_atomic
 
+    path = check_writable(out or directory / "contact_sheet.png")
     found = contents.read_contents(directory, show_progress=True)
     say(*contents.describe(found))
     codes, labels = contents.random_codes(directory, found, classes, per_class, seed)
     images = contents.decode(tokenizer_of(found.manifest.tokenizer, tokenizer), codes)
     picture = sample_grid(images, labels, found.manifest.class_names, per_row=per_class, max_rows=classes)
-    path = out or directory / "contact_sheet.png"
-    write_atomic(path, lambda file: picture.save(file, "PNG"))
+    with explain_os_errors(path):
+        write_atomic(path, lambda file: picture.save(file, "PNG"))
     say(f"{path}: {len(labels)} random images of {len(set(labels.tolist()))} classes, each a random crop")

@@ -13,9 +13,9 @@ from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import INCEPTION, Extractor, Measurement, Progress, measure
 from npp_ds.evaluation.images import IMAGES_KEY, ImageSet, open_images
 from npp_ds.evaluation.metrics import Statistics, class_agreement
-from npp_ds.tokenizer.images import open_decompressed
-from npp_ds.utils.files import check_writable, explain_os_errors, sha256, write_atomic
+from npp_ds.utils.files import check_writable, explain_os_errors, open_regular, parse_json, sha256, write_atomic
 
+LARGEST_ARRAY = 1 << 30  # bytes
 MANIFOLD_IMAGES = 10_000  # for precision and recall; the number of images in ADM's reference files
 POOL_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
 FEATURES_KEY, METADATA_KEY = "features", "metadata"
@@ -158,17 +158,27 @@ def _from_statistics(path: Path, extractor: Extractor, progress: Progress, with_
 
 
 def _read(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """Return the arrays of an .npz by name. Those not `wanted` are None, except the metadata, which is small."""
+    """Return the arrays of an .npz by name. Those not `wanted` are None, except the metadata."""
+    content: dict[str, Any] = {}
     try:
-        with open_decompressed(path) as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] if name in (*wanted, METADATA_KEY) else None for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: no readable .npz file ({error}); fetch or make it again") from None
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                name = entry.filename.removesuffix(".npy")
+                content[name] = None
+                if name in (*wanted, METADATA_KEY):
+                    if entry.file_size > LARGEST_ARRAY:
+                        raise ValueError(f"{name} has {entry.file_size:,} bytes, expected at most {LARGEST_ARRAY:,}")
+                    with archive.open(entry) as data:
+                        content[name] = np.lib.format.read_array(data, allow_pickle=False)
+    except Exception as error:  # zipfile, its decompressors and numpy raise many kinds for damaged files
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: no readable .npz file ({reason:.200}); fetch or make it again") from None
+    return content
 
 
 def _metadata(path: Path, text: np.ndarray) -> Source:
     try:
-        return Source(**json.loads(str(text)))
+        return Source(**parse_json(str(text)))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{path}: {METADATA_KEY} is not what `npp evaluate --make-reference` writes ({error})"

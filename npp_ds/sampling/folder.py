@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import io
-import json
+import os
 import struct
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from npp_ds.errors import UserError
-from npp_ds.utils.files import write_atomic, write_json_atomic, write_text_atomic
+from npp_ds.utils.files import open_regular, read_json, write_atomic, write_json_atomic, write_text_atomic
 from npp_ds.utils.hub import CONFIG_FILE, WEIGHTS_FILE
 
 SAMPLES_FILE, RECORD_FILE, GRID_FILE = "samples.npz", "samples.json", "grid.png"
@@ -73,9 +73,18 @@ def map_array(path: str | Path, name: str = "arr_0") -> np.ndarray:
     """Return an array of an .npz file, memory-mapped if it is stored uncompressed (np.savez, `npp sample`).
 
     A compressed array is read whole. Writing to the result changes nothing on disk. Raises KeyError, ValueError,
-    OSError or BadZipFile if there is no such array.
+    OSError or BadZipFile if there is no such array, or if it is larger than the memory.
     """
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+    try:
+        return _map_array(path, name)
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile):
+        raise
+    except Exception as error:  # zipfile, its decompressors and numpy raise many kinds for damaged files
+        raise ValueError(f"{type(error).__name__}: {error!s:.200}") from None
+
+
+def _map_array(path: str | Path, name: str) -> np.ndarray:
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         entry = archive.getinfo(f"{name}.npy")
         file.seek(entry.header_offset + 26)  # in the local header: 30 bytes, then a name and an extra field
         file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)
@@ -83,8 +92,10 @@ def map_array(path: str | Path, name: str = "arr_0") -> np.ndarray:
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
             if not fortran_order and not dtype.hasobject:
                 return np.memmap(path, dtype, "c", file.tell(), shape)
-    with np.load(path) as arrays:
-        return arrays[name]
+        if entry.file_size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            raise ValueError(f"{name} has {entry.file_size:,} bytes, this machine {memory:,} of memory")
+        with archive.open(entry) as data:
+            return np.lib.format.read_array(data, allow_pickle=False)
 
 
 def load_samples(directory: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -94,7 +105,7 @@ def load_samples(directory: str | Path) -> tuple[np.ndarray, np.ndarray, dict[st
     """
     directory = Path(directory)
     try:
-        record = json.loads((directory / RECORD_FILE).read_text())
+        record = read_json(directory / RECORD_FILE)
         images, labels = (map_array(directory / SAMPLES_FILE, name) for name in ("arr_0", "labels"))
         _check_samples(images, labels, record)
         return images, np.array(labels), record
@@ -144,7 +155,7 @@ def newest_record(folder: Path, name: str) -> Path | None:
 def _age(path: Path) -> tuple[str, int, str]:
     """Return what orders records, the oldest first; a damaged one is older than all others."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         step = record.get("checkpoint_step", record.get("samples", {}).get("checkpoint_step"))
         return str(record.get("finished_at", "")), -1 if step is None else int(step), path.parent.name
     except (OSError, ValueError, TypeError, AttributeError):

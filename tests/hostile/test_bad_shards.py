@@ -212,3 +212,11 @@ def test_command_in_a_config_file_is_run_only_if_the_command_line_repeats_it(tmp
     done = run_limited("doctor", "--config", file, f"data.train={command}", seconds=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "manifest.json" in (tmp_path / "log").read_text()
+
+
+def test_picture_that_cannot_be_written_is_reported_before_the_set_is_read(tmp_path):
+    write_set(tmp_path, 5)
+    (tmp_path / SHARD).unlink()
+    assert_refused(
+        "shards", "show", tmp_path, "--out", "/proc/sheet.png", phrase="free some space, or name another path"
+    )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from npp_ds.utils.files import parse_json, read_json, read_small
+from npp_ds.checkpoint.folders import CheckpointRecord, IncompleteCheckpointError, read_record, write_record
+from npp_ds.utils.files import parse_json, plain_name, read_json, read_small
 
 
 def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
@@ -31,3 +32,16 @@ def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
 def test_bad_json_is_a_value_error(text):
     with pytest.raises(ValueError):
         parse_json(text)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/b", "a\\b", "/a", ".a", "a\0", "a\n", "a\x1b[2J", "é" * 128]
+)
+def test_only_plain_file_names_of_a_folder_are_taken_from_files(tmp_path, name):
+    assert plain_name("rank-00000-of-00002 é.safetensors")
+    with pytest.raises(ValueError, match="expected a plain file name"):
+        plain_name(name)
+    record = CheckpointRecord(1, 0, 1, 1, "fp32", "", "", 1, [], {}, files={name: {"bytes": 0, "sha256": ""}})
+    write_record(tmp_path, record)
+    with pytest.raises(IncompleteCheckpointError, match="expected a plain file name"):
+        read_record(tmp_path)
