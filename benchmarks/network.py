@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -105,26 +105,38 @@ def interface_bytes() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def at_work(way: Way, task: str) -> dict[str, Any]:
-    """Run one process of a launch: what it sends in a step (`task` "trace"), or seconds per step at each side."""
+def collectives_of(work: Callable[[], Any]) -> Counter[tuple[str, str]]:
+    """Return the elements that each (operation, dtype) has in the collectives of `work`, by its largest tensor."""
     import torch
-    import torch.distributed as dist
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-
-    from benchmarks.step_loops import EngineLoop, batches_of
 
     found: Counter[tuple[str, str]] = Counter()
 
     class Collectives(TorchDispatchMode):
-        """Counts the elements of the largest tensor of each collective by operation and dtype."""
-
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function.namespace == "c10d":
                 tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
                 largest = max(tensors, key=torch.Tensor.numel)
                 found[function._opname, str(largest.dtype).removeprefix("torch.")] += largest.numel()
             return function(*args, **(kwargs or {}))
+
+    with Collectives():
+        work()
+    return found
+
+
+def nccl_bytes(counted: Iterable[tuple[str, str, float]]) -> float:
+    """Return the bytes of (operation, dtype, elements) by NCCL's rings, times n / (n - 1)."""
+    return sum(PASSES[operation] * BYTES[dtype] * count for operation, dtype, count in counted)
+
+
+def at_work(way: Way, task: str) -> dict[str, Any]:
+    """Run one process of a launch: what it sends in a step (`task` "trace"), or seconds per step at each side."""
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.step_loops import EngineLoop, batches_of
 
     world_size = int(os.environ["WORLD_SIZE"])
     with tempfile.TemporaryDirectory() as folder:
@@ -142,9 +154,8 @@ def at_work(way: Way, task: str) -> dict[str, Any]:
         answer.setdefault("sent_bytes", (interface_bytes() - began) / TRACED_STEPS)
         answer.setdefault("seconds", []).append(seconds)
     if task == "trace":
-        with Collectives():
-            loop.step(stages[0], batches)
-        answer["collectives"] = [[*key, count] for key, count in sorted(found.items())]
+        counted = collectives_of(lambda: loop.step(stages[0], batches))
+        answer["collectives"] = [[*key, count] for key, count in sorted(counted.items())]
     dist.barrier()
     return answer
 
@@ -187,7 +198,7 @@ def traced(nodes: Sequence[Node], way: Way) -> dict[str, Any]:
         "nodes": n,
         "collectives": [{"operation": op, "dtype": dtype, "per_parameter": round(c, 3)} for op, dtype, c in large],
         "gloo_bytes": round(sum(a["sent_bytes"] for a in answers) / (n - 1) / parameters, 2),
-        "nccl_bytes": round(sum(PASSES[op] * BYTES[dtype] * count for op, dtype, count in large), 2),
+        "nccl_bytes": round(nccl_bytes(large), 2),
     }
 
 

@@ -59,7 +59,7 @@ def test_plan_counts_steps_flops_and_days_of_every_stage():
     matrices = plan.parameters - 1536 * (16384 + 1001)
     assert fine.flops / (fine.steps * 256 * 256 * 6 * matrices) == pytest.approx(1.014, abs=0.005)
     assert plan.flops == coarse.flops + fine.flops
-    assert fine.limit == "communication" and fine.mfu == Mfu(0.5, "given")
+    assert (coarse.limit, fine.limit) == ("communication", "compute") and fine.mfu == Mfu(0.5, "given")
     seconds = fine.flops / fine.steps / (32 * GPUS["h100"].tflops * 1e12 * 0.5)
     assert fine.compute_seconds == pytest.approx(seconds)
     hours = sum(s.steps * max(s.compute_seconds, s.communication_seconds) / 3600 for s in plan.stages)
@@ -68,8 +68,18 @@ def test_plan_counts_steps_flops_and_days_of_every_stage():
 
 def test_communication_of_a_step_is_that_of_ring_collectives():
     plan = plan_of("xxl_256", gpus=32)
-    sent = 31 / 32 * (2 * 4 + 4) * plan.parameters  # an all-reduce of float32 gradients, the weights once
-    assert plan.stages[0].communication_seconds == pytest.approx(sent / 400e9)
+    around = 31 / 32 * plan.parameters / 400e9
+    assert plan.stages[0].communication_seconds == pytest.approx((4 + 4) * around)  # gradients to owners, weights
+    sent = {(n.settings, n.precision): n.communication_seconds / around for n in plan.networks}
+    assert sent == pytest.approx(
+        {
+            ("zero1", "autocast_bf16"): 8, ("zero2", "autocast_bf16"): 8, ("zero3", "autocast_bf16"): 4 + 2 * 4,
+            ("zero2_bf16_gradients", "autocast_bf16"): 6, ("zero2", "bf16"): 6, ("zero2_bf16_gradients", "bf16"): 4,
+            ("zero3", "bf16"): 8,
+        }
+    )  # fmt: skip
+    smaller = {(n.settings, n.precision): n.bytes_per_parameter for n in plan_of("xl_256", gpus=32).networks}
+    assert smaller["zero3", "autocast_bf16"] == pytest.approx(31 / 32 * (4 + 4)), "below 10^9: gathered once"
     alone = plan_of("b_256", gpus=1)
     assert {s.communication_seconds for s in alone.stages} == {0}
     assert {s.limit for s in alone.stages} == {"compute"}
@@ -161,7 +171,7 @@ def test_the_time_saved_is_that_of_the_flops_only_where_compute_limits():
     coarse, fine = many.stages
     next_token_hours = (coarse.steps + fine.steps) * fine.step_seconds / 3600
     assert many.time_cost == pytest.approx((coarse.hours + fine.hours) / next_token_hours)
-    assert many.time_cost > 0.95 > 0.63 > many.levers[1].time_cost
+    assert many.time_cost > 0.8 > 0.63 > many.levers[1].time_cost
     assert plan_of("ntp_xxl_256").time_cost == pytest.approx(1)
 
 
@@ -299,8 +309,8 @@ def test_plan_prints_tables_and_one_json_object():
         "1,411.0M parameters",
         "0.625 in positions (token_cost)",
         "0.624 in FLOPs (flop_cost)",
-        "0.971 in time (time_cost)",
-        "time: 17.6 hours, 564 GPU-hours on 32 x h100",
+        "0.814 in time (time_cost)",
+        "time: 14.8 hours, 473 GPU-hours on 32 x h100",
         "│ 40% │",
     ):
         assert expected in " ".join(printed.output.split())
@@ -410,6 +420,7 @@ def documented_limit(gpus: int) -> str:
     """A row of the table on what limits a batch of 256 on many GPUs."""
     plan = plan_of("xxl_256", gpus=gpus, mfu=0.4)
     coarse, fine = plan.stages
+    less = plan_of("xxl_256", "deepspeed.config=zero2_bf16_gradients", "precision=bf16", gpus=gpus, mfu=0.4)
     cells = [
         f"{gpus}",
         f"{256 // gpus}",
@@ -417,6 +428,8 @@ def documented_limit(gpus: int) -> str:
         f"{fine.compute_seconds * 1e3:.1f}",
         f"{fine.communication_seconds * 1e3:.1f}",
         *(f"{lever.time_cost:.3f}" for lever in plan.levers),
+        f"{less.stages[-1].communication_seconds * 1e3:.1f}",
+        f"{less.time_cost:.3f}",
     ]
     return f"| {' | '.join(cells)} |"
 
