@@ -44,6 +44,7 @@ BENCHMARKS = (
     Benchmark("saving", "how long a checkpoint pauses training, against DeepSpeed's own", 1),
     Benchmark("mfu", "whole steps in a bare loop and in the engine, compiled and with CUDA graphs", 4, gpu_minutes=8),
     Benchmark("attention", "kernels of causal attention for 4 to 576 positions", 2, gpu_minutes=2),
+    Benchmark("network", "bytes that a step sends between nodes, against all-reduced gradients (as root)", 12),
     Benchmark("memory", "memory of a training process, measured and estimated", 4, gpu_minutes=6),
 )
 

@@ -470,7 +470,7 @@ def test_a_deepspeed_setting_that_contradicts_the_run_config_is_refused(tmp_path
     path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         engine_settings(config, stage, 2)
-    with pytest.raises(UserError, match="neither a file nor one of zero1, zero2, zero3"):
+    with pytest.raises(UserError, match="neither a file nor one of zero1, zero2, zero2_bf16_gradients, zero3"):
         read_settings("zero7")
 
 

@@ -162,7 +162,7 @@ def test_config_and_data_that_disagree_are_refused_on_all_ranks(pair, shards, tm
 
 def test_an_engine_setting_that_cannot_work_is_reported_before_anything_is_written(pair, shards, tmp_path):
     told = pair.run(error_of, tiny_config(shards, tmp_path / "run", deepspeed={"config": "zero7"}))
-    assert "deepspeed.config: zero7 is neither a file nor one of zero1, zero2, zero3" in told[0]
+    assert "deepspeed.config: zero7 is neither a file nor one of zero1, zero2, zero2_bf16_gradients, zero3" in told[0]
     assert not (tmp_path / "run").exists()
 
 
