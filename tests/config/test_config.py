@@ -433,7 +433,7 @@ def test_the_paper_recipe_is_the_default_of_every_key():
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_shipped_deepspeed_setting_is_filled_from_the_run_config(name):
-    assert f"zero{read_settings(name)['zero_optimization']['stage']}" == name
+    assert name.startswith(f"zero{read_settings(name)['zero_optimization']['stage']}")
     config = load_config("quickstart", overrides=[f"deepspeed.config={name}", "schedule.micro_batch_size=8"])
     settings = engine_settings(config, config.build_schedule(9000, 2).stages[0], 2)
     assert "auto" not in json.dumps(settings)
