@@ -121,7 +121,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "class with an escape sequence": (partial(class_named, "c\x1b[2J"), "has control characters or is no UTF-8"),
     "class tar with an escape sequence": (class_tar, "has control characters or is no UTF-8"),
     "class list that never ends": (partial(link, "classes.txt", "/dev/zero"), "classes.txt: no list of class names"),
-    "shard that is a pipe": (partial(fifo, "train-0.tar"), "Not a regular file"),
+    "shard that is a pipe": (partial(fifo, "train-0.tar"), "train-0.tar: not a plain file"),
     "class list that is a folder": (lambda folder: (tree(folder) / "list.txt").mkdir(), "no list of class names"),
     "huge cls": (
         shard(("x.png", PNG), ("x.cls", bytes(64 << 20)), compressed=True),
