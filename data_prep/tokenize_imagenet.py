@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.distributed.environment import choose_device, read_environment
 from npp_ds.errors import UserError
+from npp_ds.utils.logs import say
 
 if TYPE_CHECKING:
     from npp_ds.data.manifest import Manifest
@@ -121,20 +122,20 @@ def encode_images(options: argparse.Namespace) -> None:
     encoding = Encoding(source, load_tokenizer(options.tokenizer).to(settings.device), options.out, settings)
     if options.dry_run:
         if place.rank == 0:
-            say(f"{options.out}, not written: {estimate(encoding, place.world_size)}{remarks(source)}")
+            say_at_the_end(f"{options.out}, not written: {estimate(encoding, place.world_size)}{remarks(source)}")
         return
     encoded = encoding.run(place.rank, place.world_size)
     manifest = encoding.finish()
     if manifest is not None:
         report(manifest, source, options.out, encoded, time.monotonic() - started)
     else:
-        say(f"process {place.rank} is done ({encoded} images); others are still encoding")
+        say_at_the_end(f"process {place.rank} is done ({encoded} images); others are still encoding")
 
 
-def say(text: str) -> None:
+def say_at_the_end(text: str) -> None:
     """Print a line. The work is done by then, so a reader that has gone away or a full disk there is no failure."""
     try:
-        print(text, flush=True)
+        say(text)
     except OSError:
         sys.stdout = None  # type: ignore[assignment]  # or Python would try again when it ends
 
@@ -155,7 +156,7 @@ def report(manifest: "Manifest", source: "Source", out: Path, encoded: int, seco
     from npp_ds.tokenizer.contents import compare_sizes
 
     size = compare_sizes(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
-    say(
+    say_at_the_end(
         f"{out}: {manifest.num_samples} images x {manifest.num_crops} crops x {manifest.num_tokens} codes in "
         f"{len(manifest.shards)} shards, {size}; {len(manifest.skipped)} images skipped; "
         + (

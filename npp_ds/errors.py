@@ -15,7 +15,11 @@ _OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG),
     *(errno.EMFILE, errno.ENFILE, errno.EADDRINUSE, errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EHOSTUNREACH),
 }  # what an OSError that names no file may stand for; any other one is a programming error
-_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory")  # in messages of torch's RuntimeError
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+)  # in messages of torch's RuntimeError
 _CONNECTION_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 
 

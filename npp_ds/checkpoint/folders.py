@@ -17,11 +17,11 @@ from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from npp_ds.errors import UserError
-from npp_ds.utils.files import read_json, sha256, write_json_atomic
+from npp_ds.utils.files import plain_name, read_json, sha256, write_json_atomic
 
 RECORD = "COMPLETE.json"
 FORMAT = 3
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
-_FileName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # without a folder
+_FileName = Annotated[str, AfterValidator(plain_name)]
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))

@@ -27,7 +27,7 @@ from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.utils.files import parse_json, read_json, sha256
+from npp_ds.utils.files import parse_json, plain_name, read_json, sha256
 from npp_ds.utils.hub import CONFIG_FILE, WEIGHTS_FILE
 
 STATES = {"raw": MASTER, "ema": "ema"}  # the state of a checkpoint that holds each variant of the weights
@@ -261,13 +261,7 @@ def _printable(text: str) -> str:
     return text
 
 
-def _plain(text: str) -> str:
-    if text in (".", "..") or "/" in text or "\\" in text:
-        raise ValueError("found a path, expected a plain name")
-    return _printable(text)
-
-
-_Name = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_plain)]
+_Name = Annotated[str, AfterValidator(plain_name)]
 _ClassName = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
 
 

@@ -109,7 +109,11 @@ class Manifest(_Record):
             raise ValueError("a crop name is listed twice")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class_names for num_classes {self.num_classes}")
-        for name, value in chain.from_iterable(record.items() for record in (self.source, *self.skipped)):
+        counts = self.source.get("passed_over", {})
+        if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+            raise ValueError(f"passed_over is {counts!r:.40}, expected a number of files for each reason")
+        others = {name: value for name, value in self.source.items() if name != "passed_over"}
+        for name, value in chain.from_iterable(record.items() for record in (others, *self.skipped)):
             if isinstance(value, list | dict) or (name in ("images", "bytes") and not isinstance(value, int)):
                 raise ValueError(f"{name} is {value!r:.40}, expected an integer, or a text if it is no count")
         return self

@@ -99,6 +99,8 @@ def _address(source: str, file: str) -> str:
             f"{source}: found in a file, expected on the command line, because it runs a command; if you trust it, "
             "give it there, as in data.train='pipe:..' or --data 'pipe:..'."
         )
+    if not source.startswith("pipe:") and re.search(r"['\"\\\s]", source):  # webdataset 0.2 gives URLs to a shell
+        raise UserError(f"{source}: found a quote, backslash or space, expected it as %27, %22, %5C or %20 in a URL.")
     if "{file}" in source:
         return source.replace("{file}", file)
     if source.startswith("pipe:"):

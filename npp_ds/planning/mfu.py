@@ -12,6 +12,7 @@ import npp_ds
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.sizes import SIZES, parameter_count
+from npp_ds.utils.files import read_small
 from npp_ds.utils.gpu_specs import GPU, GPUS
 
 ASSUMED_MFU = 0.4
@@ -110,7 +111,7 @@ def read_measured(path: Path, gpu: str, size: str | None, way: str) -> dict[int,
 
 def _read_results(path: Path) -> _Results:
     try:
-        return _Results.model_validate_json(path.read_bytes())
+        return _Results.model_validate_json(read_small(path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

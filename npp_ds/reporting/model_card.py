@@ -11,6 +11,7 @@ from npp_ds.config.schedule import Schedule
 from npp_ds.reporting.summary import STAGE_COLUMNS, RunSummary, result_rows, stage_rows, summarize
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
 from npp_ds.training.metrics import events_named, read_events, stages_begun
+from npp_ds.utils.files import read_json
 
 SECTIONS = ("model", "schedule", "optimizer", "precision", "seed")
 """What the card shows of a run's config: all that describes the training, and no path."""
@@ -33,7 +34,7 @@ def model_card(weights: Weights, folder: str, has_tokenizer: bool) -> dict[str, 
         has_tokenizer=has_tokenizer,
         has_samples=bool(pictures),
         classes=json.dumps(list(weights.class_names[:2]) or [0, 1], ensure_ascii=False),
-        cfg_scale=json.loads(newest.read_text())["cfg_scale"] if newest else (2 if weights.has_null_class else 1),
+        cfg_scale=read_json(newest)["cfg_scale"] if newest else (2 if weights.has_null_class else 1),
         summary=summary,
         columns=STAGE_COLUMNS,
         rows=stage_rows(summary) if summary else (),
@@ -59,7 +60,7 @@ def _summary(weights: Weights, run_dir: Path) -> RunSummary | None:
     schedule, model = Schedule(tuple(stages_begun(events))), weights.model
     ended = bool(events_named(events, "end"))
     evaluated = newest_record(run_dir / "samples", "evaluation.json")
-    evaluation = json.loads(evaluated.read_text()) if evaluated else None
+    evaluation = read_json(evaluated) if evaluated else None
     return summarize(
         weights.name,
         events,

@@ -19,6 +19,7 @@ from npp_ds.errors import UserError
 from npp_ds.training.lease import Owner
 from npp_ds.training.metrics import Event, events_named, planned_stages, read_events
 from npp_ds.training.throughput import StepCosts, step_flops
+from npp_ds.utils.files import read_object, read_small
 from npp_ds.utils.format import format_duration
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _status(run: Path) -> RunStatus:
     config = load_config(file=run / "config.yaml")
     path = run / "metrics.jsonl"
     events = read_events(path, warn=False) if path.is_file() else []
-    environment = _environment(run)
+    environment = read_object(run / "environment.json")
     lines = events_named(events, "train")
     last: Event = lines[-1] if lines else {}
     stages = _stages(config, events, environment)
@@ -147,14 +148,6 @@ def _status(run: Path) -> RunStatus:
     )
 
 
-def _environment(run: Path) -> dict[str, Any]:
-    """Return the content of environment.json; {} if it is missing or damaged."""
-    with suppress(OSError, ValueError):
-        found = json.loads((run / "environment.json").read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
 def _stages(config: RunConfig, events: list[Event], environment: dict[str, Any]) -> list[Stage]:
     images = environment.get("training_images")
     if images is None and (manifest := available_manifest(config.data.train, config.data.cache_dir)):
@@ -185,7 +178,7 @@ def _state(
     Ages compare with the clock of this machine, except for silence: there both times are of one file system.
     """
     lease, metrics, stacks = (_modified(run / name) for name in ("lease.json", "metrics.jsonl", "stalled.txt"))
-    owner = Owner.from_json((run / "lease.json").read_bytes()) if lease else None
+    owner = Owner.from_json(read_small(run / "lease.json")) if lease else None
     if owner and _lives(owner, time.time() - lease):
         between = config.logging.every * costs.seconds_per_step(last["stage"]) if costs else 0.0
         is_silent = lease - metrics > max(config.watch.stall_seconds or 900.0, 3 * between)

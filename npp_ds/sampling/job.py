@@ -4,7 +4,6 @@ A part is a fixed range of the images, batches never cross parts, and the reques
 the images depend neither on the number of processes nor on interruptions. Processes share only the output folder.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +24,10 @@ from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, wri
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.utils.files import write_atomic, write_json_atomic
+from npp_ds.utils.files import read_json, write_atomic, write_json_atomic
 from npp_ds.utils.format import utc_now
 from npp_ds.utils.locks import locked
-from npp_ds.utils.records import differences, git_commit
+from npp_ds.utils.records import check_same_settings, git_commit
 
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
@@ -129,7 +128,7 @@ class Sampling:
                 for leftover in self.out.glob(".*.tmp"):
                     leftover.unlink(missing_ok=True)
                 shutil.rmtree(self.work, ignore_errors=True)
-        return json.loads((self.out / RECORD_FILE).read_text())
+        return read_json(self.out / RECORD_FILE)
 
     @cached_property
     def model(self) -> Transformer:
@@ -199,8 +198,8 @@ class Sampling:
 
     def _is_intact(self, part: int) -> bool:
         """Return whether the file of a part exists, whoever wrote it, and has the right shape."""
-        if part in self._intact and self._file(part).is_file():
-            return True
+        if part in self._intact or not self._file(part).is_file():
+            return self._file(part).is_file()
         try:
             images = np.load(self._file(part), mmap_mode="r")
         except (OSError, ValueError, EOFError):
@@ -214,25 +213,7 @@ class Sampling:
 
     def _check_folder(self) -> None:
         """Raise UserError if the folder holds samples, finished or not, that were made with other settings."""
-        for file in (self.work / SETTINGS_FILE, self.out / RECORD_FILE):
-            try:
-                found = json.loads(file.read_text())
-                if not isinstance(found, dict):
-                    raise ValueError(f"found {str(found)[:40]!r}, expected settings")
-            except FileNotFoundError:
-                continue
-            except NotADirectoryError:
-                raise UserError(f"{self.out}: found a file, expected a folder; name another one with --out") from None
-            except OSError as error:
-                raise UserError(f"{file}: {error.strerror}; fix that, or name another folder with --out") from None
-            except ValueError as error:
-                raise UserError(f"{file}: damaged ({error}); remove {self.out} and rerun the same command") from None
-            wanted = self._settings() if file.parent == self.work else self.identity
-            if different := list(differences({name: found[name] for name in wanted if name in found}, wanted)):
-                raise UserError(
-                    f"{self.out}: holds samples of other settings ({'; '.join(different)}); choose another folder with "
-                    "--out, or remove that one"
-                )
-            return
-        if (self.out / SAMPLES_FILE).exists():
+        files = (self.work / SETTINGS_FILE, self.out / RECORD_FILE)
+        found = check_same_settings(self.out, files, self._settings(), "samples")
+        if not found and (self.out / SAMPLES_FILE).exists():
             raise UserError(f"{self.out}: holds {SAMPLES_FILE} but no record; choose another folder or remove that one")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from npp_ds.distributed.environment import processes_on_node
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, memory_advice
 from npp_ds.tokenizer.crops import square_sides, windows
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, tasks_of
 from npp_ds.tokenizer.images import ImageItem
 from npp_ds.tokenizer.vq import HALF_TYPES, VQConfig, VQModel, to_input
-from npp_ds.utils.memory import explain_out_of_memory, free_memory
+from npp_ds.utils.memory import free_memory
 
 MOST_CROPS = 256
 LIVE_TENSORS = 7
@@ -61,7 +61,7 @@ class BatchEncoder:
         self.device = torch.device(device)
         self.windows = windows(image_size, scheme, ranges)
         self.images = max(1, crops_per_batch // len(self.windows))
-        with self._explain_out_of_memory():
+        with self._memory_advice():
             self._allocate()
 
     def _allocate(self) -> None:
@@ -77,10 +77,10 @@ class BatchEncoder:
             for _ in range(2)
         )
 
-    def _explain_out_of_memory(self) -> AbstractContextManager[None]:
-        return explain_out_of_memory(
-            f"{self.device}: out of memory with {self.images * len(self.windows)} crops of {self.image_size} pixels at "
-            "once; lower --batch-size, for a set that was begun with this one with another --out"
+    def _memory_advice(self) -> AbstractContextManager[None]:
+        return memory_advice(
+            f"{self.device} encodes {self.images * len(self.windows)} crops of {self.image_size} pixels at once; lower "
+            "--batch-size, for a set that was begun with this one with another --out"
         )
 
     def pack(self, results: Iterable[Decoded]) -> Iterator[tuple[list[ImageItem], Squares]]:
@@ -108,7 +108,7 @@ class BatchEncoder:
 
     def encode(self, squares: Squares) -> Tensor:
         """Return codes int64 [images, crops, tokens] of a batch on the device, which may still be computing them."""
-        with self._explain_out_of_memory():
+        with self._memory_advice():
             staged = [torch.from_numpy(s).to(self.device, non_blocking=True) for s in squares]
             plain = [to_input(s, out) for s, out in zip(staged, self._floats, strict=True)]
             mirrored = [s.flip(-1) for s in plain] if any(w.mirrored for w in self.windows) else []

@@ -25,7 +25,7 @@ from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_
 from npp_ds.tokenizer.images import ImageItem
 from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
-from npp_ds.utils.files import sha256, write_json_atomic, write_text_atomic
+from npp_ds.utils.files import read_json, read_small, sha256, write_json_atomic, write_text_atomic
 from npp_ds.utils.locks import locked
 from npp_ds.utils.logs import ANY_RANK
 from npp_ds.utils.progress import Progress
@@ -223,7 +223,7 @@ class Encoding:
             return None
         path = self.work / AGREEMENT_FILE
         if path.is_file():
-            return CodeAgreement.model_validate_json(path.read_text())
+            return CodeAgreement.model_validate_json(read_small(path))
         if (earlier := self._earlier()) and earlier.tokenizer.agreement:
             return earlier.tokenizer.agreement
         agreement = self._measure_agreement()
@@ -252,7 +252,7 @@ class Encoding:
         """Read the record of a finished shard: from the work folder, or from the manifest once there is one."""
         name = self._name(shard)
         try:
-            record = json.loads((self.work / f"{name}.json").read_text())
+            record = read_json(self.work / f"{name}.json")
             return FinishedShard(ShardInfo(**record["info"]), record["skipped"])
         except FileNotFoundError:
             earlier = self._earlier()
@@ -369,7 +369,7 @@ def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         return {**settings, "crops": dict(settings["crops"])}
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error}); remove {path.parent.parent} and rerun the same command") from None

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.listing import formats, open_plain
+from npp_ds.tokenizer.listing import formats
+from npp_ds.utils.files import open_regular
 
 MAX_SIDE = 20_000
 """Longest side in pixels of an image that is scaled to a short side of 256. Larger ones are damaged and fill memory."""
@@ -92,7 +93,7 @@ class ImageReader:
 
 def open_decompressed(path: str | Path) -> BinaryIO:
     """Open a file for reading; one whose name ends in .gz is decompressed. Raises OSError for a pipe or a device."""
-    file = open_plain(path)
+    file = open_regular(path)
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if str(path).endswith(".gz") else file
 
 

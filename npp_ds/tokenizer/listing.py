@@ -6,18 +6,16 @@ All other files are passed over and counted by reason. Needs no torch.
 import logging
 import os
 import re
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image, features
 
 from npp_ds.errors import UserError
-from npp_ds.utils.files import explain_os_errors
+from npp_ds.utils.files import explain_os_errors, open_regular, read_small
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,6 @@ WORDNET_ID = re.compile(r"n\d{8}")
 HIDDEN = "hidden or left by a system"
 PREFIX_BYTES = 32
 MOST_REASONS = 20
-MOST_BYTES_OF_A_LIST = 64 << 20
 
 PassedOver = Counter[str]
 """Number of files or folders that were passed over, by reason."""
@@ -113,16 +110,9 @@ def _begins_like_image(prefix: bytes) -> bool:
     return bool(prefix) and any(accept(prefix.ljust(PREFIX_BYTES, b"\0")) for accept in accepts)
 
 
-def open_plain(path: str | Path) -> BinaryIO:
-    """Open a file for reading. Raises OSError as `open` does, and for a pipe or a device, which may have no end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path}: not a plain file")
-    return open(path, "rb")
-
-
 def _is_image_file(entry: os.DirEntry, passed_over: PassedOver) -> bool:
     def prefix() -> bytes:
-        with open_plain(entry.path) as file:
+        with open_regular(entry.path) as file:
             return file.read(PREFIX_BYTES)
 
     try:
@@ -227,8 +217,7 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 def _lines(path: str | Path) -> list[str]:
     try:
-        with open_plain(path) as file:
-            lines = file.read(MOST_BYTES_OF_A_LIST).decode("utf-8-sig").splitlines()
+        lines = read_small(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no list of class names ({error})") from error
     lines = [line.strip().replace("\t", " ") for line in lines if line.strip()]

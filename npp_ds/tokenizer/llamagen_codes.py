@@ -4,7 +4,7 @@ Image i is `<codes>/<i>.npy`, integers [1, crops, tokens], and `<labels>/<i>.npy
 kept when an import resumes, and the manifest is written last.
 """
 
-import json
+import io
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ from npp_ds.data.manifest import MANIFEST_NAME, CropInfo, Manifest, ShardInfo, T
 from npp_ds.data.shards import ShardWriter, check_file, shard_name
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import crop_names
-from npp_ds.utils.files import explain_os_errors, write_json_atomic
+from npp_ds.utils.files import explain_os_errors, read_small, write_json_atomic
 from npp_ds.utils.locks import locked
 from npp_ds.utils.progress import Progress
-from npp_ds.utils.records import differences
+from npp_ds.utils.records import check_same_settings
 
 WORK_FOLDER, SETTINGS_FILE, LOCK_FILE = ".unfinished", "settings.json", "lock"
 READERS = 16  # threads, since the time goes into opening small files
@@ -101,9 +101,9 @@ class CodeFolders:
 
         It does so to give each process as many images; the published training ignores these files.
         """
-        first = _file(folder, 0).read_bytes()
+        first = _bytes(folder, 0)
         for start in range(max(count - MOST_PADDING, 1), count):
-            same = _file(folder, start).read_bytes() == first
+            same = _bytes(folder, start) == first
             if same and all(_bytes(folder, start + i) == _bytes(folder, i) for i in range(1, count - start)):
                 return count - start
         return 0
@@ -162,22 +162,10 @@ class _Import:
 
     def _check_folder(self) -> None:
         """Raise UserError if the folder holds shards of other settings."""
-        for file in (self.work / SETTINGS_FILE, self.out / MANIFEST_NAME):
-            try:
-                found = json.loads(file.read_text())
-                found = {name: found[name] for name in self.identity}
-            except FileNotFoundError:
-                continue
-            except NotADirectoryError:
-                raise UserError(f"{self.out}: found a file, expected a folder; name another one with --out") from None
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{file}: damaged; remove {self.out} and rerun the same command") from None
-            if different := list(differences(found, self.identity)):
-                raise UserError(
-                    f"{self.out}: made with other settings ({'; '.join(different)}); choose another folder or empty it"
-                )
-            return
-        if tars := sorted(self.out.glob("*.tar")):
+        files = (self.work / SETTINGS_FILE, self.out / MANIFEST_NAME)
+        if not check_same_settings(self.out, files, self.identity, "shards") and (
+            tars := sorted(self.out.glob("*.tar"))
+        ):
             raise UserError(f"{self.out}: holds {tars[0].name} but no manifest; choose another folder or empty it")
 
     def _shard(self, number: int, readers: ThreadPoolExecutor, progress: Progress) -> ShardInfo:
@@ -199,7 +187,7 @@ class _Import:
     def _finished(self, path: Path, record: Path) -> ShardInfo | None:
         """Return the record of a shard if its file has the recorded size and hash, else None."""
         try:
-            info = ShardInfo.model_validate_json(record.read_text())
+            info = ShardInfo.model_validate_json(read_small(record))
         except FileNotFoundError:
             if not (self.out / MANIFEST_NAME).is_file():
                 return None
@@ -244,7 +232,7 @@ def _file(folder: Path, image: int) -> Path:
 
 
 def _bytes(folder: Path, image: int) -> bytes:
-    return _file(folder, image).read_bytes()
+    return read_small(_file(folder, image))
 
 
 def _count(folder: Path) -> int:
@@ -268,8 +256,8 @@ def _count(folder: Path) -> int:
 
 def _load(path: Path) -> np.ndarray:
     try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = np.load(io.BytesIO(read_small(path)), allow_pickle=False)
+    except (OSError, ValueError, EOFError, TypeError, ArithmeticError, MemoryError) as error:
         raise UserError(f"{path}: unreadable ({error}); extract it again, or copy it again") from None
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
         kind = found.dtype if isinstance(found, np.ndarray) else "an archive"

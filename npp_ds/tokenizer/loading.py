@@ -19,7 +19,7 @@ from npp_ds.checkpoint.safetensors_io import (
 from npp_ds.data.coding import HasTokenizerId, TokenizerId, tokenizer_mismatch
 from npp_ds.errors import UserError, did_you_mean, similar_names
 from npp_ds.tokenizer.vq import METADATA_KEY, VQConfig, VQModel
-from npp_ds.utils.files import sha256, write_atomic
+from npp_ds.utils.files import parse_json, sha256, write_atomic
 from npp_ds.utils.hub import WEIGHTS_FILE
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -130,7 +130,7 @@ def _facts(path: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         origin = TokenizerId(**values["origin"]) if "origin" in values else None
         return {"config": VQConfig(**values["config"]), "origin": origin}
     except (ValueError, TypeError, KeyError) as error:

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from npp_ds.data.manifest import LARGEST_CLASS_COUNT
+from npp_ds.data.shards import LABEL_EXTENSION, LARGEST_MEMBER
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import crop
 from npp_ds.tokenizer.imagenet import VALIDATION_TAR, class_list_file, list_validation_tar
@@ -42,8 +44,7 @@ SHARD_SUFFIXES = (".tar", ".tar.gz")
 SHARD_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """Extensions of the images of shards, the preferred one first; others are taken where a sample has none of these."""
 SPLIT_NAMES = {"train", "val", "test", "validation"}
-MAX_CLASSES = 1_000_000
-MAX_LABEL_BYTES = 32
+MAX_LABEL_BYTES = LARGEST_MEMBER[LABEL_EXTENSION]
 
 
 @dataclass(frozen=True)
@@ -310,9 +311,15 @@ def _list_shard(path: Path, file: BinaryIO, passed_over: PassedOver) -> Iterator
         if image is None and label is None:
             passed_over["sample without image and label"] += 1
             continue
-        if not label or len(label) > MAX_LABEL_BYTES or not label.strip().isdigit() or int(label) >= MAX_CLASSES:
+        if (
+            not label
+            or len(label) > MAX_LABEL_BYTES
+            or not label.strip().isdigit()
+            or int(label) >= LARGEST_CLASS_COUNT
+        ):
             raise UserError(
-                f"{path}, {key}: cls is {label!r}, expected a label as text, below {MAX_CLASSES}, beside the image"
+                f"{path}, {key}: cls is {label!r}, expected a label as text, below {LARGEST_CLASS_COUNT}, beside the "
+                "image"
             )
         if image is None:
             found = ", ".join(fields)

@@ -16,28 +16,33 @@ from npp_ds.utils.files import open_regular, parse_json, write_text_atomic
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
+MOST_BYTES, MOST_BYTES_OF_A_LINE = 2 << 30, 1 << 20
 
 
 def read_events(path: str | Path, warn: bool = True) -> list[Event]:
     """Return the events of a metrics.jsonl, sorted by step and in file order within a step.
 
     `step` counts the optimizer steps done. A last line cut off by a kill is left out, and so is any other line that is
-    no event, with a warning if `warn`. Raises UserError for a missing file.
+    no event, with a warning if `warn`. Raises UserError for a missing file, and for one above MOST_BYTES.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the metrics of a run, as `npp train` writes them")
+    events, number = [], 0
     with open_regular(path) as file:
-        lines = file.read().split(b"\n")
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = parse_json(line or b"null")
-            if event is not None:
-                events.append({**event, "event": event["event"], "step": int(event["step"])})
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            if warn and number < len(lines):
-                logger.warning(f"{path}, line {number}: not an event as JSON: {line[:60]!r}; left out")
+        if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
+            raise UserError(f"{path}: {size:,} bytes, expected at most {MOST_BYTES:,}; restore it or move it away")
+        while line := file.readline(MOST_BYTES_OF_A_LINE):
+            number += 1
+            try:
+                event = parse_json(line.strip() or b"null")
+                if event is not None:
+                    events.append({**event, "event": event["event"], "step": int(event["step"])})
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                if warn and (line.endswith(b"\n") or len(line) == MOST_BYTES_OF_A_LINE):
+                    logger.warning(f"{path}, line {number}: not an event as JSON: {line[:60]!r}; left out")
+            while line and not line.endswith(b"\n"):  # the rest of a line that is too long
+                line = file.readline(MOST_BYTES_OF_A_LINE)
     return sorted(events, key=lambda event: event["step"])
 
 

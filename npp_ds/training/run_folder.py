@@ -1,6 +1,5 @@
 """The folder of a run: its settings, its environment, and the checkpoint that a start resumes from."""
 
-import json
 import logging
 import os
 import platform
@@ -21,7 +20,7 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.training.metrics import events_named, read_events
-from npp_ds.utils.files import write_json_atomic, write_text_atomic
+from npp_ds.utils.files import read_object, write_json_atomic, write_text_atomic
 from npp_ds.utils.format import utc_now
 from npp_ds.utils.records import git_commit
 
@@ -69,14 +68,14 @@ def count_start(run_dir: Path) -> None:
     """Add one to the `starts` in environment.json: those that trained, or were about to."""
     path = run_dir / "environment.json"
     with suppress(OSError):  # a full disk; the count is only for people
-        write_json_atomic(path, {**json.loads(path.read_bytes()), "starts": _starts(path) + 1})
+        write_json_atomic(path, {**read_object(path), "starts": _starts(path) + 1})
 
 
 def _starts(path: Path) -> int:
     """Return the starts counted so far; where an earlier version did not count them, a run with a log had one."""
     try:
-        return int(json.loads(path.read_bytes())["starts"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_object(path)["starts"])
+    except (ValueError, KeyError, TypeError):
         return int(path.with_name("metrics.jsonl").is_file())
 
 

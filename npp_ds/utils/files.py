@@ -53,9 +53,12 @@ def open_regular(path: str | Path, flags: int = 0) -> BinaryIO:
 
 def read_small(path: str | Path, limit: int = SMALL_FILE_BYTES) -> bytes:
     """Return the content of a regular file. Raises OSError as `open_regular` does, and if it exceeds `limit` bytes."""
+    content = b""
     with open_regular(path) as file:
-        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
-    if content is None or len(content) > limit:
+        size = os.fstat(file.fileno()).st_size
+        while max(size, len(content)) <= limit and (block := file.read(size or 1 << 16)):
+            content += block
+    if max(size, len(content)) > limit:
         raise OSError(errno.EFBIG, f"Larger than the {limit:,} bytes that such a file may have", str(path))
     return content
 
@@ -63,6 +66,14 @@ def read_small(path: str | Path, limit: int = SMALL_FILE_BYTES) -> bytes:
 def read_json(path: str | Path, limit: int = SMALL_FILE_BYTES) -> Any:
     """Return the value in a JSON file. Raises OSError as `read_small` does, ValueError as `parse_json` does."""
     return parse_json(read_small(path, limit))
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Return the JSON object in a file that is only for people; {} if it is missing, unreadable or damaged."""
+    with suppress(OSError, ValueError):
+        found = read_json(path)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -80,12 +91,13 @@ def _finite(text: str) -> float:
 
 
 def plain_name(name: str) -> str:
-    """Return `name` if it is that of a file in a folder: printable, not hidden, without separators.
+    """Return `name` if it is that of a file in a folder: printable, without separators, 1 to 255 bytes.
 
-    Raises ValueError for any other text, such as "../x". Names that a file lists must pass this before they are opened.
+    Raises ValueError for any other text, such as "../x". Names from files must pass this before they enter a path.
     """
-    if not name.isprintable() or not 0 < len(name.encode()) <= 255 or name.startswith(".") or {"/", "\\"} & set(name):
-        raise ValueError("expected a plain file name: printable, without '/' and '\\', not beginning with '.'")
+    bad = name in (".", "..") or {"/", "\\"} & set(name) or not name.isprintable()
+    if bad or not 0 < len(name.encode()) <= 255:
+        raise ValueError("expected a plain file name: printable, at most 255 bytes, without '/' and '\\'")
     return name
 
 

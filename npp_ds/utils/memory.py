@@ -1,10 +1,7 @@
-"""The free memory of a device, and what is said when it runs out."""
+"""The free memory of a device."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from npp_ds.errors import UserError
 
 CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -34,22 +31,3 @@ def _left_in_groups() -> Iterator[int]:
                 yield max(0, int(text) - int(used.read_text()))
             if folder == base:
                 break
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device or the machine had no memory for a tensor or an array."""
-    texts = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
-
-
-@contextmanager
-def explain_out_of_memory(text: str) -> Iterator[None]:
-    """Turn an error of the block for want of memory into a UserError with `text`."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(text) from None

@@ -1,9 +1,12 @@
 """What results record about their origin: the source commit, and how settings differ from those of an earlier start."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
+
+from npp_ds.errors import UserError
+from npp_ds.utils.files import read_json
 
 
 def git_commit() -> str | None:
@@ -35,6 +38,32 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
             yield f"{prefix}{name}: it has {_shortened(left, right)}, asked for {_shortened(right, left)}"
         elif left != right:
             yield f"{prefix}{name}: it has {left!r}, asked for {right!r}"
+
+
+def check_same_settings(out: Path, files: Sequence[Path], wanted: dict[str, Any], what: str) -> bool:
+    """Return whether one of the JSON `files` in `out` exists: the settings of an earlier start that made `what` there.
+
+    Raises UserError if they differ from the `wanted` ones, or are damaged.
+    """
+    for file in files:
+        try:
+            if not isinstance(found := read_json(file), dict):
+                raise ValueError(f"found {str(found)[:40]!r}, expected settings")
+        except FileNotFoundError:
+            continue
+        except NotADirectoryError:
+            raise UserError(f"{out}: found a file, expected a folder; name another one with --out") from None
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}; fix that, or name another folder with --out") from None
+        except ValueError as error:
+            raise UserError(f"{file}: damaged ({error}); remove {out} and rerun the same command") from None
+        if different := list(differences({name: found[name] for name in wanted if name in found}, wanted)):
+            raise UserError(
+                f"{out}: holds {what} of other settings ({'; '.join(different)}); choose another folder with --out, or "
+                "remove that one"
+            )
+        return True
+    return False
 
 
 def _are_sections(value: Any) -> TypeGuard[list[dict]]:

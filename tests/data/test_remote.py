@@ -334,6 +334,12 @@ def test_command_that_fails_is_named_with_its_exit_code(tmp_path, monkeypatch):
         stage("pipe:cat /data", tmp_path / "cache")
 
 
+@pytest.mark.parametrize("url", ["gs://x/'; touch log; '", "scp://x/a b", "https://x/\\{file}", "hf://x/\n"])
+def test_url_that_a_shell_would_read_as_more_than_a_word_is_refused(url, tmp_path):
+    with pytest.raises(UserError, match="expected it as %27"):
+        stage(url, tmp_path / "cache")
+
+
 def test_what_fsspec_opens_is_staged(tmp_path):
     import fsspec
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from commands import assert_printable, assert_refused, run_limited
 
 from forks import run_forked, run_main
@@ -81,6 +82,13 @@ def recorded(**changes: Any) -> Change:
     return change
 
 
+def command(path: Path) -> None:
+    """A held-out set that comes out of a command, which would write a report."""
+    config = yaml.safe_load(path.read_text())
+    config["data"]["val"] = f"pipe:touch {path.parent}/report.html; cat {{file}}"
+    path.write_text(yaml.safe_dump(config))
+
+
 def aliases(path: Path) -> None:
     lines = [f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(12)]
     path.write_text("\n".join([path.read_text(), "a0: &a0 [x]", *lines]))
@@ -109,6 +117,8 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
     "a step that is text": ("export", recorded(step="120"), RECORD_FILE, "step: Input should be a valid integer"),
     "a stage that the run lacks": ("export", recorded(stage=7), RECORD_FILE, "stage 7 of 2"),
     "shapes of another model": ("export", recorded(shapes={"x": [1 << 50]}), RECORD_FILE, "not the weights of"),
+    "a command for data.val": ("likelihood", command, "config.yaml", "found in a file, expected on the command line"),
+    "terabytes of metrics.jsonl": ("report", terabytes, "metrics.jsonl", "expected at most 2,147,483,648; restore it"),
     "a FIFO for a rank's file": ("export", fifo, RANK_FILE, "missing, or no regular file"),
     "a device for a rank's file": ("export", device, RANK_FILE, "missing, or no regular file"),
 }  # fmt: skip
@@ -127,7 +137,7 @@ def test_bad_run_folders_are_refused(run, tmp_path, case):
     "line",
     [
         b'{"event": "train", "step": 6, "loss": "\xff"}', b'{"event": "train", "step": 1e400}', b"[" * 99_999,
-        json.dumps(TRAIN).replace("5.0", "1e400").encode(), b'{"event": "\33[2J", "step": "x"}',
+        json.dumps(TRAIN).replace("5.0", "1e400").encode(), b'{"event": "\33[2J", "step": "x"}', b"[" * (3 << 20),
     ],
 )  # fmt: skip
 def test_a_line_that_is_no_event_is_left_out_of_a_report(run, line):

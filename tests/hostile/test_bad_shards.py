@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -163,6 +165,7 @@ def sparse(path: Path) -> None:
 PLAIN = "expected a plain file name"
 SETS = {
     "deep JSON": (put("manifest.json", b"[" * 100_000), "not valid JSON (nested too deeply)"),
+    "passed over without counts": (change(source={"passed_over": {"x": [1]}}), "passed_over is {'x': [1]}, expected a"),
     "nested source": (change(source={"kind": [[[]]]}), "kind is [[[]]], expected"),
     "no UTF-8": (put("manifest.json", b'{"a": "\xff"}'), "not valid JSON"),
     "1e400": (put("manifest.json", b'{"a": 1e400}'), "not valid JSON (number 1e400 out of range)"),
@@ -178,7 +181,6 @@ SETS = {
     "shard is a loop": (replaced(SHARD, loop), f"{SHARD}: Too many levels of symbolic links"),
     "shard of another folder": (rename("../x.tar"), PLAIN),
     "absolute shard": (rename("/etc/x.tar"), PLAIN),
-    "hidden shard": (rename(".x.tar"), PLAIN),
     "NUL in a shard's name": (rename("a\0.tar"), PLAIN),
     "escape in a shard's name": (rename("\x1b[2J.tar"), PLAIN),
     "line break in a shard's name": (rename("a\nerror: b.tar"), PLAIN),
@@ -212,6 +214,16 @@ def test_command_in_a_config_file_is_run_only_if_the_command_line_repeats_it(tmp
     done = run_limited("doctor", "--config", file, f"data.train={command}", seconds=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "manifest.json" in (tmp_path / "log").read_text()
+
+
+def test_a_class_beyond_ascii_is_printed_escaped_by_a_fresh_process(tmp_path):
+    write_set(tmp_path, 5)
+    change(class_names=[*"abcdefghi", "ü"])(tmp_path)
+    line = [sys.executable, "-m", "npp_ds", "shards", "show", tmp_path]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert "\\xfc     9  " in done.stdout and "which is not available" in done.stderr, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_picture_that_cannot_be_written_is_reported_before_the_set_is_read(tmp_path):

@@ -221,7 +221,7 @@ def test_the_batch_size_fits_the_free_memory_and_a_set_keeps_its_own(
     monkeypatch.setattr(VQModel, "encode", encode)
     code, stderr = command(*arguments(image_shards, tmp_path / "full", tokenizer_file))
     assert (code, len(stderr.splitlines())) == (2, 1)
-    assert "cpu: out of memory with 10 crops of 32 pixels at once; lower --batch-size" in stderr
+    assert "; cpu encodes 10 crops of 32 pixels at once; lower --batch-size" in stderr
 
 
 @pytest.fixture

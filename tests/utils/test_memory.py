@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from npp_ds.errors import UserError
-from npp_ds.utils.memory import explain_out_of_memory, free_memory
+from npp_ds.errors import UserError, memory_advice
+from npp_ds.utils.memory import free_memory
 
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 V2 = ("memory.max", "memory.current")
@@ -32,10 +32,16 @@ def test_the_tightest_limit_of_the_control_groups_counts(groups, files, expected
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("... can't allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("... can't allocate memory"),
+    ],
 )
 def test_out_of_memory_is_a_user_error_and_other_errors_are_not(error):
-    with pytest.raises(UserError, match="lower x"), explain_out_of_memory("lower x"):
+    with pytest.raises(UserError, match=r"^out of memory: .*; lower x$"), memory_advice("lower x"):
         raise error
-    with pytest.raises(RuntimeError, match="shape"), explain_out_of_memory("lower x"):
+    with pytest.raises(RuntimeError, match="shape"), memory_advice("lower x"):
         raise RuntimeError("shape")
