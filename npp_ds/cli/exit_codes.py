@@ -40,8 +40,6 @@ def exit_code_of(action: Callable[[], object]) -> int:
         if process.world_size > 1:
             who = f"rank {process.rank}, host {host_name()}"
         show_logs(process.rank, to_stderr=True)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is printed escaped
-            sys.stdout.reconfigure(errors="backslashreplace")
         action()
     except Exception as error:
         if isinstance(error, BrokenPipeError) and error.filename is None:  # nobody reads what is printed, as in | head
