@@ -1,6 +1,5 @@
 """What the folder of a run holds, read for its report: settings, environment, events, stages, evaluations, pictures."""
 
-import json
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,8 @@ from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
-from npp_ds.training.metrics import Event, events_named, read_events, stages_begun
+from npp_ds.training.metrics import Event, events_named, read_events, recorded_environment, stages_begun
+from npp_ds.utils.files import read_json
 
 PLOT_FILE, PAGE_FILE, LIKELIHOOD_PLOT = "training.png", "report.html", "likelihood.png"
 
@@ -92,15 +92,7 @@ class RunData:
 def newest_evaluation(run_dir: Path) -> tuple[dict[str, Any], Path] | None:
     """Return the content of the newest <run_dir>/samples/*/evaluation.json and its folder, or None."""
     found = newest_record(run_dir / "samples", "evaluation.json")
-    return (json.loads(found.read_text()), found.parent) if found else None
-
-
-def _read_environment(path: Path) -> dict[str, Any]:
-    """Return what the last start recorded; earlier versions recorded less, and a copied folder may lack the file."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return (read_json(found), found.parent) if found else None
 
 
 def read_run(run_dir: str | Path) -> RunData:
@@ -115,7 +107,7 @@ def read_run(run_dir: str | Path) -> RunData:
     return RunData(
         folder=folder,
         config=config,
-        environment=_read_environment(folder / "environment.json"),
+        environment=recorded_environment(folder),
         events=events,
         manifest=available_manifest(config.data.train, config.data.cache_dir),
         evaluation=evaluation[0] if evaluation else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.images import ImageItem
-from npp_ds.utils.files import tar_members
+from npp_ds.utils.files import open_regular, read_small, tar_members
 
 CLASS_LIST = Path(__file__).parent.parent / "assets" / "imagenet_classes.txt"
 """One line "<WordNet id> <name>" per class, in label order; `npp_ds/assets/README.md` says where it is from."""
@@ -35,7 +35,7 @@ def list_validation_tar(path: Path, labels: Path) -> tuple[list[ImageItem], list
     `labels` is a file of one of the usual formats. Raises UserError for another file, or if it lacks an image.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             members = [m for m in tar_members(file) if m.isreg()]
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: damaged, or no tar file ({error}); fetch it again") from error
@@ -56,7 +56,7 @@ def list_validation_tar(path: Path, labels: Path) -> tuple[list[ImageItem], list
 def _ids_of_images(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the WordNet id of each image, whatever the format of the file."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in read_small(path).decode().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no file of labels ({error}); expected {_FORMATS}") from None
     pairs = [(_IMAGE.search(line), _WORDNET_ID.search(line), line.split()[-1]) for line in lines]
