@@ -64,7 +64,7 @@ def _export_hub(opened: "Weights", out: Path, dtype: str, force: bool, tokenizer
         if tokenizer is not None:
             raise
         decoder = None
-        warn(f"WARNING: {out} will hold no tokenizer ({error})")
+        warn(f"{out} will hold no tokenizer ({error})")
     save = decoder.save_pretrained if decoder else None
     files = model_card(opened, out.name, decoder is not None)
     export_hub(opened, out, dtype=dtype, force=force, save_tokenizer=save, files=files)
@@ -175,11 +175,12 @@ def import_llamagen(
     )
     folders = CodeFolders([codes, *([more_codes] if more_codes else [])], labels)
     manifest = import_codes(folders, settings, out)
-    print(f"{out}: {manifest.num_samples:,} images, {manifest.num_crops} crops each, {len(manifest.shards)} shards")
+    of_each, shards_ = counted(manifest.num_crops, "crop"), counted(len(manifest.shards), "shard")
+    say(f"{out}: {counted(manifest.num_samples, 'image')}, {of_each} each, {shards_}")
     if folders.repeated:
-        print(f"{folders.repeated} files at the end repeat the first ones and were left out")
+        say(f"{counted(folders.repeated, 'file')} at the end, equal to the first ones, left out")
     if not sha256:
-        warn("WARNING: which tokenizer made these codes is not recorded; give its file with --tokenizer to record it")
+        warn("which tokenizer made these codes is not recorded; give its file with --tokenizer to record it")
 
 
 @shards.command()

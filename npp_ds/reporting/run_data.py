@@ -13,8 +13,8 @@ from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
-from npp_ds.training.metrics import Event, events_named, read_events, stages_begun
-from npp_ds.utils.files import read_json, read_object
+from npp_ds.training.metrics import Event, events_named, read_events, recorded_environment, stages_begun
+from npp_ds.utils.files import read_json
 
 PLOT_FILE, PAGE_FILE, LIKELIHOOD_PLOT = "training.png", "report.html", "likelihood.png"
 
@@ -107,7 +107,7 @@ def read_run(run_dir: str | Path) -> RunData:
     return RunData(
         folder=folder,
         config=config,
-        environment=read_object(folder / "environment.json"),
+        environment=recorded_environment(folder),
         events=events,
         manifest=available_manifest(config.data.train, config.data.cache_dir),
         evaluation=evaluation[0] if evaluation else None,

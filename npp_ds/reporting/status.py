@@ -16,11 +16,12 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
-from npp_ds.training.lease import Owner
-from npp_ds.training.metrics import Event, events_named, planned_stages, read_events
+from npp_ds.training.lease import LEASE_BYTES, SLOWEST_HEARTBEAT, Owner
+from npp_ds.training.metrics import Event, events_named, planned_stages, read_events, recorded_environment
 from npp_ds.training.throughput import StepCosts, step_flops
-from npp_ds.utils.files import read_object, read_small
-from npp_ds.utils.format import format_duration
+from npp_ds.utils.files import read_small
+from npp_ds.utils.format import counted, format_duration
+from npp_ds.utils.tables import plain_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -100,7 +101,7 @@ def _status(run: Path) -> RunStatus:
     config = load_config(file=run / "config.yaml")
     path = run / "metrics.jsonl"
     events = read_events(path, warn=False) if path.is_file() else []
-    environment = read_object(run / "environment.json")
+    environment = recorded_environment(run)
     lines = events_named(events, "train")
     last: Event = lines[-1] if lines else {}
     stages = _stages(config, events, environment)
@@ -178,7 +179,7 @@ def _state(
     Ages compare with the clock of this machine, except for silence: there both times are of one file system.
     """
     lease, metrics, stacks = (_modified(run / name) for name in ("lease.json", "metrics.jsonl", "stalled.txt"))
-    owner = Owner.from_json(read_small(run / "lease.json")) if lease else None
+    owner = Owner.from_json(read_small(run / "lease.json", LEASE_BYTES)) if lease else None
     if owner and _lives(owner, time.time() - lease):
         between = config.logging.every * costs.seconds_per_step(last["stage"]) if costs else 0.0
         is_silent = lease - metrics > max(config.watch.stall_seconds or 900.0, 3 * between)
@@ -191,7 +192,7 @@ def _state(
 def _lives(owner: Owner, age: float) -> bool:
     """Return whether a start has not ended, as far as the lease shows that it wrote `age` seconds ago."""
     is_over = owner.released or owner.is_dead_here(socket.gethostname())
-    return not is_over and age <= max(PATIENCE_SECONDS, 6 * owner.heartbeat_seconds)
+    return not is_over and age <= max(PATIENCE_SECONDS, 6 * min(owner.heartbeat_seconds, SLOWEST_HEARTBEAT))
 
 
 def _modified(path: Path) -> float:
@@ -236,12 +237,12 @@ def _rows(s: RunStatus) -> list[tuple[str, str]]:
         rows.append(("speed", f"{s.images_per_second:,.0f} images/s{mfu}{wait}"))
     if s.flops and s.next_token_flops and s.saved_share is not None:
         spent = f"{s.flops:.3g} FLOPs in {format_duration(s.elapsed_seconds)}"
-        spent += f" on {s.processes} process{'' if s.processes == 1 else 'es'}" if s.processes else ""
+        spent += f" on {counted(s.processes, 'process')}" if s.processes else ""
         saved = f"{1 - s.saved_share:.3f} of next-token training ({s.saved_share:.0%} saved)"
         rows += [("spent", spent), ("cost", f"{saved}; {s.planned_cost:.3f} when finished")]
     if s.eta_seconds is not None and s.stage_eta_seconds is not None and s.state != "finished":
         rows.append(("eta", f"{format_duration(s.stage_eta_seconds)} stage, {format_duration(s.eta_seconds)} run"))
-    restarts = "" if s.restarts is None else f"; {s.restarts} restart{'' if s.restarts == 1 else 's'}"
+    restarts = "" if s.restarts is None else f"; {counted(s.restarts, 'restart')}"
     rows.append(("checkpoint", ("none" if s.checkpoint_step is None else f"step {s.checkpoint_step:,}") + restarts))
     rows += [("warning", text) for text in s.warnings]
     return rows
@@ -254,10 +255,11 @@ def _block(status: RunStatus) -> "RenderableType":
     from rich.text import Text
 
     where = f" on {status.owner}" if status.owner else ""
-    title = Text.assemble((status.name, "bold"), f" ({status.run}): ", (status.state, STYLES[status.state]), where)
+    name, run, state = plain_text(status.name, "bold"), plain_text(f" ({status.run}): "), status.state
+    title = Text.assemble(name, run, (state, STYLES[state]), plain_text(where))
     grid = Table.grid(padding=(0, 2), pad_edge=True)
     for what, text in _rows(status):
-        grid.add_row(Text(what), Text(text, style="yellow" if what == "warning" else ""))
+        grid.add_row(what, plain_text(text, "yellow" if what == "warning" else ""))
     return Group(title, grid, "")
 
 
@@ -274,6 +276,17 @@ def _view(found: Sequence[RunStatus], width: int) -> "RenderableType":
     return grid
 
 
+def _look(runs: Sequence[Path]) -> tuple[list[RunStatus], dict[str, str]]:
+    """Return the status of each run that can be read, and of the others why not."""
+    found, problems = [], {}
+    for run in runs:
+        try:
+            found.append(read_status(run))
+        except UserError as error:
+            problems[str(run)] = str(error)
+    return found, problems
+
+
 def show_status(runs: Sequence[Path], watch: bool = False, as_json: bool = False) -> bool:
     """Print the status of runs, side by side where there is space; with `watch` again and again, until Ctrl-C.
 
@@ -281,18 +294,8 @@ def show_status(runs: Sequence[Path], watch: bool = False, as_json: bool = False
     """
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.text import Text
 
     console = Console()
-
-    def look() -> tuple[list[RunStatus], dict[str, str]]:
-        found, problems = [], {}
-        for run in runs:
-            try:
-                found.append(read_status(run))
-            except UserError as error:
-                problems[str(run)] = str(error)
-        return found, problems
 
     def show(found: list[RunStatus], problems: dict[str, str]) -> None:
         if as_json:
@@ -302,21 +305,22 @@ def show_status(runs: Sequence[Path], watch: bool = False, as_json: bool = False
         if found:
             console.print(_view(found, console.width))
         for problem in problems.values():
-            console.print(Text(problem, style="red"), soft_wrap=True)
+            console.print(plain_text(problem, "red"), soft_wrap=True)
 
     in_place = watch and console.is_terminal and not as_json
-    found, problems = look()
+    found, problems = _look(runs)
     with (
         suppress(KeyboardInterrupt),
         Live(console=console, screen=True, auto_refresh=False) if in_place else nullcontext() as live,
     ):
         while watch:
             if live:
-                live.update(Group(_view(found, console.width), *problems.values()), refresh=True)
+                broken = (plain_text(problem, "red") for problem in problems.values())
+                live.update(Group(_view(found, console.width), *broken), refresh=True)
             else:
                 show(found, problems)
             time.sleep(WATCH_SECONDS)
-            found, problems = look()
+            found, problems = _look(runs)
     if in_place or not watch:
         show(found, problems)
     return not problems

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from npp_ds.errors import UserError
 from npp_ds.sampling.folder import tiled
 from npp_ds.sampling.image_model import ImageModel
+from npp_ds.utils.logs import say
 
 HOST = "127.0.0.1"
 HOSTS = [HOST, "localhost"]
@@ -71,5 +72,5 @@ def serve(model: ImageModel, source: Path, port: int) -> None:
             listener.bind((HOST, port))
         except OSError as error:
             raise UserError(f"port {port}: {error.strerror}; give another one with --port") from None
-        print(f"{source}: http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+        say(f"{source}: http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)")
         uvicorn.Server(uvicorn.Config(create_app(model), log_level="warning")).run(sockets=[listener])

@@ -95,4 +95,4 @@ def load(
 
 def _warn(text: str | None) -> None:
     if text:
-        warnings.warn(text.removeprefix("WARNING: "), stacklevel=3)
+        warnings.warn(text, stacklevel=3)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the log of a run: one JSON object per line, each with its step. Imports no torch."""
+"""The log of a run, metrics.jsonl (one JSON object per line, each with its step), and its start's record. Imports no torch."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
-from npp_ds.utils.files import open_regular, parse_json, write_text_atomic
+from npp_ds.utils.files import open_regular, parse_json, read_object, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,11 @@ def stages_begun(events: list[Event]) -> list[Stage]:
         Stage(index=index, start_step=e["step"], **{name: e[name] for name in names & e.keys()})
         for index, e in sorted(begun.items())
     ]
+
+
+def recorded_environment(run_dir: Path) -> dict[str, Any]:
+    """Return what the last start recorded in environment.json; {} without it. Earlier versions recorded less."""
+    return read_object(run_dir / "environment.json")
 
 
 def planned_stages(config: RunConfig, events: list[Event], images: int | None = None) -> list[Stage]:

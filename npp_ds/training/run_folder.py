@@ -19,8 +19,8 @@ from npp_ds.config.load import read_yaml
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.training.metrics import events_named, read_events
-from npp_ds.utils.files import read_object, write_json_atomic, write_text_atomic
+from npp_ds.training.metrics import events_named, read_events, recorded_environment
+from npp_ds.utils.files import write_json_atomic, write_text_atomic
 from npp_ds.utils.format import utc_now
 from npp_ds.utils.records import git_commit
 
@@ -60,23 +60,21 @@ def describe(config: RunConfig, processes: Processes, images: int) -> None:
     """Write config.yaml (the resolved config) and environment.json (date, commit, versions, device of this start)."""
     (config.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text_atomic(config.directory / "config.yaml", config.to_yaml())
-    path = config.directory / "environment.json"
-    write_json_atomic(path, {**_environment(processes), "training_images": images, "starts": _starts(path)})
+    environment = {**_environment(processes), "training_images": images, "starts": _starts(config.directory)}
+    write_json_atomic(config.directory / "environment.json", environment)
 
 
 def count_start(run_dir: Path) -> None:
     """Add one to the `starts` in environment.json: those that trained, or were about to."""
-    path = run_dir / "environment.json"
+    environment = {**recorded_environment(run_dir), "starts": _starts(run_dir) + 1}
     with suppress(OSError):  # a full disk; the count is only for people
-        write_json_atomic(path, {**read_object(path), "starts": _starts(path) + 1})
+        write_json_atomic(run_dir / "environment.json", environment)
 
 
-def _starts(path: Path) -> int:
+def _starts(run_dir: Path) -> int:
     """Return the starts counted so far; where an earlier version did not count them, a run with a log had one."""
-    try:
-        return int(read_object(path)["starts"])
-    except (ValueError, KeyError, TypeError):
-        return int(path.with_name("metrics.jsonl").is_file())
+    starts = recorded_environment(run_dir).get("starts")
+    return starts if isinstance(starts, int) else int((run_dir / "metrics.jsonl").is_file())
 
 
 def checkpoint_to_resume(

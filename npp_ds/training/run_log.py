@@ -159,8 +159,8 @@ class RunLog(Hook):
             "peak_memory_gb": peak_memory,
         }
         self._costs.add(line)
-        if left := self._costs.left(step.done):
-            line |= {"stage_eta_seconds": left[stage.index], "eta_seconds": sum(left)}
+        left = self._costs.left(step.done)
+        line |= {"stage_eta_seconds": left[stage.index], "eta_seconds": sum(left)}
         self.write("train", step.done, **line)
         if self._progress:
             self._progress.show({"step": step.done, **line})

@@ -6,11 +6,13 @@ import re
 import shutil
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from npp_ds.data import staged_set
 from npp_ds.data import store as store_module
 from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest, stage
@@ -166,6 +168,27 @@ def test_staged_set_is_opened_without_reading_the_shards(tmp_path):
     stage(tmp_path / "shards", tmp_path / "cache")
     (tmp_path / "shards" / "train-000000.tar").unlink()
     assert_holds(stage(tmp_path / "shards", tmp_path / "cache"), codes, labels)
+
+
+def test_processes_that_start_at_once_read_the_arrays_once_and_the_next_start_again(tmp_path, monkeypatch):
+    codes, labels = write_set(tmp_path / "shards", 40)
+    stage(tmp_path / "shards", tmp_path / "cache")
+    read, together, verify, load = [], threading.Barrier(4), staged_set._verify, store_module.load_manifest
+    monkeypatch.setattr(staged_set, "_verify", lambda *arguments: (read.append(1), verify(*arguments)))
+
+    def load_together(shard_dir):
+        together.wait(timeout=PATIENCE)
+        return load(shard_dir)
+
+    monkeypatch.setattr(store_module, "load_manifest", load_together)
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: stage(tmp_path / "shards", tmp_path / "cache"), range(4)))
+    for store in stores:
+        assert_holds(store, codes, labels)
+    assert len(read) == 2  # codes and labels
+    monkeypatch.setattr(store_module, "load_manifest", load)
+    stage(tmp_path / "shards", tmp_path / "cache")
+    assert len(read) == 4
 
 
 @pytest.mark.parametrize("name", ["codes.npy", "labels.npy"])

@@ -130,6 +130,7 @@ def test_states(tmp_path):
         "finished": (1120, (end,), replace(OWNER, released=True), 0, 0, None),
         "stopped": (350, (), replace(OWNER, released=True), 0, 0, None),
         "stopped too": (350, (), OWNER, 100, 120, None),
+        "stopped, though slow": (350, (), replace(OWNER, heartbeat_seconds=1e6), 150, 160, None),
         "stopped, killed": (350, (), replace(this_process("t", 5.0, None, None, None), pid=2**22 + 1), 0, 1, None),
         "stopped, no lease": (0, (), None, 0, 0, None),
         "stalled": (350, (), OWNER, 0, 950, None),
