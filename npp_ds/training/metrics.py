@@ -1,4 +1,4 @@
-"""The log of a run, metrics.jsonl (one JSON object per line, each with its step), and its start's record. Imports no torch."""
+"""The log of a run, metrics.jsonl (JSON objects with their steps, one a line), and its start's record. Imports no torch."""
 
 import json
 import logging
