@@ -1,4 +1,4 @@
-"""The log of a run, metrics.jsonl (JSON objects with their steps, one a line), and its start's record. Imports no torch."""
+"""The log of a run, metrics.jsonl (a JSON object with its step in each line), and its environment. Imports no torch."""
 
 import json
 import logging
