@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
     "a stage that the run lacks": ("export", recorded(stage=7), RECORD_FILE, "stage 7 of 2"),
     "shapes of another model": ("export", recorded(shapes={"x": [1 << 50]}), RECORD_FILE, "not the weights of"),
     "a command for data.val": ("likelihood", command, "config.yaml", "found in a file, expected on the command line"),
-    "terabytes of metrics.jsonl": ("report", terabytes, "metrics.jsonl", "expected at most 2,147,483,648; restore it"),
+    "terabytes of metrics.jsonl": ("report", terabytes, "metrics.jsonl", "expected at most 1,073,741,824; restore it"),
     "a FIFO for a rank's file": ("export", fifo, RANK_FILE, "missing, or no regular file"),
     "a device for a rank's file": ("export", device, RANK_FILE, "missing, or no regular file"),
 }  # fmt: skip
