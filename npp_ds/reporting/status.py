@@ -88,8 +88,10 @@ class RunStatus:
 def read_status(run: Path) -> RunStatus:
     """Return the status of a run folder. Raises UserError, in one line, if it is none or is damaged."""
     try:
-        return _status(run)
-    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        status = _status(run)
+        _rows(status)  # a text in place of a number can be read, but not shown
+        return status
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         what = str(error) if isinstance(error, UserError | OSError) else f"not as `npp train` writes it: {error!r}"
         text = " ".join(what.split())
         raise UserError(text if str(run) in text else f"{run}: {text}") from error

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -222,7 +223,7 @@ class Encoding:
         if self.settings.precision == "fp32":
             return None
         path = self.work / AGREEMENT_FILE
-        if path.is_file():
+        with suppress(OSError, ValueError):  # absent, or damaged: measured again
             return CodeAgreement.model_validate_json(read_small(path))
         if (earlier := self._earlier()) and earlier.tokenizer.agreement:
             return earlier.tokenizer.agreement
@@ -370,7 +371,7 @@ def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = read_json(path)
-        return {**settings, "crops": dict(settings["crops"])}
+        return {**settings, "crops": dict(settings["crops"]), "source": dict(settings["source"])}
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error}); remove {path.parent.parent} and rerun the same command") from None
 

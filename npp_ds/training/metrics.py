@@ -16,7 +16,7 @@ from npp_ds.utils.files import open_regular, parse_json, read_object, write_text
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-MOST_BYTES, MOST_BYTES_OF_A_LINE = 2 << 30, 1 << 20
+MOST_BYTES, MOST_BYTES_OF_A_LINE = 1 << 30, 1 << 20
 
 
 def read_events(path: str | Path, warn: bool = True) -> list[Event]:

@@ -17,6 +17,7 @@ from commands import assert_printable, assert_refused, run_limited
 from forks import run_forked, run_main
 from npp_ds.checkpoint.folders import RECORD, _digest, read_record
 from npp_ds.config.load import load_config
+from npp_ds.training.lease import Owner
 from sample_sets import tiny_run
 
 pytestmark = pytest.mark.slow
@@ -118,7 +119,7 @@ CASES: dict[str, tuple[str, Change, str, str]] = {
     "a stage that the run lacks": ("export", recorded(stage=7), RECORD_FILE, "stage 7 of 2"),
     "shapes of another model": ("export", recorded(shapes={"x": [1 << 50]}), RECORD_FILE, "not the weights of"),
     "a command for data.val": ("likelihood", command, "config.yaml", "found in a file, expected on the command line"),
-    "terabytes of metrics.jsonl": ("report", terabytes, "metrics.jsonl", "expected at most 2,147,483,648; restore it"),
+    "terabytes of metrics.jsonl": ("report", terabytes, "metrics.jsonl", "expected at most 1,073,741,824; restore it"),
     "a FIFO for a rank's file": ("export", fifo, RANK_FILE, "missing, or no regular file"),
     "a device for a rank's file": ("export", device, RANK_FILE, "missing, or no regular file"),
 }  # fmt: skip
@@ -147,6 +148,19 @@ def test_a_line_that_is_no_event_is_left_out_of_a_report(run, line):
     assert "metrics.jsonl, line 3: not an event as JSON: " in done.stderr
     assert_printable(done.stderr)
     assert (run / "report.html").is_file()
+
+
+def test_status_shows_texts_of_a_stranger_escaped_and_no_traceback(run):
+    owner = Owner("t", "\33[2J[/x]", "m", 1, None, None, 0, "now", 5.0)
+    (run / "lease.json").write_text(owner.to_json())
+    done = run_limited("status", run)
+    assert done.returncode == 0 and "\\x1b[2J[/x]" in done.stdout, done.stdout + done.stderr
+    assert_printable(done.stdout)
+    added({**TRAIN, "loss": "\33[2J"})(run / "metrics.jsonl")
+    done = run_limited("status", run)
+    assert done.returncode == 2 and "not as `npp train` writes it" in done.stdout, done.stdout + done.stderr
+    assert_printable(done.stdout + done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_a_report_on_a_full_disk_keeps_the_old_one(run):
