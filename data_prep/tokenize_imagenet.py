@@ -154,11 +154,13 @@ def remarks(source: "Source") -> str:
 
 def report(manifest: "Manifest", source: "Source", out: Path, encoded: int, seconds: float) -> None:
     from npp_ds.tokenizer.contents import compare_sizes
+    from npp_ds.utils.format import counted
 
     size = compare_sizes(sum(shard.bytes for shard in manifest.shards), manifest.source.get("bytes"))
     say_at_the_end(
-        f"{out}: {manifest.num_samples} images x {manifest.num_crops} crops x {manifest.num_tokens} codes in "
-        f"{len(manifest.shards)} shards, {size}; {len(manifest.skipped)} images skipped; "
+        f"{out}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_crops, 'crop')} x "
+        f"{counted(manifest.num_tokens, 'code')} in {counted(len(manifest.shards), 'shard')}, {size}; "
+        f"{counted(len(manifest.skipped), 'image')} skipped; "
         + (
             f"this process encoded {encoded} in {seconds:.1f} s ({encoded / seconds:.0f} images/s)"
             if encoded

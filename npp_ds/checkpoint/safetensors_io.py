@@ -61,7 +61,7 @@ def read_torch(path: Path) -> Any:
                 f"{path}: holds more than tensors and plain values ({foreign[1]}); it was not loaded, because loading "
                 "such objects can run code: ask its maker for a file of tensors alone"
             ) from None
-        raise UserError(f"{path}: damaged, or no PyTorch checkpoint; fetch it again") from None
+        raise UserError(f"{path}: damaged, or not a PyTorch checkpoint; fetch it again") from None
 
 
 def unwrapped_tensors(path: Path, content: Any, entries: Sequence[str] = WRAPPINGS) -> dict[str, Tensor]:

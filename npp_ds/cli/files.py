@@ -91,7 +91,7 @@ def import_(
     warn(opened.guess_warning())
 
 
-SHARDS_HELP = """Verify and show folders of code shards.
+SHARDS_HELP = """Verify and show folders of code shards, and make them from LlamaGen's codes.
 
 Example: npp shards verify data/imagenet_256/train
 """
@@ -199,11 +199,13 @@ def show(
 
     Example: npp shards show data/imagenet_256/train --tokenizer vq_ds16_c2i.pt
     """
+    from npp_ds.data.manifest import Manifest
     from npp_ds.sampling.folder import sample_grid
     from npp_ds.tokenizer import contents
     from npp_ds.tokenizer.loading import tokenizer_of
     from npp_ds.utils.files import check_writable, explain_os_errors, write_atomic
 
+    Manifest.load(directory)  # before a folder is made for the picture
     path = check_writable(out or directory / "contact_sheet.png")
     found = contents.read_contents(directory, show_progress=True)
     say(*contents.describe(found))

@@ -142,7 +142,7 @@ def demo(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Serve a page to this machine alone that samples the model: class, guidance, seed. Needs npp_ds[demo].
+    """Serve a page to this machine alone that samples the model: class, guidance, seed. The extra `demo` installs it.
 
     Example: npp demo runs/quickstart
     """

@@ -243,7 +243,7 @@ def _rows(s: RunStatus) -> list[tuple[str, str]]:
         saved = f"{1 - s.saved_share:.3f} of next-token training ({s.saved_share:.0%} saved)"
         rows += [("spent", spent), ("cost", f"{saved}; {s.planned_cost:.3f} when finished")]
     if s.eta_seconds is not None and s.stage_eta_seconds is not None and s.state != "finished":
-        rows.append(("eta", f"{format_duration(s.stage_eta_seconds)} stage, {format_duration(s.eta_seconds)} run"))
+        rows.append(("eta", f"{format_duration(s.stage_eta_seconds)} (stage), {format_duration(s.eta_seconds)} (run)"))
     restarts = "" if s.restarts is None else f"; {counted(s.restarts, 'restart')}"
     rows.append(("checkpoint", ("none" if s.checkpoint_step is None else f"step {s.checkpoint_step:,}") + restarts))
     rows += [("warning", text) for text in s.warnings]

@@ -140,6 +140,8 @@ def newest_samples(source: str | Path) -> Path:
     folder = samples_of(source)
     newest = newest_record(folder, RECORD_FILE)
     if newest is None:
+        if not Path(source).exists():
+            raise UserError(f"{source}: not found; expected a run folder or a file of weights")
         raise UserError(f"{source}: has no samples; expected some in {folder}, run `npp sample {source}`")
     return newest.parent
 

@@ -15,6 +15,7 @@ from npp_ds.tokenizer.vq import VQModel
 from npp_ds.utils.hub import WEIGHTS_FILE
 
 PART_SIZE = 256
+NO_NAMES = "; the names of the classes are not known: a run has those of its shards, so run this where `data.train` is"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_na
     unknown = [str(w) for w, c in zip(wanted, found, strict=True) if not 0 <= c < num_classes]
     if unknown or not found:
         hint = did_you_mean([name for w in unknown for name in similar_names(_normal(w), class_names)])
-        names = f" or one of {', '.join(class_names[:20])}" if class_names else ""
+        names = f" or one of {', '.join(class_names[:20])}" if class_names else NO_NAMES
         raise UserError(
             f"classes: found {', '.join(unknown) or 'none'}{hint or ','} expected numbers 0..{num_classes - 1}{names}"
         )

@@ -19,7 +19,7 @@ from npp_ds.tokenizer.batches import BatchEncoder
 from npp_ds.tokenizer.encode import Encoding
 from npp_ds.tokenizer.vq import VQModel, to_uint8
 from npp_ds.utils.files import nearest_folder
-from npp_ds.utils.format import format_bytes
+from npp_ds.utils.format import counted, format_bytes
 from npp_ds.utils.progress import track
 
 LISTED_CLASSES = 40
@@ -84,8 +84,8 @@ def describe(contents: Contents) -> list[str]:
         f"precision    {m.tokenizer.precision}" + (f" ({m.tokenizer.agreement})" if m.tokenizer.agreement else ""),
         f"shards       {len(m.shards)}, {compare_sizes(stored, source.get('bytes'))}",
         f"made by      {m.created_by}",
-        f"code usage   perplexity {contents.perplexity:,.1f} of {m.vocab_size:,}; {contents.dead_codes:,} dead codes "
-        f"({contents.dead_codes / m.vocab_size:.1%})",
+        f"code usage   perplexity {contents.perplexity:,.1f} of {m.vocab_size:,}; "
+        f"{counted(contents.dead_codes, 'dead code')} ({contents.dead_codes / m.vocab_size:.1%})",
     ]
     lines += [f"skipped      {entry.get('path')}: {entry.get('reason')}" for entry in m.skipped[:5]]
     return lines + _class_lines(contents)
@@ -110,7 +110,7 @@ def _class_lines(contents: Contents) -> list[str]:
         edges = np.unique(np.linspace(counts.min(), counts.max() + 1, 9).astype(int))
         totals = np.histogram(counts, edges)[0]
         for low, high, total in zip(edges[:-1], edges[1:], totals, strict=True):
-            lines.append(f"{f'{low} to {high - 1} images':>24}  {_bar(total, totals.max())} {total} classes")
+            lines.append(f"{f'{low} to {high - 1} images':>24}  {_bar(total, totals.max())} {counted(total, 'class')}")
         lines.append("the smallest and the largest:")
     return lines + [
         f"{contents.class_name(c)[:18]:>18} {c:>5}  {_bar(counts[c], counts.max())} {counts[c]:,}" for c in shown

@@ -27,6 +27,7 @@ from npp_ds.tokenizer.images import ImageItem
 from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
 from npp_ds.utils.files import read_json, read_small, sha256, write_json_atomic, write_text_atomic
+from npp_ds.utils.format import counted
 from npp_ds.utils.locks import locked
 from npp_ds.utils.logs import ANY_RANK
 from npp_ds.utils.progress import Progress
@@ -291,7 +292,8 @@ class Encoding:
         return sum(len(self._items(shard)) for shard in self._known), len(self._skipped())
 
     def _show(self, progress: Progress, done: int, skipped: int) -> None:
-        facts = f"{len(self.crop_names)} crops each, {len(self._known)}/{self.shard_count} shards, {skipped} skipped"
+        crops = counted(len(self.crop_names), "crop")
+        facts = f"{crops} each, {len(self._known)}/{self.shard_count} shards, {skipped} skipped"
         progress(done, len(self.source.items), facts)
 
     def _skipped(self) -> list[dict[str, str]]:

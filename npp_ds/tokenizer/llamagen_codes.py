@@ -246,11 +246,9 @@ def _count(folder: Path) -> int:
     numbers = {int(name) for name in names if name.isdecimal()}
     missing = [str(i) for i in range(len(numbers)) if i not in numbers]
     if missing or not numbers:
-        found = f"{missing[0]}.npy is missing" if missing else "no 0.npy"
-        raise UserError(
-            f"{folder}: {found} among {len(numbers):,} numbered files (up to {max(numbers, default=0)}.npy); finish "
-            "the extraction, or copy the rest"
-        )
+        found = f"{missing[0]}.npy is missing among {len(numbers):,} numbered files" if missing else "holds no 0.npy"
+        largest = f" (up to {max(numbers)}.npy)" if numbers else ""
+        raise UserError(f"{folder}: {found}{largest}; finish the extraction, or copy the rest")
     return len(numbers)
 
 

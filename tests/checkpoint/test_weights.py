@@ -362,7 +362,9 @@ def test_damaged_published_files_are_distinguished_from_those_with_other_objects
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"<html>not found</html>"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"c2i\.pt: damaged, or no PyTorch checkpoint; fetch it again") as refused:
+        with pytest.raises(
+            UserError, match=r"c2i\.pt: damaged, or not a PyTorch checkpoint; fetch it again"
+        ) as refused:
             open_weights(path)
         assert "weights_only" not in str(refused.value)
 

@@ -371,6 +371,8 @@ def test_the_newest_samples_are_those_of_the_latest_record_whatever_the_times_of
     assert newest_samples(tmp_path / "run") == folders[0] == newest_evaluation(tmp_path / "run")[1]
     (folders[1] / "samples.json").write_text("[")
     assert newest_samples(tmp_path / "run") == folders[0]
+    with pytest.raises(UserError, match="typo: not found; expected a run folder"):
+        newest_samples(tmp_path / "typo")
 
 
 def test_the_command_evaluates_the_newest_samples_of_a_run_and_makes_references(real, tmp_path):

@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
         "args.num_classes is 1000",
     ),
     "NaN": (tensor(WQKV, lambda t: t * torch.nan), f"{WQKV}: 3,072 of 3,072 values are NaN"),
-    "empty pickle": (content(b"", "c2i.pt"), "damaged, or no PyTorch checkpoint"),
+    "empty pickle": (content(b"", "c2i.pt"), "damaged, or not a PyTorch checkpoint"),
     "deep pickle": (content(b"\x80\2" + b"]" * 99999 + b"a" * 99998 + b".", "c2i.pt"), "damaged"),
     "empty": (content(b""), "damaged or no safetensors file"),
     "a header of 2 ** 63 bytes": (content(b"\xff" * 16), "damaged or no safetensors file"),

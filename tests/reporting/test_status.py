@@ -116,7 +116,7 @@ def test_runs_are_readable_at_any_width_and_side_by_side_where_there_is_space(tm
     if columns > 40:
         for part in (
             "2 of 3, patch side 2", "350 of 1,120 (31%)", "5.8000 nats per code", "6.1250 at side 1, after step 250",
-            "620 images/s, MFU 43.2%", "Frechet distance 12.5", "of next-token training", "21.7 s stage, ",
+            "620 images/s, MFU 43.2%", "Frechet distance 12.5", "of next-token training", "21.7 s (stage), ",
             "2 restarts", "the loss spiked 2 times",
         ):  # fmt: skip
             assert part in text, part

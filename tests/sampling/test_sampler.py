@@ -94,6 +94,8 @@ def test_classes_are_numbers_or_names_and_unknown_ones_are_all_named():
     assert parse_classes(None, 3, names) == [0, 1, 2]
     with pytest.raises(UserError, match=r"found cow, 7, expected numbers 0\.\.2 or one of cat, dog"):
         parse_classes(["dog", "cow", 7], 3, names)
+    with pytest.raises(UserError, match=r"expected numbers 0\.\.2; the names of the classes are not known"):
+        parse_classes(["dog"], 3, [])
 
 
 def test_names_of_several_classes_are_refused_and_names_with_commas_stay_whole():

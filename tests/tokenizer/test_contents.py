@@ -9,6 +9,7 @@ from PIL import Image
 
 from forks import run_forked
 from image_sets import encoded, save_tiny_tokenizer, shipped_images, write_image_shards
+from npp_ds.cli import files
 from npp_ds.data.manifest import Manifest
 from npp_ds.data.shards import ShardWriter, verify
 from npp_ds.errors import UserError
@@ -46,7 +47,7 @@ def test_many_classes_are_shown_by_their_distribution_and_extremes(tmp_path):
     manifest.model_copy(update={"num_classes": 200}).save(tmp_path)
     lines = describe(read_contents(tmp_path))
     assert len(lines) < 40 and any("190 without any" in line for line in lines)
-    assert sum(int(line.split()[-2]) for line in lines if line.endswith(" classes") and "#" in line) == 200
+    assert sum(int(line.split()[-2]) for line in lines if line.endswith((" classes", " class")) and "#" in line) == 200
 
 
 def test_random_codes_are_a_pure_function_of_the_seed_and_belong_to_their_labels(tmp_path):
@@ -122,3 +123,9 @@ def test_counts_that_do_not_add_up_and_damage_are_found(tokenized, small):
     manifest.save(small)
     with pytest.raises(UserError, match=r"train-000000\.tar: found"):
         read_contents(small)
+
+
+def test_a_mistyped_folder_is_not_made(tmp_path):
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        files.show(tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()

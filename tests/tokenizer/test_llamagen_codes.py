@@ -148,7 +148,7 @@ def damage(folder: Path, what: str) -> None:
         ("shape", r"codes/5\.npy: shape \[1, 2, 9\], expected \[1, 2, 16\] as in 0\.npy"),
         ("no crops", r"codes/0\.npy: shape \[2, 16\], expected \[1, crops, tokens\]"),
         ("text", r"codes/0\.npy: shape \[1, 120, 2048\], expected \[1, crops, tokens\] with a square number"),
-        ("empty", r"codes: no 0\.npy among 0 numbered files"),
+        ("empty", r"codes: holds no 0\.npy; finish"),
     ],
 )
 def test_bad_folders_are_one_line_and_leave_no_manifest(tmp_path, what, message):
