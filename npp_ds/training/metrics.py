@@ -1,4 +1,4 @@
-"""The log of a run, metrics.jsonl (one JSON object per line, each with its step), and its start's record. Imports no torch."""
+"""metrics.jsonl, the log of a run (one JSON object per line, each with its step), and environment.json; needs no torch."""
 
 import json
 import logging
