@@ -1,4 +1,4 @@
-"""metrics.jsonl, the log of a run (one JSON object per line, each with its step), and environment.json; needs no torch."""
+"""The log of a run, metrics.jsonl (a JSON object with its step in each line), and its environment. Imports no torch."""
 
 import json
 import logging
