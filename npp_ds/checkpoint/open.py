@@ -304,7 +304,7 @@ def _described_by_config(folder: Path) -> str:
         model = read_json(folder / CONFIG_FILE)
     except ValueError as error:
         raise UserError(f"{folder / CONFIG_FILE}: not valid JSON ({error}); save the model again") from None
-    about = {"format": METADATA_FORMAT, "name": folder.name, "kind": "raw", "class_names": []}
+    about = {"format": METADATA_FORMAT, "name": folder.resolve().name, "kind": "raw", "class_names": []}
     return json.dumps({**about, **unknown, "model": model})
 
 
