@@ -22,8 +22,7 @@ from npp_ds.checkpoint.rank_files import MASTER, SavedState
 from npp_ds.checkpoint.safetensors_io import Shape, as_weights, misfits, opened_safetensors, shapes_of_weights
 from npp_ds.config.load import load_config
 from npp_ds.config.schema import ModelSection, RunConfig
-from npp_ds.data.coding import Coding, TokenizerId
-from npp_ds.data.manifest import Manifest
+from npp_ds.data.manifest import Coding, Manifest, TokenizerId
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
@@ -299,7 +298,7 @@ def _described_by_config(folder: Path) -> str:
         model = read_json(folder / CONFIG_FILE)
     except ValueError as error:
         raise UserError(f"{folder / CONFIG_FILE}: not valid JSON ({error}); save the model again") from None
-    about = {"format": METADATA_FORMAT, "name": folder.name, "kind": "raw", "class_names": []}
+    about = {"format": METADATA_FORMAT, "name": folder.resolve().name, "kind": "raw", "class_names": []}
     return json.dumps({**about, **unknown, "model": model})
 
 

@@ -223,8 +223,14 @@ def evaluate(
 
     Example: npp evaluate runs/xl_256 --reference VIRTUAL_imagenet256_labeled.npz
     """
+    wanted = {
+        "--make-reference": make_reference, "--reconstruction": reconstruction, "--check": check or None,
+        "--sweep": sweep, "--samples": samples,
+    }  # fmt: skip
+    if len(given := [option for option, value in wanted.items() if value is not None]) > 1:
+        raise UserError(f"found {' and '.join(given)}, expected one of them; run the command once for each")
     process = read_environment()
-    if process.rank and (sweep is None or make_reference is not None):
+    if process.rank and sweep is None:
         return
     if reference is None and reconstruction is None:
         raise UserError("--reference: missing; give ADM's .npz, statistics of --make-reference, or images")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from npp_ds import __version__
-from npp_ds.cli import files, images, recipes, runs
+from npp_ds.cli import files, images, runs
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.distributed.environment import read_environment
 from npp_ds.utils.logs import show_logs
@@ -31,7 +31,7 @@ for command in (
     app.command()(command)
 app.command("import")(files.import_)
 app.add_typer(files.shards, name="shards")
-app.add_typer(recipes.recipes, name="recipes")
+app.add_typer(runs.recipes, name="recipes")
 
 
 def _print_version(wanted: bool) -> None:

@@ -24,11 +24,10 @@ from npp_ds.distributed.environment import host_name, read_environment
 from npp_ds.distributed.process_group import RENDEZVOUS_TIMEOUT, Processes, join_processes
 from npp_ds.doctor import collectives, machine, run
 from npp_ds.doctor.checks import FAILURE, NOT_RUN, OK, WARNING, Check, Context, Result, Row, row_of
-from npp_ds.doctor.trial_steps import TrialSteps
+from npp_ds.doctor.collectives import TrialSteps
 from npp_ds.errors import RendezvousError, UserError
-from npp_ds.utils.format import counted
+from npp_ds.utils.format import counted, make_table, plain_text
 from npp_ds.utils.logs import say
-from npp_ds.utils.tables import make_table, plain_text
 
 CHECK_TIMEOUT_SECONDS = 180.0  # Python starts slowly from a busy shared file system
 STEP_TIMEOUT_SECONDS = 900.0

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from npp_ds import __version__
 from npp_ds.checkpoint.open import Weights
-from npp_ds.data.coding import Coding, meaning_mismatches, size_mismatches
 from npp_ds.data.loader import EvalLoader
+from npp_ds.data.manifest import Coding, meaning_mismatches, size_mismatches
 from npp_ds.data.store import stage
 from npp_ds.errors import UserError
 from npp_ds.sampling.sampler import DTYPES, build_model

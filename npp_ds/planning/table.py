@@ -4,7 +4,7 @@ import json
 
 from npp_ds.planning.memory import PARTS
 from npp_ds.planning.plan import USABLE_MEMORY, Plan
-from npp_ds.utils.tables import make_table, plain_text
+from npp_ds.utils.format import make_table, plain_text
 
 STAGE_COLUMNS = ("patch\nside", "epochs", "steps", "posi-\ntions", "batch", "peak\nrate", "FLOPs", "share")
 TIME_COLUMNS = (

@@ -20,8 +20,7 @@ from npp_ds.training.lease import LEASE_BYTES, SLOWEST_HEARTBEAT, Owner
 from npp_ds.training.metrics import Event, events_named, planned_stages, read_events, recorded_environment
 from npp_ds.training.throughput import StepCosts, step_flops
 from npp_ds.utils.files import read_small
-from npp_ds.utils.format import counted, format_duration
-from npp_ds.utils.tables import plain_text
+from npp_ds.utils.format import counted, format_duration, plain_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from npp_ds.config.schedule import Stage
 from npp_ds.training.metrics import Event, events_named
-from npp_ds.utils.format import format_duration
-from npp_ds.utils.tables import make_table, plain_text
+from npp_ds.utils.format import format_duration, make_table, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console

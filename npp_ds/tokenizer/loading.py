@@ -16,7 +16,7 @@ from npp_ds.checkpoint.safetensors_io import (
     read_torch,
     unwrapped_tensors,
 )
-from npp_ds.data.coding import HasTokenizerId, TokenizerId, tokenizer_mismatch
+from npp_ds.data.manifest import HasTokenizerId, TokenizerId, tokenizer_mismatch
 from npp_ds.errors import UserError, did_you_mean, similar_names
 from npp_ds.tokenizer.vq import METADATA_KEY, VQConfig, VQModel
 from npp_ds.utils.files import parse_json, sha256, write_atomic

@@ -7,8 +7,7 @@ from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import ModelSection, RunConfig
-from npp_ds.data.coding import Coding, Mismatch, meaning_mismatches, size_mismatches
-from npp_ds.data.manifest import Manifest
+from npp_ds.data.manifest import Coding, Manifest, Mismatch, meaning_mismatches, size_mismatches
 from npp_ds.data.store import load_manifest
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig

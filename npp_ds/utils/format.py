@@ -1,6 +1,12 @@
-"""Counts, durations, sizes and times as text, and text from files made safe for a terminal."""
+"""Counts, durations, sizes and times as text, text from files made safe for a terminal, and tables of such texts."""
 
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 
 def counted(number: int, noun: str) -> str:
@@ -36,3 +42,35 @@ def printable(text: str, keep: str = "") -> str:
 def utc_now() -> str:
     """Return the time as 2026-01-31T12:00:00.000+00:00: texts of later times sort behind those of earlier ones."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def make_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence["str | Text"]],
+    *,
+    title: str | None = None,
+    totals: Sequence[str] | None = None,
+    justify: Literal["left", "right"] = "right",
+) -> "Table":
+    """Return a table for `rich.console.Console.print`; `totals` is a last row, set apart by a line.
+
+    Cells that are no `plain_text` yet are made so.
+    """
+    from rich.table import Table
+
+    table = Table(title=plain_text(title) if title else None, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(plain_text(cell) if isinstance(cell, str) else cell for cell in row))
+    if totals is not None:
+        table.add_section()
+        table.add_row(*map(plain_text, totals), style="bold")
+    return table
+
+
+def plain_text(text: str, style: str = "") -> "Text":
+    """Return text for rich in one style: its brackets are no markup, and control characters in it are escaped."""
+    from rich.text import Text
+
+    return Text(printable(text, keep="\n"), style)

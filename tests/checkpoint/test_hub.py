@@ -37,7 +37,7 @@ def same(found: torch.nn.Module, expected: torch.nn.Module) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-def test_a_transformer_is_saved_and_loaded_bit_for_bit_and_read_by_the_commands(tmp_path):
+def test_a_transformer_is_saved_and_loaded_bit_for_bit_and_read_by_the_commands(tmp_path, monkeypatch):
     model = tiny_model()
     model.save_pretrained(tmp_path / "saved")
     loaded = Transformer.from_pretrained(tmp_path / "saved")
@@ -46,6 +46,8 @@ def test_a_transformer_is_saved_and_loaded_bit_for_bit_and_read_by_the_commands(
     with pytest.raises(UserError, match="a file holds a single step"):
         open_weights(tmp_path / "saved", step=3)
     assert weights.name == "saved" and all(torch.equal(t, model.state_dict()[n]) for n, t in weights.read().items())
+    monkeypatch.chdir(tmp_path / "saved")
+    assert open_weights(".").name == "saved"
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
 

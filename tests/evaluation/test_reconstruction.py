@@ -38,6 +38,7 @@ def test_images_are_compared_with_what_the_tokenizer_makes_of_them(tmp_path, mon
     for arguments, message in (
         (line[:2], "--tokenizer: missing"),
         ([], "--reference: missing"),
+        ([*line, "--sweep", "cfg=1,2"], "found --reconstruction and --sweep, expected one of them"),
     ):
         assert message in str(npp(*arguments).exception)
     with pytest.raises(UserError, match="30x30 pixels; fashion_mnist encodes squares whose side is a multiple of 4"):

@@ -20,8 +20,7 @@ from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.reporting.curves import MOST_POINTS, axis_knots, binned, panels, plot_data
-from npp_ds.reporting.glossary import with_terms
-from npp_ds.reporting.page import picture
+from npp_ds.reporting.page import picture, with_terms
 from npp_ds.reporting.plot import plot_run, smooth
 from npp_ds.reporting.report import report_runs
 from npp_ds.reporting.run_data import read_run

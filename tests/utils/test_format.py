@@ -7,9 +7,8 @@ from rich.console import Console
 
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.errors import UserError
-from npp_ds.utils.format import format_bytes, format_duration, printable
+from npp_ds.utils.format import format_bytes, format_duration, make_table, printable
 from npp_ds.utils.logs import say
-from npp_ds.utils.tables import make_table
 
 
 @pytest.mark.parametrize(

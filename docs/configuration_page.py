@@ -1,4 +1,4 @@
-"""Print docs/configuration.md, the reference of all config keys: `python -m npp_ds.config.reference`."""
+"""Print docs/configuration.md, the reference of all config keys: `python docs/configuration_page.py`."""
 
 import inspect
 import json
