@@ -8,10 +8,11 @@ import yaml
 from npp_ds import __version__
 from npp_ds.checkpoint.open import Weights
 from npp_ds.config.schedule import Schedule
+from npp_ds.reporting.run_data import newest_evaluation
 from npp_ds.reporting.summary import STAGE_COLUMNS, RunSummary, result_rows, stage_rows, summarize
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
 from npp_ds.training.metrics import events_named, read_events, stages_begun
-from npp_ds.utils.files import read_json
+from npp_ds.utils.files import read_object
 
 SECTIONS = ("model", "schedule", "optimizer", "precision", "seed")
 """What the card shows of a run's config: all that describes the training, and no path."""
@@ -34,7 +35,7 @@ def model_card(weights: Weights, folder: str, has_tokenizer: bool) -> dict[str, 
         has_tokenizer=has_tokenizer,
         has_samples=bool(pictures),
         classes=json.dumps(list(weights.class_names[:2]) or [0, 1], ensure_ascii=False),
-        cfg_scale=read_json(newest)["cfg_scale"] if newest else (2 if weights.has_null_class else 1),
+        cfg_scale=(read_object(newest) if newest else {}).get("cfg_scale", 2 if weights.has_null_class else 1),
         summary=summary,
         columns=STAGE_COLUMNS,
         rows=stage_rows(summary) if summary else (),
@@ -59,13 +60,12 @@ def _summary(weights: Weights, run_dir: Path) -> RunSummary | None:
         return None
     schedule, model = Schedule(tuple(stages_begun(events))), weights.model
     ended = bool(events_named(events, "end"))
-    evaluated = newest_record(run_dir / "samples", "evaluation.json")
-    evaluation = read_json(evaluated) if evaluated else None
+    evaluation = newest_evaluation(run_dir)
     return summarize(
         weights.name,
         events,
         schedule.stages,
         token_cost=schedule.token_cost() if ended else None,
         flop_cost=schedule.flop_cost(model.grid_size, model.training_flops) if ended else None,
-        evaluation=evaluation,
+        evaluation=evaluation[0] if evaluation else None,
     )
