@@ -12,7 +12,7 @@ from npp_ds.reporting.run_data import newest_evaluation
 from npp_ds.reporting.summary import STAGE_COLUMNS, RunSummary, result_rows, stage_rows, summarize
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
 from npp_ds.training.metrics import events_named, read_events, stages_begun
-from npp_ds.utils.files import read_json
+from npp_ds.utils.files import read_object
 
 SECTIONS = ("model", "schedule", "optimizer", "precision", "seed")
 """What the card shows of a run's config: all that describes the training, and no path."""
@@ -35,7 +35,7 @@ def model_card(weights: Weights, folder: str, has_tokenizer: bool) -> dict[str, 
         has_tokenizer=has_tokenizer,
         has_samples=bool(pictures),
         classes=json.dumps(list(weights.class_names[:2]) or [0, 1], ensure_ascii=False),
-        cfg_scale=read_json(newest)["cfg_scale"] if newest else (2 if weights.has_null_class else 1),
+        cfg_scale=(read_object(newest) if newest else {}).get("cfg_scale", 2 if weights.has_null_class else 1),
         summary=summary,
         columns=STAGE_COLUMNS,
         rows=stage_rows(summary) if summary else (),

@@ -11,7 +11,7 @@ from npp_ds.config.schedule import Schedule
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, content_of
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
 from npp_ds.training.metrics import Event, events_named, read_events, recorded_environment, stages_begun
 from npp_ds.utils.files import read_json
@@ -92,7 +92,10 @@ class RunData:
 def newest_evaluation(run_dir: Path) -> tuple[dict[str, Any], Path] | None:
     """Return the content of the newest <run_dir>/samples/*/evaluation.json and its folder, or None."""
     found = newest_record(run_dir / "samples", "evaluation.json")
-    return (read_json(found), found.parent) if found else None
+    if found is None:
+        return None
+    with content_of(found, "an evaluation"):
+        return dict(read_json(found)), found.parent
 
 
 def read_run(run_dir: str | Path) -> RunData:

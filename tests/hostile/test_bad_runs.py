@@ -163,6 +163,15 @@ def test_status_shows_texts_of_a_stranger_escaped_and_no_traceback(run):
     assert "Traceback" not in done.stderr
 
 
+def test_records_of_samples_that_hold_something_else_are_no_traceback_of_an_export(run, tmp_path):
+    (run / "samples/a").mkdir(parents=True)
+    (run / "samples/a/samples.json").write_text("[]")
+    words = ("export", run, "--format", "hub", "--out")
+    assert run_limited(*words, tmp_path / "hub").returncode == 0
+    (run / "samples/a/evaluation.json").write_text("[1]")
+    assert_refused(*words, tmp_path / "other", phrase="evaluation.json: its files do not hold an evaluation")
+
+
 def test_a_report_on_a_full_disk_keeps_the_old_one(run):
     (run / "report.html").write_text("old")
     done = run_forked("npp_ds.cli", "report", run, timeout=20, main=run_with_small_files)
