@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npp_ds.model.activation_checkpointing import checkpointed
 from npp_ds.model.attention import Attention, KeyValueCache, rotary_table
-from npp_ds.model.layers import Embedding, Linear, RMSNorm
+from npp_ds.model.layers import Embedding, Linear, RMSNorm, checkpointed
 from npp_ds.model.loss import patch_cross_entropy
 from npp_ds.model.patches import PatchEmbedding
 from npp_ds.sizes import ffn_hidden
