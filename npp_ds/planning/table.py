@@ -4,7 +4,7 @@ import json
 
 from npp_ds.planning.memory import PARTS
 from npp_ds.planning.plan import USABLE_MEMORY, Plan
-from npp_ds.utils.format import make_table, plain_text
+from npp_ds.utils.format import format_duration, make_table, plain_text
 
 STAGE_COLUMNS = ("patch\nside", "epochs", "steps", "posi-\ntions", "batch", "peak\nrate", "FLOPs", "share")
 TIME_COLUMNS = (
@@ -21,6 +21,8 @@ def uses_hours(hours: float) -> bool:
 
 
 def duration(hours: float) -> str:
+    if hours < 1:
+        return format_duration(hours * 3600)
     return f"{hours:,.1f} hours" if uses_hours(hours) else f"{hours / 24:,.1f} days"
 
 
@@ -120,7 +122,7 @@ def notes(plan: Plan) -> list[str]:
         lines += network_notes(plan)
     if len(plan.levers) > 1:
         each = [
-            f"with {v.coarse_batch_scale} {duration(24 * v.days)}, {v.gpu_hours:,.0f} GPU-hours, "
+            f"{v.coarse_batch_scale} takes {duration(24 * v.days)}, {v.gpu_hours:,.0f} GPU-hours, "
             f"time_cost {v.time_cost:.3f}"
             for v in plan.levers
         ]

@@ -206,8 +206,6 @@ def page(
     from jinja2 import Environment, PackageLoader
 
     names = [summary.name for summary in summaries]
-    if len(set(names)) < len(names):
-        names = [str(run.folder) for run in runs]
     shown = panels(runs, names)
     templates = Environment(
         loader=PackageLoader("npp_ds.reporting", "."), autoescape=True, keep_trailing_newline=True, trim_blocks=True

@@ -37,7 +37,13 @@ def report_runs(
         if path == first / PAGE_FILE:
             plot = plot_run(runs[0].events, runs[0].schedule.stages, runs[0].config.name)
             write_atomic(first / PLOT_FILE, lambda file: file.write(plot))
-        summaries = [_summarize(run, path, next_steps if run is runs[-1] else ()) for run in runs]
+        names = [run.config.name for run in runs]
+        if len(set(names)) < len(names):
+            names = [str(run.folder) for run in runs]
+        summaries = [
+            _summarize(run, name, path, next_steps if run is runs[-1] else ())
+            for run, name in zip(runs, names, strict=True)
+        ]
         write_text_atomic(path, page(runs, summaries, patches, reason, next_steps))
     if show:
         for summary in summaries:
@@ -45,9 +51,9 @@ def report_runs(
     return summaries
 
 
-def _summarize(run: RunData, path: Path, next_steps: Sequence[str]) -> RunSummary:
+def _summarize(run: RunData, name: str, path: Path, next_steps: Sequence[str]) -> RunSummary:
     return summarize(
-        run.config.name,
+        name,
         run.events,
         run.schedule.stages,
         **run.costs(),

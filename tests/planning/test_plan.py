@@ -311,6 +311,7 @@ def test_plan_prints_tables_and_one_json_object():
         "0.624 in FLOPs (flop_cost)",
         "0.814 in time (time_cost)",
         "time: 14.8 hours, 473 GPU-hours on 32 x h100",
+        "(docs/planning.md): 1 takes 14.8 hours",
         "│ 40% │",
     ):
         assert expected in " ".join(printed.output.split())
@@ -374,7 +375,7 @@ def test_a_picture_that_cannot_be_written_is_an_error(tmp_path, name, problem):
 def test_times_of_a_step_are_written_out():
     assert [milliseconds(t) for t in (0.0000101, 0.0108, 0.174, 2.84)] == ["0.0101", "10.8", "174", "2,840"]
     assert [duration(hours) for hours in (0.04, 47.9, 48, 2400)] == [
-        "0.0 hours",
+        "2:24 min",
         "47.9 hours",
         "2.0 days",
         "100.0 days",

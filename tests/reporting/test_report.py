@@ -336,6 +336,7 @@ def test_several_runs_have_one_page_that_writes_nothing_into_their_folders(run_d
     summaries = report_runs(folders)
     assert sorted({*tmp_path.rglob("*")} - before) == [tmp_path / "runs" / "comparison.html"]
     assert [s.finished for s in summaries] == [True, False]
+    assert [s.name for s in summaries] == [str(folder) for folder in folders], "runs of one name are called by folders"
     assert capsys.readouterr().out.replace("\n", "").count(str(tmp_path / "runs" / "comparison.html")) == 2
     page = read_page(tmp_path / "runs" / "comparison.html")
     assert "x" not in page.images, "the name of a folder is text"
