@@ -123,7 +123,8 @@ class CheckpointSaver:
         results = self.processes.gather(self._result(writing))
         names = [file_of(rank, self.processes.world_size) for rank in range(len(results))]
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(results) if problem]
-        complete = replace(record, files={name: entry for name, (entry, _) in zip(names, results, strict=True)})
+        written = {name: entry for name, (entry, _) in zip(names, results, strict=True)}
+        complete = record if problems else replace(record, files=written)
         problem = self.processes.on_first(self._discard if problems else self._commit, complete)
         if problems or problem:
             raise SaveFailed("; ".join(problems) or problem)
