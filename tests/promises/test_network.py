@@ -92,13 +92,14 @@ class OnNodes:
         while not happened():
             assert time.monotonic() < deadline, self.text()
             assert any(process.poll() is None for process in self.processes), self.text()
-            time.sleep(0.02)
+            time.sleep(0.002)
 
     def wait_until_step(self, step: int) -> None:
         self.wait_for(lambda: last_step(self.config.directory) >= step)
 
     def is_saving(self, step: int) -> bool:
-        return any(self.config.directory.glob(f"checkpoints/step-{step:08d}.*.tmp/*"))
+        """Whether this checkpoint is being written, or has just been: a save of the tiny run takes milliseconds."""
+        return any(self.config.directory.glob(f"checkpoints/step-{step:08d}*"))
 
     def codes(self, seconds: float = 180) -> list[int]:
         return wait_for_all(self.processes, seconds)
