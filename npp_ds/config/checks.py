@@ -135,17 +135,20 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _length_problems(config: RunConfig, num_samples: int) -> list[str]:
-    problems, lengths = [], []
-    for stage in config.stage_table():
+    table, lengths = config.stage_table(), []
+    problems = [
+        f"schedule.batch_size: {batch_size} ({where}) exceeds the {num_samples} training images; lower it"
+        for batch_size, where in _grouped([stage.batch_size for stage in table]).items()
+        if batch_size > num_samples
+    ]
+    for stage in table:
         steps_per_epoch = max(1, num_samples // stage.batch_size)
         steps, warmup = stage.length(steps_per_epoch), stage.warmup_steps(steps_per_epoch)
         lengths.append((stage.batch_size, stage.epochs, stage.warmup_epochs, steps, warmup))
     for (batch_size, epochs, warmup_epochs, steps, warmup), where in _grouped(lengths).items():
         if batch_size > num_samples:
-            problems.append(
-                f"schedule.batch_size: {batch_size} ({where}) exceeds the {num_samples} training images; lower it"
-            )
-        elif steps == 0:
+            continue
+        if steps == 0:
             problems.append(
                 f"schedule: {epochs} epochs of {num_samples // batch_size} steps ({where}) are no step at all; use more"
             )

@@ -32,7 +32,7 @@ def unfinished(folder):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (too_few, "schedule.batch_size: 16 exceeds the 15 training images; lower it"),
+        (too_few, "schedule.batch_size: 16 (every stage) exceeds the 15 training images; lower it"),
         (none_at_all, "train: holds no samples; expected at least one"),
         (damaged, "train-000001.tar: found 10000 bytes, expected"),
         (unfinished, "manifest.json: No such file or directory; expected the manifest of a folder of code shards"),
