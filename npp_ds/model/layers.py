@@ -30,8 +30,8 @@ def init_normal(weight: Tensor) -> None:
     `zero.Init` (0.19.8) allocates `weight` on the GPU and in the engine's precision. Beside `weight` itself this takes
     memory for one copy of it in float32 on the host.
     """
-    device = "meta" if weight.is_meta else "cpu"
-    weight.data = torch.empty_like(weight, dtype=torch.float32, device=device).normal_(std=0.02).to(weight)
+    if not weight.is_meta:  # there drawing would change nothing, and PyTorch would import its compiler for it
+        weight.data = torch.empty_like(weight, dtype=torch.float32, device="cpu").normal_(std=0.02).to(weight)
 
 
 class Linear(nn.Linear):
