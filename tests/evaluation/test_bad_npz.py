@@ -65,7 +65,7 @@ def test_statistics_that_are_no_arrays_are_a_user_error(tmp_path, name):
     path.unlink()
     os.mkfifo(path)
     for read in (recorded_extractor, open_images):
-        with pytest.raises(UserError, match="[Nn]ot a regular file|a pipe or a device"):
+        with pytest.raises(UserError, match=r"[Nn]ot a regular file|a pipe or a device"):
             read(path)
 
 
