@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import bounds, command_line, give_up, machine, made_by, parsed, publish, seconds_each
-from benchmarks.nodes import INTERFACE, Node, Nodes, wait_for_all, why_no_nodes
+from benchmarks.nodes import INTERFACE, Node, Nodes, start_ranks, wait_for_all, why_no_nodes
 from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.planning.plan import make_plan
 from npp_ds.utils.gpu_specs import find_gpu
@@ -162,23 +162,8 @@ def at_work(way: Way, task: str) -> dict[str, Any]:
 
 def launch(nodes: Sequence[Node], way: Way, task: str) -> list[dict[str, Any]]:
     """Start one process per node for `at_work`; return their answers by rank. Raises RuntimeError if one fails."""
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(len(nodes)),
-        "LOCAL_RANK": "0",
-        "LOCAL_SIZE": "1",
-        "MASTER_ADDR": nodes[0].address,
-        "MASTER_PORT": "29500",
-        "GLOO_SOCKET_IFNAME": INTERFACE,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-m", "benchmarks.network", "--process", json.dumps([task, asdict(way)])]
-    processes = [
-        node.start(*command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank, node in enumerate(nodes)
-    ]
+    arguments = ["-W", "ignore", "-m", "benchmarks.network", "--process", json.dumps([task, asdict(way)])]
+    processes = start_ranks(nodes, [sys.executable, *arguments], nodes[0].address, stdout=subprocess.PIPE, text=True)
     codes = wait_for_all(processes, LAUNCH_SECONDS)
     printed = [process.communicate()[0].strip().splitlines() for process in processes]
     if any(codes):

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,30 @@ class Nodes:
         switch.run("ip", "link", "set", port, "master", "bridge", "up")
         node.run("ip", "address", "add", f"{node.address}/24", "dev", INTERFACE)
         node.join_link()
+
+
+def start_ranks(
+    nodes: Sequence[Node], command: Sequence[str], master: str, before: Mapping[int, Sequence[str]] = {}, **options: Any
+) -> list[subprocess.Popen]:
+    """Start a launch of one process with one thread per node, which meet at `master`, an address or a name.
+
+    `before` holds words to put before the command of a rank; `options` are those of `subprocess.Popen`.
+    """
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(len(nodes)),
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": master,
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return [
+        node.start(*before.get(rank, ()), *command, env={**common, "RANK": str(rank)}, **options)
+        for rank, node in enumerate(nodes)
+    ]
 
 
 def _run(*command: str) -> str:

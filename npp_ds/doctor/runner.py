@@ -235,8 +235,7 @@ def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> in
     if failures:
         _print_error(failures)
     elif not as_json:
-        count = f"{len(warnings)} warning{'s' * (len(warnings) > 1)}"
-        verdict = f"{count}, nothing that stops a run" if warnings else "all well"
+        verdict = f"{counted(len(warnings), 'warning')}, nothing that stops a run" if warnings else "all well"
         say(f"{verdict}: {counted(processes, 'process')} on {counted(nodes, 'node')}")
     return 0 if not failures else USER_ERROR if any(row.lasting for row in failures) else RETRYABLE
 
@@ -259,7 +258,7 @@ def _print_table(rows: Sequence[Row]) -> None:
 def _print_error(failures: Sequence[Row]) -> None:
     """Print one line: the first of the failures that decide the exit code."""
     first, more = min(failures, key=lambda row: not row.lasting), len(failures) - 1
-    others = f" (and {more} more failure{'s' * (more > 1)} above)" if more else ""
+    others = f" (and {counted(more, 'more failure')} above)" if more else ""
     sys.stdout.flush()
     text = f"error: host {first.node} (rank {first.rank}): {first.name}: {first.reason}{others}"
     say(text, to_stderr=True)

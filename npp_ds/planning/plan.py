@@ -202,9 +202,7 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, 
         zero=[_plan_zero(fit, other, schedule.stages, other is own) for other in _all_settings(own, config.precision)],
         days=days,
         gpu_hours=gpu_hours,
-        networks=sorted(
-            _networks(config, gpu, gpus, count, mfus), key=lambda n: (n.time_cost * n.days, n.communication_seconds)
-        ),
+        networks=sorted(_networks(fit, count, mfus), key=lambda n: (n.days, n.communication_seconds)),
         levers=list(_levers(config, fit, own, count, mfus)),
     )
 
@@ -217,11 +215,15 @@ def _images(config: RunConfig, given: int | None) -> tuple[int, str]:
     return (manifest.num_samples, config.data.train) if manifest else (IMAGENET, "ImageNet-1K; no shards available")
 
 
+def _is_refused(zero_stage: int, precision: str) -> bool:
+    """Return whether training refuses the pair (`engine_settings`)."""
+    return zero_stage == 1 and precision == "bf16"
+
+
 def _all_settings(own: Settings, precision: str) -> list[Settings]:
     """Return the shipped settings of ZeRO-1 (not with bf16, which refuses it), 2 and 3, with the run's own in place of
     the shipped ones of its stage."""
-    numbers = (2, 3) if precision == "bf16" else (1, 2, 3)
-    shipped = (read_settings(f"zero{number}") for number in numbers)
+    shipped = (read_settings(f"zero{number}") for number in (1, 2, 3) if not _is_refused(number, precision))
     stage = own["zero_optimization"]["stage"]
     return [own if other["zero_optimization"]["stage"] == stage else other for other in shipped]
 
@@ -331,42 +333,38 @@ def _levers(config: RunConfig, fit: _Fit, settings: Settings, images: int, mfus:
         yield Lever(scale, time_cost, days, gpu_hours)
 
 
-def _networks(config: RunConfig, gpu: GPU, gpus: int, images: int, mfus: Mfus) -> Iterator[Network]:
+def _networks(fit: _Fit, images: int, mfus: Mfus) -> Iterator[Network]:
     """Yield what the run sends with each of the shipped settings, and in the bf16 engine as well."""
-    own = config.deepspeed.config
-    for precision in dict.fromkeys((config.precision, "bf16")):
-        other = config.model_copy(update={"precision": precision})
+    own = fit.config.deepspeed.config
+    for precision in dict.fromkeys((fit.config.precision, "bf16")):
+        other = replace(fit, config=fit.config.model_copy(update={"precision": precision}))
+        stages = other.config.build_schedule(images, fit.gpus).stages
         for name in dict.fromkeys((own, *shipped_configs())):
             settings = read_settings(name)
-            if precision == "bf16" and settings["zero_optimization"]["stage"] == 1:
-                continue  # refused by the engine
-            stages = [
-                _plan_stage(_Fit(other, gpu, gpus), settings, s, mfus)
-                for s in other.build_schedule(images, gpus).stages
-            ]
-            days, _, time_cost = _time(
-                _Fit(other, gpu, gpus), settings, other.build_schedule(images, gpus).stages, mfus
-            )
-            last = stages[-1]
+            if _is_refused(settings["zero_optimization"]["stage"], precision):
+                continue
+            days, _, time_cost = _time(other, settings, stages, mfus)
+            last = _plan_stage(other, settings, stages[-1], mfus)
+            sent = sent_bytes(other.config, settings, fit.gpus, last.gradient_accumulation_steps)
             yield Network(
                 settings=name,
                 precision=precision,
-                is_chosen=name == own and precision == config.precision,
-                bytes_per_parameter=last.communication_seconds * gpu.bandwidth(gpus) * 1e9 / config.model.parameters(),
+                is_chosen=name == own and precision == fit.config.precision,
+                bytes_per_parameter=sent / other.config.model.parameters(),
                 communication_seconds=last.communication_seconds,
                 time_cost=time_cost,
                 days=days,
-                stalls_from=_stalls_from(other, gpu, settings, images, mfus),
+                stalls_from=_stalls_from(other, settings, images, mfus),
             )
 
 
-def _stalls_from(config: RunConfig, gpu: GPU, settings: Settings, images: int, mfus: Mfus) -> int | None:
+def _stalls_from(fit: _Fit, settings: Settings, images: int, mfus: Mfus) -> int | None:
     """Return the smallest power of two of GPUs on which a coarse stage waits for the network, None if there is none."""
     gpus = 2
-    while not problems_of(config, gpus, images):
-        stages = config.build_schedule(images, gpus).stages
-        planned = [_plan_stage(_Fit(config, gpu, gpus), settings, stage, mfus) for stage in stages]
-        if any(s.patch_side > 1 and s.limit == "communication" for s in planned):
+    while not problems_of(fit.config, gpus, images):
+        coarse = (s for s in fit.config.build_schedule(images, gpus).stages if s.patch_side > 1)
+        planned = (_plan_stage(replace(fit, gpus=gpus), settings, stage, mfus) for stage in coarse)
+        if any(stage.limit == "communication" for stage in planned):
             return gpus
         gpus *= 2
     return None

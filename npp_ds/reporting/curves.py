@@ -9,8 +9,8 @@ import numpy as np
 
 from npp_ds.reporting.plot import TIME_UNITS
 from npp_ds.reporting.run_data import RunData
-from npp_ds.sizes import num_positions
 from npp_ds.training.metrics import Event, events_named
+from npp_ds.training.throughput import step_flops
 
 MOST_POINTS = 150
 """Most points of a curve in one stage; with more lines, each stands for a bin of equally many."""
@@ -59,8 +59,7 @@ def axis_knots(run: RunData) -> np.ndarray:
     FLOPs are those of the model for all images (`npp_ds.sizes.training_flops`), of all processes together.
     """
     stages, model = run.schedule.stages, run.config.model
-    of_image = [model.training_flops(num_positions(model.grid_size, s.patch_side)) for s in stages]
-    flops = [s.steps * s.batch_size * each for s, each in zip(stages, of_image, strict=True)]
+    flops = [s.steps * step_flops(model, s, s.patch_side) for s in stages]
     ends = [0, *(s.end_step for s in stages)]
     lines = events_named(run.events, "train")
     spaced = lines[:: max(1, len(lines) // MOST_POINTS)]

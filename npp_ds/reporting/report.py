@@ -11,6 +11,7 @@ from npp_ds.reporting.run_data import PAGE_FILE, PLOT_FILE, RunData, read_run
 from npp_ds.reporting.summary import RunSummary, print_summary, summarize
 from npp_ds.sampling.folder import tiled
 from npp_ds.utils.files import check_writable, explain_os_errors, write_atomic, write_text_atomic
+from npp_ds.utils.format import counted
 
 COMPARISON_FILE = "comparison.html"
 SHOWN_SIDES, SHOWN_IMAGES, SHOWN_PER_ROW = (8, 4, 2, 1), 4, 2
@@ -90,6 +91,6 @@ def _patch_pictures(run: RunData) -> list[Picture]:
         png, positions = io.BytesIO(), (manifest.grid_size // side) ** 2
         tiled(decode_patch_means(tokenizer, codes, side), SHOWN_PER_ROW).save(png, "PNG")
         codes_each = f"of {side * side} codes each" if side > 1 else "of one code each"
-        what = f"patch side {side}: {positions} {'position' if positions == 1 else 'positions'} {codes_each}"
+        what = f"patch side {side}: {counted(positions, 'position')} {codes_each}"
         pictures.append(picture(png.getvalue(), what, f"images of the data, {what}"))
     return pictures

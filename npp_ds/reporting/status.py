@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from npp_ds.checkpoint import folders
 from npp_ds.config.load import load_config
-from npp_ds.config.schedule import Stage
+from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
@@ -106,7 +106,8 @@ def _status(run: Path) -> RunStatus:
     lines = events_named(events, "train")
     last: Event = lines[-1] if lines else {}
     stages = _stages(config, events, environment)
-    costs = StepCosts(stages, config.model, lines)
+    model = config.model
+    costs = StepCosts(stages, model, lines)
     step, left = last.get("step", 0), costs.left(last.get("step", 0))
     current = stages[(events_named(events, "stage") or [{"stage": 0}])[-1]["stage"]] if stages else None
     validation = ([e for e in events_named(events, "validation") if e.get("patch_side") == 1] or [{}])[-1]
@@ -141,7 +142,7 @@ def _status(run: Path) -> RunStatus:
         flops=spent,
         next_token_flops=plain,
         saved_share=1 - spent / plain if plain else None,
-        planned_cost=_flops(config, stages, None, True) / _flops(config, stages, None, False) if stages else None,
+        planned_cost=Schedule(tuple(stages)).flop_cost(model.grid_size, model.training_flops) if stages else None,
         stage_eta_seconds=left[current.index] if left and current else None,
         eta_seconds=sum(left) if left else None,
         checkpoint_step=_newest_checkpoint(run / "checkpoints"),
@@ -157,11 +158,10 @@ def _stages(config: RunConfig, events: list[Event], environment: dict[str, Any])
     return planned_stages(config, events, images)
 
 
-def _flops(config: RunConfig, stages: Sequence[Stage], step: int | None, coarse: bool) -> int:
-    """Return the FLOPs of the first `step` steps, or of all, at the stages' patch sides or (not `coarse`) at side 1."""
+def _flops(config: RunConfig, stages: Sequence[Stage], step: int, coarse: bool) -> int:
+    """Return the FLOPs of the first `step` steps at the stages' patch sides or (not `coarse`) at side 1."""
     return sum(
-        max(min(s.end_step if step is None else step, s.end_step) - s.start_step, 0)
-        * step_flops(config.model, s, s.patch_side if coarse else 1)
+        max(min(step, s.end_step) - s.start_step, 0) * step_flops(config.model, s, s.patch_side if coarse else 1)
         for s in stages
     )
 

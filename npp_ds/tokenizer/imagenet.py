@@ -7,12 +7,13 @@ from pathlib import Path
 
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.images import ImageItem
+from npp_ds.tokenizer.listing import WORDNET_ID
 from npp_ds.utils.files import open_regular, read_small, tar_members
 
 CLASS_LIST = Path(__file__).parent.parent / "assets" / "imagenet_classes.txt"
 """One line "<WordNet id> <name>" per class, in label order; `npp_ds/assets/README.md` says where it is from."""
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
-_WORDNET_ID, _IMAGE = re.compile(r"n\d{8}"), re.compile(r"ILSVRC2012_val_\d{8}")
+_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}")
 _FORMATS = (
     "the devkit's ground truth with meta.mat or map_clsloc.txt beside it, one WordNet id a line, or for each image a "
     "line with its WordNet id (LOC_val_solution.csv, valprep.sh) or class number (Caffe's val.txt)"
@@ -59,7 +60,7 @@ def _ids_of_images(path: Path, names: Sequence[str]) -> dict[str, str]:
         lines = [line.strip() for line in read_small(path).decode().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no file of labels ({error}); expected {_FORMATS}") from None
-    pairs = [(_IMAGE.search(line), _WORDNET_ID.search(line), line.split()[-1]) for line in lines]
+    pairs = [(_IMAGE.search(line), WORDNET_ID.search(line), line.split()[-1]) for line in lines]
     known = wordnet_ids()
     if both := {image[0]: wordnet_id[0] for image, wordnet_id, _ in pairs if image and wordnet_id}:
         ids = both
@@ -67,7 +68,7 @@ def _ids_of_images(path: Path, names: Sequence[str]) -> dict[str, str]:
         ids = {image[0]: known[int(last)] for image, _, last in pairs if image}
     elif len(lines) != len(names):
         raise UserError(f"{path}: {len(lines):,} lines for {len(names):,} images; expected {_FORMATS}")
-    elif all(map(_WORDNET_ID.fullmatch, lines)):
+    elif all(map(WORDNET_ID.fullmatch, lines)):
         ids = dict(zip(names, lines, strict=True))
     elif all(line.isdecimal() for line in lines):
         of_number = _devkit_ids(path.parent)

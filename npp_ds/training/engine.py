@@ -22,7 +22,7 @@ from npp_ds.model import ModelConfig, Transformer
 from npp_ds.training.compile import apply_performance
 from npp_ds.training.cuda_graphs import free_gradient_nodes
 from npp_ds.training.deepspeed_config import engine_settings, import_deepspeed
-from npp_ds.training.partitions import EMA, MOMENTS, Partitions, ShardedEMA
+from npp_ds.training.partitions import EMA, MOMENTS, Partitions, ShardedEMA, shape_of
 from npp_ds.utils.hash_rng import mix64
 
 
@@ -37,11 +37,6 @@ class StepResult:
     loss: Tensor
     grad_norm: Tensor
     was_applied: bool
-
-
-def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of the whole parameter, also where ZeRO-3 has partitioned it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -20,6 +20,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 
 
+def shape_of(parameter: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 class Partitions:
     """This rank's flat fp32 partitions of the weights (`masters`) and Adam's moments, and the fragments in them.
 
@@ -30,7 +35,7 @@ class Partitions:
         self._zero, self._adam = engine.optimizer, engine.optimizer.optimizer
         self._is_stage_3 = hasattr(self._zero, "fp32_partitioned_groups_flat")
         self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for p, n in self._names.items()}
+        self.shapes = {n: tuple(shape_of(p)) for p, n in self._names.items()}
         flat = (
             self._zero.fp32_partitioned_groups_flat if self._is_stage_3 else self._zero.single_partition_of_fp32_groups
         )

@@ -3,7 +3,6 @@
 Nodes are network namespaces of this machine, each with its own address, loopback, host name and /dev/shm.
 """
 
-import os
 import shutil
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.nodes import INTERFACE, Node, Nodes, wait_for_all, why_no_nodes
+from benchmarks.nodes import Node, Nodes, start_ranks, wait_for_all, why_no_nodes
 from launches import finish, last_step
 from npp_ds.config.schema import RunConfig
 from npp_ds.training.watchdog import STALLED
@@ -65,18 +64,8 @@ class OnNodes:
         file = config.directory.with_name("run.yaml")
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         self.config, self.log = config, open(config.directory.with_name("run.out"), "ab")  # noqa: SIM115
-        common = {
-            **os.environ, "WORLD_SIZE": str(len(nodes)), "LOCAL_RANK": "0", "LOCAL_SIZE": "1",
-            "MASTER_ADDR": nodes[0].name, "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": INTERFACE,
-            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
-        self.processes = [
-            node.start(
-                *(before or {}).get(rank, []), sys.executable, "-c", code, "train", "--config", str(file),
-                env={**common, "RANK": str(rank)}, stdout=self.log, stderr=self.log,
-            )
-            for rank, node in enumerate(nodes)
-        ]  # fmt: skip
+        command = [sys.executable, "-c", code, "train", "--config", str(file)]
+        self.processes = start_ranks(nodes, command, nodes[0].name, before or {}, stdout=self.log, stderr=self.log)
 
     def __enter__(self) -> "OnNodes":
         return self
