@@ -1,6 +1,5 @@
 """Commands for runs: train, doctor, plan, status, report; and for the recipes that they start from."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated
 import typer
 
 from npp_ds.cli.common import ConfigFile, Overrides, Recipe, complete_recipe, warn
-from npp_ds.cli.exit_codes import NON_FINITE, USER_ERROR, print_error
+from npp_ds.cli.exit_codes import NON_FINITE, USER_ERROR, exit_now, print_error
 from npp_ds.distributed.environment import read_environment
 from npp_ds.errors import UserError, content_of, memory_advice
 from npp_ds.training.preemption import PREEMPTED, Preempted, StopRequests
@@ -32,7 +31,8 @@ def train(
         with StopRequests() as stop:  # before the imports, which take seconds
             _train(recipe, config, overrides or (), from_step, stop)
     except Preempted:
-        sys.exit(PREEMPTED)
+        # A process that gave up waiting for the others has a thread in native code, which would abort a normal exit.
+        exit_now(PREEMPTED)
 
 
 def _train(
@@ -73,12 +73,9 @@ def doctor(
     """
     from npp_ds.doctor.runner import Request, run_doctor
 
-    code = run_doctor(Request(recipe, config, tuple(overrides or ()), step, as_json))
-    sys.stdout.flush()
-    sys.stderr.flush()
     # End without leaving the process group: that could hang if its collectives hang, and sometimes aborts in native
     # code (torch 2.15, gloo, under srun), with an exit code that would requeue a healthy job.
-    os._exit(code)
+    exit_now(run_doctor(Request(recipe, config, tuple(overrides or ()), step, as_json)))
 
 
 def plan(

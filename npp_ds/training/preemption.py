@@ -27,6 +27,7 @@ ONE_PRESS = 1.0
 class StopRequests:
     """A context in which SIGINT (Ctrl-C), SIGTERM and SIGUSR1 end nothing: `requested` names the first one.
 
+    SIGUSR1 alone is a scheduler's early warning, often to some processes only; `at_once` says that another one came.
     Later ones change nothing, except after a SIGINT: ONE_PRESS seconds later SIGINT and SIGTERM end the process at once
     again (torchrun 2.14 sends its processes SIGTERM at the second Ctrl-C). When Preempted leaves the block all stay
     ignored, so that the process ends with its own exit code. Python delivers signals to the main thread only: entered
@@ -37,6 +38,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.at_once = False
         self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -57,6 +59,7 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = signal.Signals(number).name
+        self.at_once |= number != signal.SIGUSR1
         if number == signal.SIGINT and not self._interrupted:
             self._interrupted = True
             time.sleep(ONE_PRESS)

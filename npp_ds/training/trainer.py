@@ -47,8 +47,11 @@ def train(config: RunConfig, from_step: int | None, stop: StopRequests) -> None:
 
 
 def _end_if_asked(stop: StopRequests) -> None:
-    """End a start that a signal has asked to stop before the processes have met."""
-    if stop.requested:
+    """End a start that SIGINT or SIGTERM has asked to stop before the processes have met.
+
+    After SIGUSR1 alone they meet first and stop together: those that did not receive it would wait for this one.
+    """
+    if stop.requested and stop.at_once:
         logger.info(f"{stop.requested}: stopped before all processes had met; rerun the same command to resume")
         raise Preempted(stop.requested, 0)
 

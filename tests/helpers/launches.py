@@ -65,6 +65,13 @@ class Launch:
             assert time.monotonic() < deadline, f"step {step} not reached in {timeout} s:\n{self.text()}"
             time.sleep(0.01)
 
+    def wait_for_imports(self, rank: int, timeout: float = 60) -> None:
+        """Returns once the process of `rank`, not a forked one, is importing PyTorch: it notes signals by then."""
+        maps, deadline = Path(f"/proc/{self.processes[rank].pid}/maps"), time.monotonic() + timeout
+        while "libtorch" not in maps.read_text():
+            assert time.monotonic() < deadline and self.processes[rank].poll() is None, self.text()
+            time.sleep(0.002)
+
     def last_step(self) -> int:
         return last_step(self.run_dir)
 

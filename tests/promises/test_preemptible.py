@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -103,8 +102,7 @@ def test_preemptible_the_step_that_was_asked_in_is_the_last_and_the_run_goes_on_
 def test_preemptible_from_the_imports_on_and_however_often_it_is_asked(shards, tmp_path, undisturbed):
     config = tiny_config(shards, tmp_path / "run", **WATCHED)
     with Launch(config, forked=False) as launch:
-        maps = Path(f"/proc/{launch.processes[1].pid}/maps")
-        _wait(lambda: "libtorch" in maps.read_text(), launch)
+        launch.wait_for_imports(1)
         launch.send(1, signal.SIGUSR1)
         _wait(lambda: "stopped before the first step" in launch.text(), launch)
         while any(process.poll() is None for process in launch.processes):
