@@ -1,11 +1,12 @@
-"""Measure what a training step sends between nodes, and the time of a schedule on a network as scarce as a cluster's.
+"""Measure what a step sends between nodes and when, and the time of a schedule on a network as scarce as a cluster's.
 
     python -m benchmarks.network --out benchmarks/results          # as root, about 12 minutes on two idle cores
 
 Each node is a network namespace of this machine (`benchmarks/nodes.py`) with one training process of one thread. A
 trace of the collectives gives operations, dtypes and elements; the counters of the nodes' interfaces give the bytes
 that gloo sent for them. What NCCL's ring algorithms would send for the same collectives follows by formula (`PASSES`):
-gloo's own reductions to one process and its reduce-scatter send more.
+gloo's own reductions to one process and its reduce-scatter send more. The same trace says which gradients are sent
+while others are still to be computed: only these can be sent during the backward pass.
 """
 
 import json
@@ -24,10 +25,12 @@ from benchmarks.common import bounds, command_line, give_up, machine, made_by, p
 from benchmarks.nodes import INTERFACE, Node, Nodes, start_ranks, wait_for_all, why_no_nodes
 from npp_ds.config.schema import ModelSection, RunConfig
 from npp_ds.planning.plan import make_plan
+from npp_ds.sizes import SIZES
 from npp_ds.utils.gpu_specs import find_gpu
 
 PASSES = {"allreduce_": 2, "reduce_": 1, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
 """Collective -> number of passes of its ring algorithm in NCCL: in each, n ranks send (n - 1) / n of the buffer."""
+REDUCTIONS = ("allreduce_", "reduce_", "_reduce_scatter_base_")
 BYTES = {"float32": 4, "bfloat16": 2}
 MODEL = {"dim": 256, "n_layers": 4, "n_heads": 4, "vocab_size": 2048, "grid_size": 8, "num_classes": 10}
 TIMED_ROWS = 16
@@ -37,6 +40,9 @@ SCHEDULES = {"two levels": (0.5, 0.5, 0, 0), "four levels": (0.5, 0.25, 0.125, 0
 """Shares of the steps by side, of `schedule.patch_sides` [2, 1] and [8, 4, 2, 1]."""
 GPUS = (8, 16, 32, 64)
 MFU = 0.4
+BUCKETS = (200_000_000, 50_000_000)
+"""Elements of a bucket whose effect on the overlap is shown: the shipped settings' before, and now."""
+OVERLAP_LAYERS = 24
 TURNS = 3
 TRACED_STEPS = 3
 LAUNCH_SECONDS = 600
@@ -55,12 +61,18 @@ class Way:
     sides: tuple[int, ...] = (1,)
     rows: int = 4
     """Images of a process and step."""
+    layers: int = MODEL["n_layers"]
+    bucket: float = 0
+    """Elements of a bucket of gradients, as a share of the parameters; 0: those of the settings."""
 
     def config(self, nodes: int, folder: Path) -> RunConfig:
         """Return the config of a run with one stage per side; its DeepSpeed settings are written to `folder`."""
         settings = json.loads((Path("ds_configs") / f"{self.settings}.json").read_text())
         if self.all_reduced:
             settings["zero_optimization"]["use_multi_rank_bucket_allreduce"] = True  # DeepSpeed's default (0.19.8)
+        model = ModelSection.model_validate({**MODEL, "n_layers": self.layers})
+        if self.bucket:
+            settings["zero_optimization"]["reduce_bucket_size"] = int(self.bucket * model.parameters())
         file = folder / "deepspeed.json"
         file.write_text(json.dumps(settings))
         schedule = {
@@ -73,7 +85,7 @@ class Way:
         return RunConfig.model_validate(
             {
                 "precision": self.precision,
-                "model": MODEL,
+                "model": model.model_dump(),
                 "data": {"train": "unused"},
                 "schedule": schedule,
                 "deepspeed": {"config": str(file)},
@@ -105,25 +117,52 @@ def interface_bytes() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def collectives_of(work: Callable[[], Any]) -> Counter[tuple[str, str]]:
-    """Return the elements that each (operation, dtype) has in the collectives of `work`, by its largest tensor."""
+def watch_collectives(work: Callable[[], Any], see: Callable[[str, Any], None]) -> None:
+    """Call `see(operation, largest tensor)` for each collective of `work`, in order."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
-
-    found: Counter[tuple[str, str]] = Counter()
 
     class Collectives(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function.namespace == "c10d":
                 tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-                largest = max(tensors, key=torch.Tensor.numel)
-                found[function._opname, str(largest.dtype).removeprefix("torch.")] += largest.numel()
+                see(function._opname, max(tensors, key=torch.Tensor.numel))
             return function(*args, **(kwargs or {}))
 
     with Collectives():
         work()
+
+
+def collectives_of(work: Callable[[], Any]) -> Counter[tuple[str, str]]:
+    """Return the elements that each (operation, dtype) has in the collectives of `work`, by its largest tensor."""
+    found: Counter[tuple[str, str]] = Counter()
+
+    def count(operation: str, tensor: Any) -> None:
+        found[operation, str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+
+    watch_collectives(work, count)
     return found
+
+
+def early_share(work: Callable[[], Any], model: Any) -> float:
+    """Return the share of the gradients' elements that a step, `work`, sends before the last gradient is computed."""
+    waiting = sum(p.numel() for p in model.parameters())
+    sent = {True: 0, False: 0}
+
+    def computed(gradient: Any) -> None:
+        nonlocal waiting
+        waiting -= gradient.numel()
+
+    def count(operation: str, tensor: Any) -> None:
+        if operation in REDUCTIONS:
+            sent[waiting > 0] += tensor.numel()
+
+    hooks = [p.register_hook(computed) for p in model.parameters()]
+    watch_collectives(work, count)
+    for hook in hooks:
+        hook.remove()
+    return sent[True] / sum(sent.values())
 
 
 def nccl_bytes(counted: Iterable[tuple[str, str, float]]) -> float:
@@ -156,6 +195,7 @@ def at_work(way: Way, task: str) -> dict[str, Any]:
     if task == "trace":
         counted = collectives_of(lambda: loop.step(stages[0], batches))
         answer["collectives"] = [[*key, count] for key, count in sorted(counted.items())]
+        answer["early_share"] = early_share(lambda: loop.step(stages[0], batches), loop.engine.engine.module)
     dist.barrier()
     return answer
 
@@ -185,6 +225,21 @@ def traced(nodes: Sequence[Node], way: Way) -> dict[str, Any]:
         "gloo_bytes": round(sum(a["sent_bytes"] for a in answers) / (n - 1) / parameters, 2),
         "nccl_bytes": round(nccl_bytes(large), 2),
     }
+
+
+def overlap(nodes: Sequence[Node]) -> list[dict[str, Any]]:
+    """Return, by size of the model and of the buckets, the share of gradients that are sent during a backward pass.
+
+    The buckets of a small model with many layers hold the same share of its parameters as those of a large one.
+    """
+    rows = []
+    for size in SIZES:
+        parameters = ModelSection.model_validate({"size": size}).parameters()
+        for bucket in BUCKETS:
+            way = Way("zero2", layers=OVERLAP_LAYERS, bucket=bucket / parameters)
+            shares = [answer["early_share"] for answer in launch(nodes, way, "trace")]
+            rows.append({"size": size, "bucket": bucket, "early_share": round(min(shares), 3)})
+    return rows
 
 
 @dataclass(frozen=True)
@@ -276,6 +331,19 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['settings']} | {how} | {row['precision']} | {row['accumulation']} | {row['nodes']} | {done} "
             f"| {row['gloo_bytes']:.2f} | {row['nccl_bytes']:.2f} |"
         )
+    lines += [
+        "",
+        "# What can be sent during the backward pass",
+        "",
+        "Share of the gradients' elements whose reduction ZeRO-2 starts before the last gradient is computed, in a "
+        f"trace of one micro-batch; a model of {OVERLAP_LAYERS} layers of width {m['dim']} whose buckets hold as large "
+        "a share of its parameters as in the named size. The rest is sent after the backward pass.",
+        "",
+        f"| size | {' | '.join(f'buckets of {bucket / 1e6:,.0f}M' for bucket in BUCKETS)} |",
+        "|" + "---|" * (1 + len(BUCKETS)),
+    ]
+    by_size = {size: [r["early_share"] for r in result["overlap"] if r["size"] == size] for size in SIZES}
+    lines += [f"| {size} | {' | '.join(f'{share:.0%}' for share in shares)} |" for size, shares in by_size.items()]
     lines += ["", *bounds(result)]
     if result["schedules"]:
         lines += [
@@ -314,6 +382,7 @@ def main() -> None:
         give_up(f"python -m benchmarks.network: {reason}")
     with Nodes(2) as nodes:
         found = [traced(nodes, way) for way in TRACED]
+        early = overlap(nodes)
         schedules = [] if args.fast else emulate(nodes)
     with Nodes(4) as nodes:
         found += [traced(nodes, way) for way in TRACED if way.accumulation == 1 and way.settings != "zero1"]
@@ -332,6 +401,7 @@ def main() -> None:
         "model": MODEL,
         "parameters": ModelSection.model_validate(MODEL).parameters(),
         "bytes": found,
+        "overlap": early,
         "schedules": schedules,
         "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
         "wanted": WANTED,
