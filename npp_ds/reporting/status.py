@@ -79,6 +79,7 @@ class RunStatus:
     planned_cost: float | None
     stage_eta_seconds: float | None
     eta_seconds: float | None
+    eta_at_most: bool
     checkpoint_step: int | None
     restarts: int | None
     warnings: list[str]
@@ -145,6 +146,7 @@ def _status(run: Path) -> RunStatus:
         planned_cost=Schedule(tuple(stages)).flop_cost(model.grid_size, model.training_flops) if stages else None,
         stage_eta_seconds=left[current.index] if left and current else None,
         eta_seconds=sum(left) if left else None,
+        eta_at_most=costs.left_at_most(step),
         checkpoint_step=_newest_checkpoint(run / "checkpoints"),
         restarts=max(environment["starts"] - 1, 0) if "starts" in environment else None,
         warnings=_warnings(run, events),
@@ -242,7 +244,9 @@ def _rows(s: RunStatus) -> list[tuple[str, str]]:
         saved = f"{1 - s.saved_share:.3f} of next-token training ({s.saved_share:.0%} saved)"
         rows += [("spent", spent), ("cost", f"{saved}; {s.planned_cost:.3f} when finished")]
     if s.eta_seconds is not None and s.stage_eta_seconds is not None and s.state != "finished":
-        rows.append(("eta", f"{format_duration(s.stage_eta_seconds)} (stage), {format_duration(s.eta_seconds)} (run)"))
+        bound = "at most " if s.eta_at_most else ""
+        stage, run = format_duration(s.stage_eta_seconds), format_duration(s.eta_seconds)
+        rows.append(("eta", f"{stage} (stage), {bound}{run} (run)"))
     restarts = "" if s.restarts is None else f"; {counted(s.restarts, 'restart')}"
     rows.append(("checkpoint", ("none" if s.checkpoint_step is None else f"step {s.checkpoint_step:,}") + restarts))
     rows += [("warning", text) for text in s.warnings]

@@ -163,7 +163,7 @@ class RunLog(Hook):
         line |= {"stage_eta_seconds": left[stage.index], "eta_seconds": sum(left)}
         self.write("train", step.done, **line)
         if self._progress:
-            self._progress.show({"step": step.done, **line})
+            self._progress.show({"step": step.done, "eta_at_most": self._costs.left_at_most(step.done), **line})
         self.curves(step.done, {f"train/{name}": v for name, v in line.items() if name not in NOT_FOR_MONITORS})
 
     def _log_samples(self, stage: Stage, batch: StepBatch, left_out: bool) -> None:
@@ -190,7 +190,7 @@ class Progress:
         self._live = LiveLine() if sys.stdout.isatty() else None
 
     def show(self, line: Event) -> None:
-        """Show the state after a logged step, as written to metrics.jsonl."""
+        """Show the state after a logged step: a line of metrics.jsonl, and whether its ETA is an upper bound."""
         facts = [
             (3, f"stage {line['stage'] + 1}/{self.stages} side {line['patch_side']}"),
             (2, f"step {line['step']}/{self.total_steps}"),
@@ -200,7 +200,7 @@ class Progress:
         ]
         if line["mfu"] is not None:
             facts.append((6, f"MFU {line['mfu']:.1%}"))
-        eta = [(0, f"eta {_clock(line['eta_seconds'])}")]
+        eta = [(0, f"eta {'<' if line['eta_at_most'] else ''}{_clock(line['eta_seconds'])}")]
         if line["stage"] + 1 < self.stages:
             eta.insert(0, (4, f"stage eta {_clock(line['stage_eta_seconds'])}"))
         with suppress(OSError):

@@ -81,6 +81,19 @@ class StepCosts:
         steps = (stage.end_step - min(max(done, stage.start_step), stage.end_step) for stage in self.stages)
         return [n * self.seconds_per_step(index) for index, n in enumerate(steps)]
 
+    def left_at_most(self, done: int) -> bool:
+        """Return whether `left` is an upper bound: one stage is measured, and stages of more FLOPs per step are left.
+
+        Their cost is then in proportion to FLOPs, though a part of each step does not grow with them.
+        """
+        if len(self._measured) != 1:
+            return False
+        (known,) = self._measured
+        return any(
+            flops > self._flops[known] and stage.end_step > done
+            for stage, flops in zip(self.stages, self._flops, strict=True)
+        )
+
 
 def step_flops(model: ModelSection, stage: Stage, patch_side: int) -> int:
     """Return the model FLOPs of a step on a stage's batch at `patch_side`."""

@@ -25,7 +25,7 @@ from runs import logs, run, run_and_stop_after, tiny_config
 
 LINE = {
     "event": "train", "step": 30, "stage": 1, "patch_side": 2, "epoch": 3, "loss": 4.25, "learning_rate": 1e-4,
-    "images_per_second": 512.4, "mfu": None, "stage_eta_seconds": 15.2, "eta_seconds": 75.4,
+    "images_per_second": 512.4, "mfu": None, "stage_eta_seconds": 15.2, "eta_seconds": 75.4, "eta_at_most": False,
 }  # fmt: skip
 
 
@@ -172,8 +172,10 @@ def test_beside_a_terminal_each_logged_step_is_a_whole_line(monkeypatch, capsys)
     progress = Progress(total_steps=100, stages=3)
     progress.show(LINE)
     progress.show({**LINE, "mfu": 0.4321, "stage": 2})
-    first, second = capsys.readouterr().out.splitlines()
+    progress.show({**LINE, "eta_at_most": True})
+    first, second, third = capsys.readouterr().out.splitlines()
     assert first == LIVE[200].replace("32/", "30/") and "\x1b" not in first
+    assert third.endswith("eta <0:01:15")
     assert second.endswith("512 images/s  MFU 43.2%  eta 0:01:15"), "in the last stage both are one"
 
 

@@ -121,8 +121,11 @@ def test_a_stage_without_figures_costs_what_the_nearest_one_does_by_flops():
     flops = [QUICKSTART.model.training_flops(positions) for positions in (4, 16, 64)]
     expected = [64 / RATES[4] * n * f / flops[0] for n, f in zip((40, 420, 560), flops, strict=True)]
     assert costs.left(100) == pytest.approx(expected)
+    assert costs.left_at_most(100), "its part that does not grow with FLOPs is unknown"
     only_fine = StepCosts(SCHEDULE.stages, QUICKSTART.model, [{"step": 570, "stage": 2, "images_per_second": 210.0}])
     assert only_fine.left(1120) == [0, 0, 0] and only_fine.left(140)[0] == 0
+    assert not only_fine.left_at_most(140)
+    assert not StepCosts(SCHEDULE.stages, QUICKSTART.model, quickstart_lines(150)).left_at_most(150)
 
 
 @pytest.mark.parametrize("rates, factor", [({4: 300.0, 2: 620.0, 1: 1.0}, 1.0), ({4: 1e6, 2: 100.0, 1: 1.0}, None)])
