@@ -61,17 +61,9 @@ def sample(
     """
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.distributed.environment import choose_device, choose_dtype
-    from npp_ds.sampling.job import Sampling
+    from npp_ds.sampling.image_model import find_tokenizer, parse_classes, split_classes, stage_warning
+    from npp_ds.sampling.job import Request, Sampling, default_folder, image_count
     from npp_ds.sampling.logits_processing import Options
-    from npp_ds.sampling.request import (
-        Request,
-        default_folder,
-        find_tokenizer,
-        image_count,
-        parse_classes,
-        split_classes,
-        stage_warning,
-    )
 
     process = read_environment()
     device = choose_device(device, process.local_rank)
