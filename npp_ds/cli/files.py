@@ -144,8 +144,7 @@ def import_llamagen(
     Example: npp shards import-llamagen imagenet256_codes imagenet256_labels --out data/imagenet_256/train
     """
     from npp_ds.data.manifest import TokenizerInfo
-    from npp_ds.tokenizer.imagenet import class_list_file
-    from npp_ds.tokenizer.listing import read_class_list
+    from npp_ds.tokenizer.listing import class_list_file, read_class_list
     from npp_ds.tokenizer.llamagen_codes import PRECISION, CodeFolders, ImportSettings, import_codes
 
     name, sha256 = "unknown", ""

@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.crops import square_sides, squares
-from npp_ds.tokenizer.images import ImageItem, ImageReader, UnreadableImage, decode
+from npp_ds.tokenizer.images import ImageItem, ImageReader, UnreadableImage, decode, square_sides, squares
 
 ITEMS_PER_TASK = 16
 NOTE_BYTES = 4096
