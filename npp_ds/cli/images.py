@@ -14,9 +14,9 @@ from npp_ds.utils.logs import say
 from npp_ds.utils.progress import Progress
 
 if TYPE_CHECKING:
+    from npp_ds.evaluation.evaluate import Reference
     from npp_ds.evaluation.extractors import Extractor
     from npp_ds.evaluation.images import ImageSet
-    from npp_ds.evaluation.reference import Reference
     from npp_ds.evaluation.sweep import Sweep
     from npp_ds.sampling.job import Sampling
 
@@ -264,14 +264,14 @@ class _Against:
         return open_extractor(self.extractor, self.reference, tokenizer, self.inception_weights)
 
     def load(self, extractor: "Extractor") -> "Reference":
-        from npp_ds.evaluation.reference import load_reference
+        from npp_ds.evaluation.evaluate import load_reference
 
         with Progress("reference") as progress:
             return load_reference(self.reference, extractor, self.image_size, progress)
 
 
 def _make_reference(out: Path, against: _Against) -> None:
-    from npp_ds.evaluation.reference import make_reference
+    from npp_ds.evaluation.evaluate import make_reference
 
     extractor = against.open_extractor(None)
     with Progress("reference") as progress:
@@ -281,7 +281,7 @@ def _make_reference(out: Path, against: _Against) -> None:
 
 def _check_reference(source: Path | None, against: _Against) -> None:
     from npp_ds.checkpoint.open import open_weights
-    from npp_ds.evaluation.reference import check_reference
+    from npp_ds.evaluation.evaluate import check_reference
 
     tokenizer = open_weights(source).tokenizer if source else None
     extractor = against.open_extractor(tokenizer.name if tokenizer else None)
