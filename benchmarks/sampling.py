@@ -30,8 +30,8 @@ from npp_ds.model import ModelConfig, Transformer
 from npp_ds.model.attention import rotary_table, rotate
 from npp_ds.model.layers import RMSNorm
 from npp_ds.model.transformer import Block
-from npp_ds.sampling.decode import generate
 from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.sampler import generate
 from npp_ds.sizes import SIZES
 
 PUBLISHED, NO_COPY, HERE = "published way", "published way, keys not copied", "this software"

@@ -36,9 +36,8 @@ from npp_ds.data.manifest import Manifest
 from npp_ds.data.shards import ShardWriter
 from npp_ds.tokenizer import VQ16, VQModel, load_tokenizer
 from npp_ds.tokenizer.batches import BatchEncoder
-from npp_ds.tokenizer.crops import squares
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
-from npp_ds.tokenizer.images import ImageReader, decode
+from npp_ds.tokenizer.images import ImageReader, decode, squares
 from npp_ds.tokenizer.sources import Source, open_source
 from npp_ds.tokenizer.vq import PRECISIONS
 

@@ -56,7 +56,7 @@ def export(
 def _export_hub(opened: "Weights", out: Path, dtype: str, force: bool, tokenizer: str | None) -> None:
     from npp_ds.checkpoint.export import export_hub
     from npp_ds.reporting.model_card import model_card
-    from npp_ds.sampling.request import find_tokenizer
+    from npp_ds.sampling.image_model import find_tokenizer
 
     try:
         decoder = find_tokenizer(opened, tokenizer)
@@ -144,8 +144,7 @@ def import_llamagen(
     Example: npp shards import-llamagen imagenet256_codes imagenet256_labels --out data/imagenet_256/train
     """
     from npp_ds.data.manifest import TokenizerInfo
-    from npp_ds.tokenizer.imagenet import class_list_file
-    from npp_ds.tokenizer.listing import read_class_list
+    from npp_ds.tokenizer.listing import class_list_file, read_class_list
     from npp_ds.tokenizer.llamagen_codes import PRECISION, CodeFolders, ImportSettings, import_codes
 
     name, sha256 = "unknown", ""

@@ -14,9 +14,9 @@ from npp_ds.utils.logs import say
 from npp_ds.utils.progress import Progress
 
 if TYPE_CHECKING:
+    from npp_ds.evaluation.evaluate import Reference
     from npp_ds.evaluation.extractors import Extractor
     from npp_ds.evaluation.images import ImageSet
-    from npp_ds.evaluation.reference import Reference
     from npp_ds.evaluation.sweep import Sweep
     from npp_ds.sampling.job import Sampling
 
@@ -61,17 +61,9 @@ def sample(
     """
     from npp_ds.checkpoint.open import open_weights
     from npp_ds.distributed.environment import choose_device, choose_dtype
-    from npp_ds.sampling.job import Sampling
+    from npp_ds.sampling.image_model import find_tokenizer, parse_classes, split_classes, stage_warning
+    from npp_ds.sampling.job import Request, Sampling, default_folder, image_count
     from npp_ds.sampling.logits_processing import Options
-    from npp_ds.sampling.request import (
-        Request,
-        default_folder,
-        find_tokenizer,
-        image_count,
-        parse_classes,
-        split_classes,
-        stage_warning,
-    )
 
     process = read_environment()
     device = choose_device(device, process.local_rank)
@@ -272,14 +264,14 @@ class _Against:
         return open_extractor(self.extractor, self.reference, tokenizer, self.inception_weights)
 
     def load(self, extractor: "Extractor") -> "Reference":
-        from npp_ds.evaluation.reference import load_reference
+        from npp_ds.evaluation.evaluate import load_reference
 
         with Progress("reference") as progress:
             return load_reference(self.reference, extractor, self.image_size, progress)
 
 
 def _make_reference(out: Path, against: _Against) -> None:
-    from npp_ds.evaluation.reference import make_reference
+    from npp_ds.evaluation.evaluate import make_reference
 
     extractor = against.open_extractor(None)
     with Progress("reference") as progress:
@@ -289,7 +281,7 @@ def _make_reference(out: Path, against: _Against) -> None:
 
 def _check_reference(source: Path | None, against: _Against) -> None:
     from npp_ds.checkpoint.open import open_weights
-    from npp_ds.evaluation.reference import check_reference
+    from npp_ds.evaluation.evaluate import check_reference
 
     tokenizer = open_weights(source).tokenizer if source else None
     extractor = against.open_extractor(tokenizer.name if tokenizer else None)

@@ -1,5 +1,6 @@
 """Checks that all processes make together: sums, network speed, one shared run folder, steps of the run's model."""
 
+import os
 import resource
 import secrets
 import shutil
@@ -214,5 +215,4 @@ def _peak_bytes(context: Context) -> int:
 def _total_bytes(context: Context) -> int:
     if context.has_gpu:
         return torch.cuda.mem_get_info(context.processes.device)[1]
-    with open("/proc/meminfo") as file:
-        return int(file.readline().split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from npp_ds.config.load import load_run
 from npp_ds.distributed.environment import host_name, read_environment
 from npp_ds.distributed.process_group import RENDEZVOUS_TIMEOUT, Processes, join_processes
-from npp_ds.doctor import collectives, machine, run
+from npp_ds.doctor import collectives, local
 from npp_ds.doctor.checks import FAILURE, NOT_RUN, OK, WARNING, Check, Context, Result, Row, row_of
 from npp_ds.doctor.collectives import TrialSteps
 from npp_ds.errors import RendezvousError, UserError
@@ -68,7 +68,7 @@ def run_doctor(request: Request) -> int:
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
         # A process without its GPU would join with gloo, while the others would wait for it in NCCL.
-        if reason := machine.missing_gpu(read_environment().local_rank):
+        if reason := local.missing_gpu(read_environment().local_rank):
             _report_alone(reason, request.as_json)
             return RETRYABLE
         with _exit_after(CONNECT_TIMEOUT_SECONDS, request.as_json):
@@ -169,9 +169,9 @@ class Runner:
 
     def _local_checks(self) -> list[Check]:
         if not self.request.names_run:
-            return list(machine.CHECKS)
+            return list(local.CHECKS)
         config = Check("config", self._read_config, lasting=True)
-        return [*machine.CHECKS, config, *(_with_config(check) for check in run.CHECKS)]
+        return [*local.CHECKS, config, *(_with_config(check) for check in local.CHECKS_OF_RUN)]
 
     def _read_config(self, context: Context) -> None:
         context.config = load_run(self.request.recipe, self.request.file, self.request.overrides)

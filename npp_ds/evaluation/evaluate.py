@@ -1,10 +1,16 @@
-"""Samples against a reference: every metric, caveats of the comparison, and one JSON of it all."""
+"""Samples against a reference: its statistics, every metric, caveats of the comparison, and one JSON of it all.
 
+A reference is an .npz of statistics (ADM's, or made here), or real images that are measured now.
+"""
+
+import json
 import re
-from dataclasses import asdict
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from npp_ds import __version__
@@ -12,112 +18,215 @@ from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import (
     FASHION_MNIST,
     INCEPTION,
-    ClassifierExtractor,
     Extractor,
-    Inception,
     Measurement,
     Progress,
+    load_extractor,
     measure,
 )
-from npp_ds.evaluation.images import RECONSTRUCTION, ImageSet
-from npp_ds.evaluation.metrics import NEIGHBOURS, class_agreement, frechet_distance, inception_score, precision_recall
-from npp_ds.evaluation.reference import Reference, recorded_extractor
-from npp_ds.utils.files import check_writable, explain_os_errors, write_json_atomic
+from npp_ds.evaluation.images import IMAGES_KEY, RECONSTRUCTION, ImageSet, open_images
+from npp_ds.evaluation.metrics import (
+    NEIGHBOURS,
+    Statistics,
+    class_agreement,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
+from npp_ds.utils.files import (
+    check_writable,
+    explain_os_errors,
+    open_regular,
+    parse_json,
+    sha256,
+    write_atomic,
+    write_json_atomic,
+)
 from npp_ds.utils.format import utc_now
 from npp_ds.utils.records import git_commit
 
+EVALUATION_FILE = "evaluation.json"
+AUTO = "auto"
 PUBLISHED_COUNT = 50_000
 LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "GIF", "JPEG2000", "AVIF"}
 _VALIDATION = re.compile(r"(?<![a-z])val(idation)?(?![a-z])", re.IGNORECASE)
+LARGEST_ARRAY = 1 << 30  # bytes
+MANIFOLD_IMAGES = 10_000  # for precision and recall; the number of images in ADM's reference files
+POOL_KEYS, SPATIAL_KEYS = ("mu", "sigma"), ("mu_s", "sigma_s")
+FEATURES_KEY, METADATA_KEY = "features", "metadata"
 
 
-def find_caveats(images: ImageSet, measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
-    """Return one sentence for each known reason why the metrics are not comparable; empty if there is none."""
-    found = _of_counts(measured, reference, extractor) + _of_reference(measured, reference, extractor)
-    found += _of_patch_sides(images.record)
-    if lossy := sorted(images.formats & LOSSY_FORMATS):
-        found.append(
-            f"samples were read from {' and '.join(lossy)} files, which can lose detail: save samples as PNG or .npz"
-        )
-    if repeated := images.record.get("repeated_images"):
-        found.append(f"{repeated} of the samples are copies of others")
-    if extractor.name == INCEPTION:
-        found += _beside_published(measured, reference, extractor, images.kind == RECONSTRUCTION)
-    return found
+@dataclass(frozen=True)
+class Source:
+    """The origin of a reference, for results and for the metadata of files made here; None means unknown.
 
-
-def _of_counts(measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
-    counts = (("samples", measured.count), ("reference images", reference.source.num_images))
-    return [
-        f"{count} {what} are too few for {extractor.feature_dim} features: the covariance is singular and the Frechet "
-        "distance too high"
-        for what, count in counts
-        if count is not None and count <= extractor.feature_dim
-    ]
-
-
-def _of_reference(measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
-    found, source = [], reference.source
-    if source.image_size is not None and source.image_size != measured.image_size:
-        sizes = ("x".join(map(str, reversed(size))) for size in (measured.image_size, source.image_size))
-        found.append("samples are {} pixels, the reference's images {}".format(*sizes))
-    if source.extractor_sha256 not in (None, extractor.sha256):
-        found.append(
-            f"the reference was made with other weights of {extractor.name} (SHA-256 {source.extractor_sha256[:8]}, "
-            f"here {extractor.sha256[:8]}): the distances mean nothing"
-        )
-    return found
-
-
-def _of_patch_sides(record: dict[str, Any]) -> list[str]:
-    found, side, trained = [], record.get("patch_side", 1), record.get("weights_patch_side")
-    if trained not in (None, side):
-        found.append(
-            f"the images were sampled at patch side {side} from weights of a stage of patch side {trained}: they do "
-            "not show what that stage has learned"
-        )
-    if side > 1:
-        found.append(
-            f"the samples are of patch side {side}, blocks of one code repeated: not comparable with samples at side "
-            "1, nor with published figures"
-        )
-    return found
-
-
-def _beside_published(
-    measured: Measurement, reference: Reference, extractor: Extractor, reconstruction: bool
-) -> list[str]:
-    found, count = [], reference.source.num_images
-    if not extractor.standard:
-        found.append(
-            f"Inception's weights are not the standard ones (SHA-256 {extractor.sha256[:8]}): not comparable with any "
-            "published figure"
-        )
-    if measured.count != PUBLISHED_COUNT:
-        found.append(f"{measured.count:,} samples, published figures are of {PUBLISHED_COUNT:,}; fewer raise the FID")
-    if count is not None and PUBLISHED_COUNT > count > extractor.feature_dim:
-        found.append(f"the reference has only {count:,} images, published ones {PUBLISHED_COUNT:,} or more")
-    names = (Path(name).as_posix() for name in (reference.path, reference.source.images) if name)
-    if not reconstruction and any(_VALIDATION.search("/".join(name.split("/")[-2:])) for name in names):
-        found.append("the reference seems to be of validation images; published figures are against training images")
-    return found
-
-
-EVALUATION_FILE = "evaluation.json"
-AUTO = "auto"
-
-
-def load_extractor(name: str, weights: str | Path | None = None, device: str | torch.device | None = None) -> Extractor:
-    """Load the extractor of that name. `weights` is a file to use instead of Inception's standard weights.
-
-    Raises UserError for an unknown name and for missing or damaged weights.
+    `images` names the images of the statistics, `num_images` is their number, `image_size` is [height, width].
+    `extractor_sha256` is that of the extractor's weights.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == INCEPTION:
-        return Inception(weights, device)
-    if name == FASHION_MNIST:
-        return ClassifierExtractor(device)
-    raise UserError(f"extractor: found {name!r}, expected {INCEPTION} or {FASHION_MNIST}")
+
+    images: str | None
+    num_images: int | None
+    image_size: list[int] | None
+    extractor: str
+    extractor_sha256: str | None
+    pixels_sha256: str | None = None
+    class_agreement: float | None = None
+    created_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real images, and pool features [M, d] of some of them for precision and recall.
+
+    `sha256` is that of the file at `path`, or of the pixels in order if images were measured.
+    """
+
+    path: str
+    sha256: str
+    source: Source
+    pool: Statistics
+    spatial: Statistics | None
+    features: np.ndarray | None
+
+
+def recorded_extractor(path: str | Path) -> str | None:
+    """Return the name of the extractor that made the statistics in a file (Inception for ADM's), None for images."""
+    if Path(path).suffix != ".npz":
+        return None
+    content = _read(Path(path), ())
+    if METADATA_KEY in content:
+        return _metadata(Path(path), content[METADATA_KEY]).extractor
+    return INCEPTION if POOL_KEYS[0] in content else None
+
+
+def load_reference(
+    path: str | Path,
+    extractor: Extractor,
+    image_size: int | None = None,
+    progress: Progress = lambda done, total: None,
+    with_features: bool = True,
+) -> Reference:
+    """Load a reference from an .npz with statistics, or measure any images that `open_images` takes.
+
+    Statistics are `mu` and `sigma`, and optionally `mu_s` and `sigma_s`, as in ADM's files. `with_features` loads the
+    features for precision and recall; for ADM's files this is a pass over their 10,000 images. Raises UserError if
+    another extractor made the statistics.
+    """
+    if recorded_extractor(path) is None:
+        images = open_images(path, image_size)
+        measured = measure(images, extractor, MANIFOLD_IMAGES, progress)
+        digest = sha256(path) if images.kind == "npz" else measured.sha256
+        source = _source_of(images, measured, extractor)
+        return Reference(str(path), digest, source, measured.pool, measured.spatial, measured.features)
+    return _from_statistics(Path(path), extractor, progress, with_features)
+
+
+def check_reference(path: str | Path, extractor: Extractor, image_size: int | None = None) -> None:
+    """Raise the UserError that `load_reference` would raise, within seconds: of images only the first is read."""
+    if recorded_extractor(path) is None:
+        next(open_images(path, image_size).batches(1))
+    else:
+        load_reference(path, extractor, with_features=False)
+
+
+def make_reference(
+    out: str | Path,
+    source: str | Path,
+    extractor: Extractor,
+    image_size: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Reference:
+    """Measure images and write a reference .npz: statistics under ADM's names, features, and their origin.
+
+    Raises UserError, before it measures, if `out` cannot be written.
+    """
+    if Path(out).suffix != ".npz":
+        raise UserError(f"{out}: found {Path(out).suffix or 'no suffix'}, expected a file name that ends in .npz")
+    if recorded_extractor(source) is not None:
+        raise UserError(f"{source}: holds statistics already; give images to make a reference from")
+    check_writable(out)
+    made = load_reference(source, extractor, image_size, progress)
+    arrays: dict[str, Any] = dict(zip(POOL_KEYS, made.pool, strict=True))
+    if made.spatial is not None:
+        arrays |= dict(zip(SPATIAL_KEYS, made.spatial, strict=True))
+    arrays |= {FEATURES_KEY: made.features, METADATA_KEY: np.array(json.dumps(asdict(made.source)))}
+    with explain_os_errors(out):
+        write_atomic(out, lambda file: np.savez(file, **arrays))
+    return made
+
+
+def _source_of(images: ImageSet, measured: Measurement, extractor: Extractor) -> Source:
+    agreement = None
+    if measured.predicted is not None and images.labels is not None:
+        agreement = class_agreement(measured.predicted, images.labels)["class_agreement"]
+    return Source(
+        images=images.path,
+        num_images=measured.count,
+        image_size=measured.image_size,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        pixels_sha256=measured.sha256,
+        class_agreement=agreement,
+        created_by=f"npp_ds {__version__}",
+    )
+
+
+def _from_statistics(path: Path, extractor: Extractor, progress: Progress, with_features: bool) -> Reference:
+    content = _read(path, (*POOL_KEYS, *SPATIAL_KEYS, *([FEATURES_KEY] if with_features else [])))
+    images = open_images(path) if IMAGES_KEY in content else None
+    if METADATA_KEY in content:
+        source = _metadata(path, content[METADATA_KEY])
+    else:
+        size = list(next(images.batches(1)).shape[1:3]) if images else None
+        source = Source(None, None, size, INCEPTION, None)
+    if source.extractor != extractor.name:
+        raise UserError(
+            f"{path}: statistics of the extractor {source.extractor}, but {extractor.name} was requested; "
+            f"give --extractor {source.extractor} or another reference"
+        )
+    pool = _statistics(path, content, POOL_KEYS, extractor.feature_dim)
+    spatial = _statistics(path, content, SPATIAL_KEYS, None) if SPATIAL_KEYS[0] in content else None
+    features = content.get(FEATURES_KEY)
+    if with_features and features is None and images:
+        features = measure(images, extractor, MANIFOLD_IMAGES, progress).features
+    return Reference(str(path), sha256(path), source, pool, spatial, features)
+
+
+def _read(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """Return the arrays of an .npz by name. Those not `wanted` are None, except the metadata."""
+    content: dict[str, Any] = {}
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                name = entry.filename.removesuffix(".npy")
+                content[name] = None
+                if name in (*wanted, METADATA_KEY):
+                    if entry.file_size > LARGEST_ARRAY:
+                        raise ValueError(f"{name} has {entry.file_size:,} bytes, expected at most {LARGEST_ARRAY:,}")
+                    with archive.open(entry) as data:
+                        content[name] = np.lib.format.read_array(data, allow_pickle=False)
+    except Exception as error:  # zipfile, its decompressors and numpy raise many kinds for damaged files
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path}: no readable .npz file ({reason:.200}); fetch or make it again") from None
+    return content
+
+
+def _metadata(path: Path, text: np.ndarray) -> Source:
+    try:
+        return Source(**parse_json(str(text)))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: {METADATA_KEY} is not what `npp evaluate --make-reference` writes ({error})"
+        ) from None
+
+
+def _statistics(path: Path, content: dict[str, Any], keys: tuple[str, str], dim: int | None) -> Statistics:
+    mean, covariance = (content.get(key, ()) for key in keys)
+    d = dim or np.size(mean)
+    if np.shape(mean) != (d,) or np.shape(covariance) != (d, d):
+        found = ", ".join(f"{k} {list(np.shape(content[k])) if k in content else 'missing'}" for k in keys)
+        raise UserError(f"{path}: found {found}, expected [{d}] and [{d}, {d}]")
+    return np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
 
 
 def open_extractor(name: str, reference: str | Path, tokenizer: str | None, weights: str | Path | None) -> Extractor:
@@ -222,3 +331,70 @@ def describe(result: dict[str, Any]) -> str:
     lines += [f"against {of} of {result['reference']['path']}, features of {result['extractor']}"]
     lines += [f"  {name:<{width}}  {value:>8}" for _, name, value in rows]
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
+
+
+def find_caveats(images: ImageSet, measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
+    """Return one sentence for each known reason why the metrics are not comparable; empty if there is none."""
+    found = _of_reference(measured, reference, extractor) + _of_patch_sides(images.record)
+    if lossy := sorted(images.formats & LOSSY_FORMATS):
+        found.append(
+            f"samples were read from {' and '.join(lossy)} files, which can lose detail: save samples as PNG or .npz"
+        )
+    if repeated := images.record.get("repeated_images"):
+        found.append(f"{repeated} of the samples are copies of others")
+    if extractor.name == INCEPTION:
+        found += _beside_published(measured, reference, extractor, images.kind == RECONSTRUCTION)
+    return found
+
+
+def _of_reference(measured: Measurement, reference: Reference, extractor: Extractor) -> list[str]:
+    source = reference.source
+    found = [
+        f"{count} {what} are too few for {extractor.feature_dim} features: the covariance is singular and the Frechet "
+        "distance too high"
+        for what, count in (("samples", measured.count), ("reference images", source.num_images))
+        if count is not None and count <= extractor.feature_dim
+    ]
+    if source.image_size is not None and source.image_size != measured.image_size:
+        sizes = ("x".join(map(str, reversed(size))) for size in (measured.image_size, source.image_size))
+        found.append("samples are {} pixels, the reference's images {}".format(*sizes))
+    if source.extractor_sha256 not in (None, extractor.sha256):
+        found.append(
+            f"the reference was made with other weights of {extractor.name} (SHA-256 {source.extractor_sha256[:8]}, "
+            f"here {extractor.sha256[:8]}): the distances mean nothing"
+        )
+    return found
+
+
+def _of_patch_sides(record: dict[str, Any]) -> list[str]:
+    found, side, trained = [], record.get("patch_side", 1), record.get("weights_patch_side")
+    if trained not in (None, side):
+        found.append(
+            f"the images were sampled at patch side {side} from weights of a stage of patch side {trained}: they do "
+            "not show what that stage has learned"
+        )
+    if side > 1:
+        found.append(
+            f"the samples are of patch side {side}, blocks of one code repeated: not comparable with samples at side "
+            "1, nor with published figures"
+        )
+    return found
+
+
+def _beside_published(
+    measured: Measurement, reference: Reference, extractor: Extractor, reconstruction: bool
+) -> list[str]:
+    found, count = [], reference.source.num_images
+    if not extractor.standard:
+        found.append(
+            f"Inception's weights are not the standard ones (SHA-256 {extractor.sha256[:8]}): not comparable with any "
+            "published figure"
+        )
+    if measured.count != PUBLISHED_COUNT:
+        found.append(f"{measured.count:,} samples, published figures are of {PUBLISHED_COUNT:,}; fewer raise the FID")
+    if count is not None and PUBLISHED_COUNT > count > extractor.feature_dim:
+        found.append(f"the reference has only {count:,} images, published ones {PUBLISHED_COUNT:,} or more")
+    names = (Path(name).as_posix() for name in (reference.path, reference.source.images) if name)
+    if not reconstruction and any(_VALIDATION.search("/".join(name.split("/")[-2:])) for name in names):
+        found.append("the reference seems to be of validation images; published figures are against training images")
+    return found

@@ -324,3 +324,16 @@ class Inception:
             pool, logits = self._network(pixels)
         found = (pool, self._spatial, logits.softmax(-1))
         return Features(*(x.float().cpu().numpy() for x in found))
+
+
+def load_extractor(name: str, weights: str | Path | None = None, device: str | torch.device | None = None) -> Extractor:
+    """Load the extractor of that name. `weights` is a file to use instead of Inception's standard weights.
+
+    Raises UserError for an unknown name and for missing or damaged weights.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == INCEPTION:
+        return Inception(weights, device)
+    if name == FASHION_MNIST:
+        return ClassifierExtractor(device)
+    raise UserError(f"extractor: found {name!r}, expected {INCEPTION} or {FASHION_MNIST}")

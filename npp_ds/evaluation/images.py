@@ -13,8 +13,7 @@ import numpy as np
 from npp_ds.errors import UserError
 from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, load_samples, map_array
 from npp_ds.sampling.job import WORK_FOLDER
-from npp_ds.tokenizer.crops import crop
-from npp_ds.tokenizer.images import ImageItem, decoded_images
+from npp_ds.tokenizer.images import ImageItem, crop, decoded_images
 from npp_ds.tokenizer.listing import PassedOver, extensions, image_files, log_passed_over, shortened
 from npp_ds.tokenizer.sources import SHARD_SUFFIXES, file_item, list_shards
 

@@ -12,13 +12,12 @@ from npp_ds.checkpoint.folders import find_problem, folder_of, saved_steps
 from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.distributed.environment import ProcessInfo, choose_device, choose_dtype
 from npp_ds.errors import UserError
-from npp_ds.evaluation.evaluate import evaluate_images, rows_of, write_result
+from npp_ds.evaluation.evaluate import Reference, evaluate_images, rows_of, write_result
 from npp_ds.evaluation.extractors import Extractor, Progress
 from npp_ds.evaluation.images import open_images
-from npp_ds.evaluation.reference import Reference
-from npp_ds.sampling.job import Sampling
+from npp_ds.sampling.image_model import find_tokenizer
+from npp_ds.sampling.job import Request, Sampling, default_folder, image_count
 from npp_ds.sampling.logits_processing import Options
-from npp_ds.sampling.request import Request, default_folder, find_tokenizer, image_count
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.utils.files import check_writable, explain_os_errors, write_atomic, write_json_atomic, write_text_atomic
 

@@ -1,4 +1,7 @@
-"""Sampling from Python: `npp_ds.load(...).sample(...)` gives the images of `npp sample` as PIL images."""
+"""Sampling from Python: `npp_ds.load(...).sample(...)` gives the images of `npp sample` as PIL images.
+
+Also the tokenizer and the class names that belong to weights.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -8,12 +11,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from npp_ds.checkpoint.export import TOKENIZER_FOLDER
 from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.distributed.environment import choose_device, choose_dtype
+from npp_ds.errors import UserError, did_you_mean, similar_names
+from npp_ds.sampling.job import Request
 from npp_ds.sampling.logits_processing import Options
-from npp_ds.sampling.request import Request, find_tokenizer, parse_classes, stage_warning
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
+from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
+from npp_ds.utils.hub import WEIGHTS_FILE
+
+NO_NAMES = "; the names of the classes are not known: a run has those of its shards, so run this where `data.train` is"
 
 
 class ImageModel:
@@ -96,3 +105,79 @@ def load(
 def _warn(text: str | None) -> None:
     if text:
         warnings.warn(text, stacklevel=3)
+
+
+def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_names: Sequence[str]) -> list[int]:
+    """Return class numbers for numbers or names; None means all classes. Letter case is ignored unless names need it.
+
+    Raises UserError that names all unknown classes, with names like them, or all names that several classes share,
+    with their numbers.
+    """
+    if wanted is None:
+        return list(range(num_classes))
+    exact: dict[str, list[int]] = {}
+    in_any_case: dict[str, list[int]] = {}
+    for i, name in enumerate(map(_normal, class_names)):
+        exact.setdefault(name, []).append(i)
+        in_any_case.setdefault(name.casefold(), []).append(i)
+
+    def numbers_of(text: str) -> list[int]:
+        named = exact.get(_normal(text)) or in_any_case.get(_normal(text).casefold())
+        return named or [int(text) if text.isdecimal() else -1]
+
+    choices = [numbers_of(str(w)) for w in wanted]
+    shared = [(w, choice) for w, choice in zip(wanted, choices, strict=True) if len(choice) > 1]
+    if shared:
+        texts = [f"{w} is the name of {' and '.join(map(str, choice))}" for w, choice in shared]
+        raise UserError(f"classes: {'; '.join(texts)}; give the number of the one you mean")
+    found = [choice[0] for choice in choices]
+    unknown = [str(w) for w, c in zip(wanted, found, strict=True) if not 0 <= c < num_classes]
+    if unknown or not found:
+        hint = did_you_mean([name for w in unknown for name in similar_names(_normal(w), class_names)])
+        names = f" or one of {', '.join(class_names[:20])}" if class_names else NO_NAMES
+        raise UserError(
+            f"classes: found {', '.join(unknown) or 'none'}{hint or ','} expected numbers 0..{num_classes - 1}{names}"
+        )
+    return found
+
+
+def split_classes(text: str, class_names: Sequence[str]) -> list[str]:
+    """Split a comma-separated list of class numbers and names. A known name that contains commas stays whole."""
+    words, found = _normal(text).split(", "), []
+    names = {_normal(name).casefold() for name in class_names}
+    longest = max((name.count(",") for name in names), default=0) + 1
+    while words:
+        sizes = range(min(longest, len(words)), 0, -1)
+        size = next((n for n in sizes if ", ".join(words[:n]).casefold() in names), 1)
+        found.append(", ".join(words[:size]))
+        words = words[size:]
+    return found
+
+
+def _normal(name: str) -> str:
+    """Return a class name with one space after each comma."""
+    return ", ".join(map(str.strip, name.split(",")))
+
+
+def find_tokenizer(weights: Weights, tokenizer: str | Path | None = None) -> VQModel:
+    """Load the tokenizer that decodes the codes of these weights.
+
+    It is the one given by name or file, else that of the run's config or of the exported folder, else an available one
+    that made the codes of the training data. Raises UserError if none is known, and if another one made those codes.
+    """
+    beside = weights.path.parent / TOKENIZER_FOLDER
+    if weights.config:
+        tokenizer = tokenizer or weights.config.data.tokenizer
+    elif weights.path.name == WEIGHTS_FILE and beside.is_dir():
+        tokenizer = tokenizer or beside
+    return tokenizer_of(weights.tokenizer, tokenizer)
+
+
+def stage_warning(weights: Weights, options: Options) -> str | None:
+    """Return a warning if the model is sampled at another patch side than that of its last training stage."""
+    if weights.patch_side in (None, options.patch_side):
+        return None
+    return (
+        f"these weights are from a stage of patch side {weights.patch_side} and are sampled at "
+        f"{options.patch_side}; sample them with --patch-side {weights.patch_side}"
+    )

@@ -6,8 +6,8 @@ the images depend neither on the number of processes nor on interruptions. Proce
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,110 @@ from npp_ds.checkpoint.open import Weights
 from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.model import Transformer
-from npp_ds.sampling.decode import worth_capturing
-from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, write_npy, write_pngs, write_samples
-from npp_ds.sampling.request import Request
-from npp_ds.sampling.sampler import build_model, labels_of, sample_images
+from npp_ds.sampling.folder import (
+    RECORD_FILE,
+    SAMPLES_FILE,
+    complete_pngs,
+    samples_of,
+    write_npy,
+    write_pngs,
+    write_samples,
+)
+from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES, build_model, labels_of, sample_images, worth_capturing
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.utils.files import read_json, write_atomic, write_json_atomic
 from npp_ds.utils.format import utc_now
 from npp_ds.utils.locks import locked
 from npp_ds.utils.records import check_same_settings, git_commit
 
+PART_SIZE = 256
 WORK_FOLDER = ".unfinished"
 SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The images 0 .. `count` - 1, with labels of `classes` that `labels_of` assigns.
+
+    They are resized to `image_size` pixels; None keeps the size of the tokenizer's output. `dtype` is that of the
+    model, "fp32" or "bf16"; the tokenizer decodes in float32. A process samples `part_size` images before it writes
+    them.
+    """
+
+    classes: Sequence[int]
+    count: int
+    labels: str = "balanced"
+    options: Options = field(default_factory=Options)
+    image_size: int | None = None
+    dtype: str = "fp32"
+    part_size: int = PART_SIZE
+
+    def check(self, weights: Weights, tokenizer: VQModel) -> None:
+        """Raise a UserError that names everything that is impossible with these weights and this tokenizer."""
+        problems = [
+            f"{name}: found {value}, expected a whole number of at least 1"
+            for name in ("count", "image_size", "part_size")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        problems += self.options.problems(weights.model.grid_size)
+        if self.options.cfg_scale != 1 and not weights.has_null_class:
+            problems.append(
+                f"cfg_scale: found {self.options.cfg_scale:g}, but the model was trained without class dropout, so it "
+                "has no null class to guide with; use 1"
+            )
+        if self.labels not in LABEL_CHOICES:
+            problems.append(f"labels: found {self.labels!r}, expected one of {', '.join(LABEL_CHOICES)}")
+        if self.dtype not in DTYPES:
+            problems.append(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        n = len(self.classes)
+        if len(set(self.classes)) < n:
+            problems.append("classes: some are named twice, expected each once")
+        if self.labels == "balanced" and self.count % n:
+            below = self.count // n * n
+            problems.append(
+                f"count: {self.count} images cannot be divided evenly among {n} classes; use {below + n}"
+                + (f" or {below}" if below else "")
+                + ", or random labels"
+            )
+        if tokenizer.config.codebook_size != weights.model.vocab_size:
+            problems.append(
+                f"tokenizer {tokenizer.name}: it has {tokenizer.config.codebook_size} codes, the model has "
+                f"{weights.model.vocab_size}; give the tokenizer whose codes the model was trained on"
+            )
+        if problems:
+            raise UserError("; ".join(problems))
+
+
+def image_count(num_classes: int, per_class: int | None, count: int | None) -> int:
+    """Return the number of images: `count`, or `per_class` (default 10) times the classes; UserError for both."""
+    if count is not None and per_class is not None:
+        raise UserError(f"count and per_class: found {count} and {per_class}, expected one of them")
+    for name, value in (("per_class", per_class), ("count", count)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}: found {value}, expected a whole number of at least 1")
+    return count or (per_class or 10) * num_classes
+
+
+def default_folder(weights: Weights, request: Request) -> Path:
+    """Return the folder for the samples of a request, inside `samples_of` these weights.
+
+    Its name holds the step, guidance scale, seed and number of images, then every other setting that differs from the
+    default. So different settings have different folders.
+    """
+    options, usual = asdict(request.options), asdict(Options())
+    step = [f"step-{weights.step:08d}"] if weights.step is not None else []
+    parts = [*step, f"cfg-{options['cfg_scale']:g}", f"seed-{options['seed']}", f"{request.count}-images"]
+    for name, value in options.items():
+        if value != usual[name] and name not in ("cfg_scale", "seed"):
+            parts.append(f"{name.replace('_', '-')}-{value if isinstance(value, str) else f'{value:g}'}")
+    words = (weights.variant, request.labels, request.dtype)
+    parts += [word for word in words if word not in ("raw", "balanced", "fp32")]
+    if (n := len(request.classes)) < weights.model.num_classes:
+        parts.append("-".join(["classes", *map(str, request.classes[:8]), *([f"and-{n - 8}-more"] if n > 8 else [])]))
+    if request.image_size:
+        parts.append(f"{request.image_size}-pixels")
+    return samples_of(weights.path) / "-".join(parts)
 
 
 class Sampling:

@@ -1,4 +1,4 @@
-"""Images to VQ codes and back: the tokenizer, its training, sources of images, crops, and the encoding of whole sets.
+"""Images to VQ codes and back: the tokenizer, sources of images, crops, and the encoding of whole sets.
 
 May use `npp_ds.data` and the file formats of `npp_ds.checkpoint`; depends neither on the model nor on training runs or
 sampling. The names below are imported when they are first used, because processes that decode images need no torch.

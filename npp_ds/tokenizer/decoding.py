@@ -1,16 +1,14 @@
 """Images decoded and scaled by other processes, in order. Needs no torch, so that these processes stay small."""
 
 import itertools
-import mmap
 import os
 import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -20,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.crops import square_sides, squares
-from npp_ds.tokenizer.images import ImageItem, ImageReader, UnreadableImage, decode
+from npp_ds.tokenizer.images import ImageItem, ImageReader, UnreadableImage, decode, square_sides, squares
 
 ITEMS_PER_TASK = 16
 NOTE_BYTES = 4096
@@ -42,60 +39,16 @@ def tasks_of(shard: int, items: list[ImageItem]) -> Iterator[Task]:
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """The items of a task that could be read, and (item, reason) of the others."""
+class Decoded:
+    """The items of a task that could be read, and (item, reason) of the others.
+
+    `squares` are those of the readable items, uint8 [readable, side, side, 3] for each crop range.
+    """
 
     shard: int
     readable: list[ImageItem]
     unreadable: list[tuple[ImageItem, str]]
-
-
-@dataclass(frozen=True)
-class Decoded(TaskResult):
-    """A result with the `squares` of the readable items, uint8 [readable, side, side, 3] for each crop range.
-
-    Their memory is used again for a later task once the next result is asked for.
-    """
-
     squares: list[np.ndarray]
-
-
-class SharedSquares:
-    """Memory for the squares of `slots` tasks and for a note, in a file without a name that processes can share."""
-
-    def __init__(self, sides: list[int], slots: int, descriptor: int | None = None):
-        self._shapes = [(ITEMS_PER_TASK, side, side, 3) for side in sides]
-        self._size = sum(int(np.prod(shape)) for shape in self._shapes)
-        if descriptor is None:
-            descriptor = _unnamed_file()
-            os.ftruncate(descriptor, NOTE_BYTES + slots * self._size)
-        self.descriptor = descriptor
-        self._memory = mmap.mmap(descriptor, NOTE_BYTES + slots * self._size)
-
-    @property
-    def note(self) -> str:
-        """The image that is being decoded, "" between tasks: what a process that died cannot say any more."""
-        return self._memory[:NOTE_BYTES].rstrip(b"\0").decode(errors="backslashreplace")
-
-    @note.setter
-    def note(self, text: str) -> None:
-        self._memory[:NOTE_BYTES] = os.fsencode(text)[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0")
-
-    def __getitem__(self, slot: int) -> list[np.ndarray]:
-        """Return the arrays of a slot, uint8 [ITEMS_PER_TASK, side, side, 3] for each side."""
-        arrays, offset = [], NOTE_BYTES + slot * self._size
-        for shape in self._shapes:
-            count = int(np.prod(shape))
-            arrays.append(np.frombuffer(self._memory, np.uint8, count, offset).reshape(shape))
-            offset += count
-        return arrays
-
-
-def _unnamed_file() -> int:
-    if hasattr(os, "memfd_create"):  # and not /dev/shm, which is small in containers
-        return os.memfd_create("npp-decode")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -105,39 +58,29 @@ class Decoder:
     image_size: int
     ranges: tuple[float, ...]
 
-    @property
-    def sides(self) -> list[int]:
-        """Sides of the squares in pixels."""
-        return square_sides(self.image_size, self.ranges)
-
-    def run(self, task: Task, reader: ImageReader, memory: SharedSquares, slot: int = 0) -> TaskResult:
-        """Write the squares of the images of a task into a slot of `memory`, which notes the image in work."""
-        out = memory[slot]
+    def run(self, task: Task, reader: ImageReader, note: Callable[[str], object] = lambda where: None) -> Decoded:
+        """Decode the images of a task. `note` gets the path of each before it is decoded, and "" at the end."""
+        sides = square_sides(self.image_size, self.ranges)
+        found = [np.empty((len(task.items), side, side, 3), np.uint8) for side in sides]
         readable: list[ImageItem] = []
         unreadable: list[tuple[ImageItem, str]] = []
         for item in task.items:
-            memory.note = item.where
+            note(item.where)
             try:
                 image = decode(reader.read(item))
-                for rows, square in zip(out, squares(image, self.image_size, self.ranges), strict=True):
+                for rows, square in zip(found, squares(image, self.image_size, self.ranges), strict=True):
                     rows[len(readable)] = square
                 readable.append(item)
             except UnreadableImage as error:
                 unreadable.append((item, str(error)))
-        memory.note = ""
-        return TaskResult(task.shard, readable, unreadable)
+        note("")
+        return Decoded(task.shard, readable, unreadable, [rows[: len(readable)] for rows in found])
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Decoded]:
         """Yield the result of each task, decoded in this process."""
-        memory, reader = SharedSquares(self.sides, 1), ImageReader()
-        os.close(memory.descriptor)
+        reader = ImageReader()
         for task in tasks:
-            yield _with_squares(self.run(task, reader, memory), memory[0])
-
-
-def _with_squares(result: TaskResult, squares: list[np.ndarray]) -> Decoded:
-    count = len(result.readable)
-    return Decoded(result.shard, result.readable, result.unreadable, [rows[:count] for rows in squares])
+            yield self.run(task, reader)
 
 
 class DecodePool:
@@ -180,40 +123,39 @@ class DecodePool:
     def _worker(self, number: int) -> "_Worker":
         """Return a worker, started for its first task: a complete set needs none."""
         if number == len(self.workers):
-            self.workers.append(_Worker(self._decoder, self._tasks_each))
+            self.workers.append(_Worker(self._decoder))
         return self.workers[number]
 
 
 class _Worker:
-    """A decoding process, and memory for the squares of the `slots` tasks that it may have at once."""
+    """A decoding process, and a file without a name in which it notes the image that it decodes."""
 
-    def __init__(self, decoder: Decoder, slots: int):
-        self._squares = SharedSquares(decoder.sides, slots)
-        self._slots_to_fill, self._slots_to_read = itertools.cycle(range(slots)), itertools.cycle(range(slots))
+    def __init__(self, decoder: Decoder):
         self.connection, theirs = Pipe()
-        program = f"from {__name__} import serve; serve({theirs.fileno()}, {self._squares.descriptor}, {slots})"
+        self._note = open(os.memfd_create("npp-note"), "rb")  # noqa: SIM115
+        descriptors = theirs.fileno(), self._note.fileno()
+        # A method of multiprocessing would import this program's main module, and fork would break CUDA.
+        program = f"from {__name__} import serve; serve{descriptors}"
         paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno(), self._squares.descriptor],
+            pass_fds=descriptors,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
         theirs.close()
-        os.close(self._squares.descriptor)
-        with self._explain_death():
-            self.connection.send(decoder)
+        self.send(decoder)
 
-    def send(self, task: Task) -> None:
+    def send(self, message: Decoder | Task) -> None:
         with self._explain_death():
-            self.connection.send((next(self._slots_to_fill), task))
+            self.connection.send(message)
 
     def receive(self) -> Decoded:
         with self._explain_death():
             result = self.connection.recv()
         if isinstance(result, Exception):
             raise result
-        return _with_squares(result, self._squares[next(self._slots_to_read)])
+        return result
 
     def end(self) -> None:
         """Wait for the end of the process, which comes when its connection is closed; kill it after 5 seconds."""
@@ -229,7 +171,8 @@ class _Worker:
             yield
         except (EOFError, OSError) as error:
             self.end()
-            image = f" while it decoded {note}" if (note := self._squares.note) else ""
+            note = self._note.read().rstrip(b"\0").decode(errors="backslashreplace")
+            image = f" while it decoded {note}" if note else ""
             raise UserError(
                 f"a decoding process ended with exit code {self.process.returncode} (-9: killed, often because memory "
                 f"ran out){image}; rerun the same command to resume, and if it happens again, with fewer --workers or "
@@ -237,22 +180,25 @@ class _Worker:
             ) from error
 
 
-def serve(descriptor: int, squares_descriptor: int, slots: int) -> None:
+def serve(descriptor: int, note_descriptor: int) -> None:
     """Run a decoding process: receive tasks and send results through a socket until its other end is closed.
 
     A thread sends the results, so that they never delay the next task.
     """
+
+    def note(text: str) -> None:
+        os.pwrite(note_descriptor, os.fsencode(text)[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0"), 0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection, reader = Connection(descriptor), ImageReader()
     results: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_send_all, args=(results, connection), daemon=True).start()
     try:
         decoder = connection.recv()
-        memory = SharedSquares(decoder.sides, slots, squares_descriptor)
         while True:
-            slot, task = connection.recv()
+            task = connection.recv()
             try:
-                results.put(decoder.run(task, reader, memory, slot))
+                results.put(decoder.run(task, reader, note))
             except Exception as error:
                 results.put(error)
     except (EOFError, OSError):

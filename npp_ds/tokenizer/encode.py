@@ -21,9 +21,8 @@ from npp_ds.data.shards import ShardWriter, shard_name
 from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.batches import BatchEncoder, fitting_batch
-from npp_ds.tokenizer.crops import crop_names
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_of
-from npp_ds.tokenizer.images import ImageItem
+from npp_ds.tokenizer.images import ImageItem, crop_names
 from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
 from npp_ds.utils.files import read_json, read_small, sha256, write_json_atomic, write_text_atomic

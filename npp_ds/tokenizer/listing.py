@@ -1,6 +1,7 @@
 """What is an image and what is a class: the one place that decides it, for folders, for tars and for lists of names.
 
-All other files are passed over and counted by reason. Needs no torch.
+All other files are passed over and counted by reason. ImageNet-1K's class list is shipped; its validation images carry
+no class, so their labels are in another file. Needs no torch.
 """
 
 import logging
@@ -40,6 +41,13 @@ LITTER = {
 """Names, in small letters, of files and folders that systems leave anywhere. Names that begin with a dot count too."""
 CLASSES_FILE = "classes.txt"
 WORDNET_ID = re.compile(r"n\d{8}")
+CLASS_LIST = Path(__file__).parent.parent / "assets" / "imagenet_classes.txt"
+"""One line "<WordNet id> <name>" per class, in label order; `npp_ds/assets/README.md` says where it is from."""
+VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}")
+_LABEL_FORMATS = (
+    "the devkit's ground truth with meta.mat or map_clsloc.txt beside it, one WordNet id a line, or for each image a "
+    "line with its WordNet id (LOC_val_solution.csv, valprep.sh) or class number (Caffe's val.txt)"
+)
 HIDDEN = "hidden or left by a system"
 PREFIX_BYTES = 32
 MOST_REASONS = 20
@@ -253,3 +261,60 @@ def _check_ids(path: str | Path, ids: list[str], folders: Sequence[str]) -> None
 def some(names: Sequence[str], shown: int = 3) -> str:
     """Return the first names and the number of others, as text."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def class_list_file(name_or_path: str | Path) -> Path:
+    """Return the file of a class list; "imagenet" is the shipped one."""
+    return CLASS_LIST if str(name_or_path) == "imagenet" else Path(name_or_path)
+
+
+def wordnet_ids() -> list[str]:
+    """Return the 1,000 WordNet ids in sorted order, which is that of the labels."""
+    return [line.split()[0] for line in CLASS_LIST.read_text().splitlines()]
+
+
+def ids_of_images(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the WordNet id of each image, whatever the format of the file."""
+    try:
+        lines = [line.strip() for line in read_small(path).decode().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no file of labels ({error}); expected {_LABEL_FORMATS}") from None
+    pairs = [(VALIDATION_IMAGE.search(line), WORDNET_ID.search(line), line.split()[-1]) for line in lines]
+    known = wordnet_ids()
+    if both := {image[0]: wordnet_id[0] for image, wordnet_id, _ in pairs if image and wordnet_id}:
+        ids = both
+    elif all(image and last.isdecimal() and int(last) < len(known) for image, _, last in pairs):
+        ids = {image[0]: known[int(last)] for image, _, last in pairs if image}
+    elif len(lines) != len(names):
+        raise UserError(f"{path}: {len(lines):,} lines for {len(names):,} images; expected {_LABEL_FORMATS}")
+    elif all(map(WORDNET_ID.fullmatch, lines)):
+        ids = dict(zip(names, lines, strict=True))
+    elif all(line.isdecimal() for line in lines):
+        of_number = _devkit_ids(path.parent)
+        ids = {name: of_number.get(int(line), "") for name, line in zip(names, lines, strict=True)}
+    else:
+        raise UserError(f"{path}: begins with {lines[0][:60]!r}; expected {_LABEL_FORMATS}")
+    if missing := [name for name in names if not ids.get(name)]:
+        raise UserError(f"{path}: has no class for {missing[0]} ({len(missing):,} such images); fetch the file again")
+    return ids
+
+
+def _devkit_ids(folder: Path) -> dict[int, str]:
+    """Return {number: WordNet id} of the devkit, whose numbers are not the labels, from map_clsloc.txt or meta.mat."""
+    text, matlab = folder / "map_clsloc.txt", folder / "meta.mat"
+    try:
+        if text.is_file():
+            rows = (line.split() for line in read_small(text).decode().splitlines() if line.strip())
+            return {int(number): wordnet_id for wordnet_id, number, *_ in rows}
+        from scipy.io import loadmat  # type: ignore[import-untyped]
+
+        synsets = loadmat(matlab, squeeze_me=True)["synsets"]
+        pairs = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
+        return {int(number): str(wordnet_id) for number, wordnet_id in pairs}
+    except ModuleNotFoundError:
+        raise UserError(f"{matlab}: reading it needs scipy; install that, or put map_clsloc.txt beside it") from None
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise UserError(
+            f"{folder}: {error}; the numbers of the ground truth mean something only with the devkit's meta.mat or "
+            "map_clsloc.txt: put one beside it"
+        ) from None

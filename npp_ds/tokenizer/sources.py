@@ -19,26 +19,29 @@ import numpy as np
 from npp_ds.data.manifest import LARGEST_CLASS_COUNT
 from npp_ds.data.shards import LABEL_EXTENSION, LARGEST_MEMBER
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.crops import crop
-from npp_ds.tokenizer.imagenet import VALIDATION_TAR, class_list_file, list_validation_tar
-from npp_ds.tokenizer.images import ImageItem, decoded_images, open_decompressed, with_unique_keys
+from npp_ds.tokenizer.images import ImageItem, crop, decoded_images, open_decompressed, with_unique_keys
 from npp_ds.tokenizer.listing import (
     CLASSES_FILE,
     HIDDEN,
     PREFIX_BYTES,
+    VALIDATION_IMAGE,
     PassedOver,
     checked_names,
     class_folders,
+    class_list_file,
     extensions,
+    ids_of_images,
     image_files,
     is_image,
     is_litter,
     log_passed_over,
     read_class_list,
     shortened,
+    wordnet_ids,
 )
 from npp_ds.utils.files import tar_members
 
+VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 VARIANTS = ("webdataset", "imagefolder", "imagenet-tar")
 SHARD_SUFFIXES = (".tar", ".tar.gz")
 SHARD_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
@@ -119,7 +122,7 @@ def open_source(
         items, folders = _list_image_folder(found[0], passed_over)
         name, beside = found[0].name, found[0] / CLASSES_FILE
     elif labels is not None:
-        items, folders = list_validation_tar(found[0], labels)
+        items, folders = _list_validation_tar(found[0], labels)
         name, beside = found[0].name, found[0].parent / CLASSES_FILE
     else:
         items, folders = _list_imagenet_tar(found[0], passed_over)
@@ -266,6 +269,23 @@ def _list_imagenet_tar(path: Path, passed_over: PassedOver) -> tuple[list[ImageI
     if not items:
         raise UserError(f"{path}: no images; expected one tar of images per class in it")
     return items, classes
+
+
+def _list_validation_tar(path: Path, labels: Path) -> tuple[list[ImageItem], list[str]]:
+    """Return the images in the order and with the keys of class folders, and the WordNet id of each label.
+
+    `labels` is a file of one of the usual formats. Raises UserError for another file, or if it lacks an image.
+    """
+    with _open_tar(path) as file:
+        found = {Path(m.name).stem: m for m in tar_members(file) if m.isreg() and VALIDATION_IMAGE.search(m.name)}
+    if not found:
+        raise UserError(f"{path}: holds no ILSVRC2012_val_*.JPEG; --labels is for {VALIDATION_TAR} only")
+    ids = ids_of_images(labels, sorted(found))
+    known = wordnet_ids()
+    classes = known if set(ids.values()) <= set(known) else sorted(set(ids.values()))
+    number = {wordnet_id: label for label, wordnet_id in enumerate(classes)}
+    items = [_member_item(f"{ids[name]}/{name}", number[ids[name]], path, member) for name, member in found.items()]
+    return sorted(items, key=lambda item: item.key), classes
 
 
 def _is_image(file: BinaryIO, member: tarfile.TarInfo, passed_over: PassedOver) -> bool:

@@ -17,15 +17,13 @@ from npp_ds.config.schema import EvaluateSection, RunConfig
 from npp_ds.data.manifest import TokenizerInfo
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.evaluation.evaluate import load_extractor
+from npp_ds.evaluation.evaluate import Reference, load_extractor, load_reference, recorded_extractor
 from npp_ds.evaluation.extractors import Extractor
 from npp_ds.evaluation.metrics import Moments, frechet_distance
-from npp_ds.evaluation.reference import Reference, load_reference, recorded_extractor
 from npp_ds.model import Transformer
-from npp_ds.sampling.decode import worth_capturing
 from npp_ds.sampling.folder import tiled
 from npp_ds.sampling.logits_processing import Options
-from npp_ds.sampling.sampler import labels_of, sample_images
+from npp_ds.sampling.sampler import labels_of, sample_images, worth_capturing
 from npp_ds.tokenizer.loading import tokenizer_of
 from npp_ds.tokenizer.vq import VQModel
 from npp_ds.training.hooks import Context, Hook, Logged

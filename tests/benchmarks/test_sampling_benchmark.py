@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import sampling as benchmark
 from forks import run_forked
-from npp_ds.sampling.decode import generate
 from npp_ds.sampling.logits_processing import Options
+from npp_ds.sampling.sampler import generate
 from published_models import published_model
 
 ROOT = Path(__file__).parents[2]

@@ -22,10 +22,9 @@ from npp_ds.cli import app
 from npp_ds.config.schema import ModelSection
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer, patches
-from npp_ds.sampling.decode import generate
+from npp_ds.sampling.job import Request
 from npp_ds.sampling.logits_processing import Options
-from npp_ds.sampling.request import Request
-from npp_ds.sampling.sampler import build_model
+from npp_ds.sampling.sampler import build_model, generate
 from npp_ds.sizes import SIZES
 from published_models import published_model
 from sample_sets import tiny_run

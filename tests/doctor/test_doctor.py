@@ -22,8 +22,19 @@ from npp_ds.distributed.process_group import Processes
 from npp_ds.doctor import collectives, runner
 from npp_ds.doctor.checks import FAILURE, OK, WARNING, Check, Context, Result, row_of
 from npp_ds.doctor.collectives import temporary_folder
-from npp_ds.doctor.machine import cores, gpu, gpu_memory, missing_gpu, software, world_size
-from npp_ds.doctor.run import CHECKS, checkpoint_bytes, checkpoint_space, most_checkpoints, staging
+from npp_ds.doctor.local import (
+    CHECKS_OF_RUN,
+    checkpoint_bytes,
+    checkpoint_space,
+    cores,
+    gpu,
+    gpu_memory,
+    missing_gpu,
+    most_checkpoints,
+    software,
+    staging,
+    world_size,
+)
 from npp_ds.doctor.runner import Request, Runner, StoreExchange
 from npp_ds.errors import RendezvousError
 from npp_ds.training.engine import TrainingEngine, initial_model
@@ -31,7 +42,7 @@ from runs import shards_in, tiny_config
 from shard_sets import write_set
 from workers import free_port
 
-CHECK_WEIGHTS = next(check for check in CHECKS if check.name == "weights")
+CHECK_WEIGHTS = next(check for check in CHECKS_OF_RUN if check.name == "weights")
 Usage = namedtuple("Usage", "total used free")
 
 

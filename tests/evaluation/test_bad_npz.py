@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from npp_ds.errors import UserError
+from npp_ds.evaluation.evaluate import recorded_extractor
 from npp_ds.evaluation.images import open_images
-from npp_ds.evaluation.reference import recorded_extractor
 
 
 def archive(name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:

@@ -20,10 +20,19 @@ from typer.testing import CliRunner
 from extractors import Projection, random_images
 from npp_ds.cli import app
 from npp_ds.errors import UserError
-from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor, open_extractor, write_result
+from npp_ds.evaluation.evaluate import (
+    check_reference,
+    describe,
+    evaluate_images,
+    load_extractor,
+    load_reference,
+    make_reference,
+    open_extractor,
+    recorded_extractor,
+    write_result,
+)
 from npp_ds.evaluation.extractors import ClassifierExtractor, Features, measure
 from npp_ds.evaluation.images import open_images, shard_paths
-from npp_ds.evaluation.reference import check_reference, load_reference, make_reference, recorded_extractor
 from npp_ds.reporting.run_data import newest_evaluation
 from npp_ds.sampling.folder import newest_samples, write_pngs, write_samples
 from npp_ds.tokenizer.sources import load_images, open_source
@@ -250,7 +259,7 @@ def test_a_reference_is_checked_without_being_measured(shards, tmp_path, monkeyp
     extractor = Projection()
     make_reference(tmp_path / "made.npz", shards, extractor)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    monkeypatch.setattr("npp_ds.evaluation.reference.measure", None)
+    monkeypatch.setattr("npp_ds.evaluation.evaluate.measure", None)
     check_reference(shards, extractor)
     check_reference(tmp_path / "made.npz", extractor)
     with pytest.raises(UserError, match=r"adm\.npz: statistics of the extractor inception, but projection was"):

@@ -17,11 +17,10 @@ from torch_fidelity import calculate_metrics
 from extractors import random_inception, statistics
 from npp_ds.errors import UserError
 from npp_ds.evaluation import extractors
-from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor
+from npp_ds.evaluation.evaluate import describe, evaluate_images, load_extractor, load_reference
 from npp_ds.evaluation.extractors import Inception, find_weights
 from npp_ds.evaluation.images import open_images
 from npp_ds.evaluation.metrics import precision_recall
-from npp_ds.evaluation.reference import load_reference
 from npp_ds.tokenizer.sources import load_images, open_source
 
 SHIPPED_IMAGES = Path(__file__).parents[2] / "data_prep/fashion_mnist"

@@ -21,9 +21,8 @@ from npp_ds.cli import app
 from npp_ds.distributed.environment import ProcessInfo
 from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.errors import UserError
-from npp_ds.evaluation.evaluate import evaluate_images
+from npp_ds.evaluation.evaluate import evaluate_images, load_reference
 from npp_ds.evaluation.images import open_images
-from npp_ds.evaluation.reference import load_reference
 from npp_ds.evaluation.sweep import Settings, open_sweep, run_sweep, sample_share
 from npp_ds.sampling import job
 from npp_ds.sampling.logits_processing import Options

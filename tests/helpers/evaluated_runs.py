@@ -9,8 +9,8 @@ from image_sets import save_tiny_tokenizer, shipped_images
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.manifest import TokenizerInfo
 from npp_ds.data.shards import ShardWriter, shard_name
+from npp_ds.evaluation.evaluate import make_reference
 from npp_ds.evaluation.extractors import ClassifierExtractor
-from npp_ds.evaluation.reference import make_reference
 from npp_ds.utils.files import sha256
 from runs import tiny_config
 from shard_sets import CROP_NAMES, manifest_of

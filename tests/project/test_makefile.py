@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from npp_ds.cli.program import app
 from npp_ds.config.load import load_config
-from npp_ds.sampling.request import parse_classes, split_classes
+from npp_ds.sampling.image_model import parse_classes, split_classes
 
 ROOT = Path(__file__).parents[2]
 RECORD = '#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES-unset}: $(basename $0) $*" >> "$(dirname $0)/../ran"\n'

@@ -11,8 +11,8 @@ import torch
 from npp_ds.errors import UserError
 from npp_ds.model import patches
 from npp_ds.model.transformer import Block
-from npp_ds.sampling.decode import captured_batch, generate
 from npp_ds.sampling.logits_processing import Options, choose, gumbel, keep_likely, noise_keys
+from npp_ds.sampling.sampler import captured_batch, generate
 from published_models import published_model
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from npp_ds.errors import UserError
-from npp_ds.sampling.decode import generate
 from npp_ds.sampling.logits_processing import Options, guidance_scales, guide
+from npp_ds.sampling.sampler import generate
 from published_models import published_model
 
 

@@ -17,9 +17,9 @@ from npp_ds.checkpoint.export import export_weights
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.distributed.work_queue import WorkQueue
 from npp_ds.sampling.folder import load_samples
-from npp_ds.sampling.job import Sampling
+from npp_ds.sampling.image_model import find_tokenizer
+from npp_ds.sampling.job import Request, Sampling
 from npp_ds.sampling.logits_processing import Options
-from npp_ds.sampling.request import Request, find_tokenizer
 from sample_sets import tiny_run
 from workers import free_port
 

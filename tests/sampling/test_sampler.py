@@ -24,20 +24,11 @@ from npp_ds.errors import UserError
 from npp_ds.model.patches import group
 from npp_ds.sampling import folder as sample_folder
 from npp_ds.sampling import job as job_module
-from npp_ds.sampling.decode import worth_capturing
 from npp_ds.sampling.folder import load_samples, map_array, repeated_images, sample_grid, write_samples
-from npp_ds.sampling.job import Sampling
+from npp_ds.sampling.image_model import find_tokenizer, parse_classes, split_classes, stage_warning
+from npp_ds.sampling.job import Request, Sampling, default_folder, image_count
 from npp_ds.sampling.logits_processing import Options
-from npp_ds.sampling.request import (
-    Request,
-    default_folder,
-    find_tokenizer,
-    image_count,
-    parse_classes,
-    split_classes,
-    stage_warning,
-)
-from npp_ds.sampling.sampler import build_model, labels_of, resize, sample_images
+from npp_ds.sampling.sampler import build_model, labels_of, resize, sample_images, worth_capturing
 from npp_ds.tokenizer import loading, vq
 from npp_ds.utils.files import sha256
 from sample_sets import tiny_model, tiny_run

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.crops import center_crop, crop, crop_names
+from npp_ds.tokenizer.images import center_crop, crop, crop_names
 
 VECTORS = np.load(Path(__file__).parents[1] / "data" / "ten_crop.npz")
 CASES = [name.removeprefix("input_") for name in VECTORS.files if name.startswith("input_")]

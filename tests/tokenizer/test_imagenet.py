@@ -8,8 +8,8 @@ import pytest
 
 from image_sets import add, encoded, shipped_images
 from npp_ds.errors import UserError
-from npp_ds.tokenizer.imagenet import wordnet_ids
 from npp_ds.tokenizer.images import decoded_images
+from npp_ds.tokenizer.listing import wordnet_ids
 from npp_ds.tokenizer.sources import open_source
 
 IDS = ["n02099601", "n01440764", "n15075141", "n01440764"]  # of images 1 to 4

@@ -1,10 +1,11 @@
 """The tokenizer computes what the published one does, from any file that holds its weights, and refuses the others."""
 
 import json
-import logging
 import pickle
+import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from npp_ds.errors import UserError
 from npp_ds.tokenizer import VQ8, VQ16, VQConfig, VQModel, load_tokenizer, save_tokenizer, to_input, to_uint8
 from npp_ds.tokenizer.loading import METADATA_KEY, SHIPPED
 from npp_ds.tokenizer.sources import load_images, open_source
-from npp_ds.tokenizer.training import SMALL_VQ, SphericalCodebook, TokenizerTraining, measure, train
 from reference_weights import fill
 
 ROOT = Path(__file__).parents[2]
@@ -187,15 +187,21 @@ def test_an_unknown_tokenizer_name_is_answered_with_the_shipped_ones():
 
 
 @pytest.fixture(scope="module")
+def script():
+    """The names of data_prep/train_tokenizer.py."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "data_prep" / "train_tokenizer.py")))
+
+
+@pytest.fixture(scope="module")
 def validation_images():
     return load_images(open_source([ROOT / "data_prep" / "fashion_mnist"], "val"), 32)[0]
 
 
-def test_the_shipped_tokenizer_uses_its_codes_and_reconstructs_the_shipped_validation_images(validation_images):
+def test_the_shipped_tokenizer_uses_its_codes_and_reconstructs_the_shipped_validation_images(script, validation_images):
     model = load_tokenizer("fashion_mnist")
     assert model.name == "fashion_mnist" and model.config.codebook_size == 512
     assert model.encode(to_input(torch.from_numpy(validation_images[:2]))).shape == (2, 64)
-    measured = measure(model, validation_images)
+    measured = script.measure(model, validation_images)
     assert measured["mean_absolute_error"] <= 0.03
     assert measured["codes_used"] >= 0.9
     with safe_open(SHIPPED["fashion_mnist"], "pt") as file:
@@ -204,26 +210,25 @@ def test_the_shipped_tokenizer_uses_its_codes_and_reconstructs_the_shipped_valid
     assert SHIPPED["fashion_mnist"].stat().st_size < 1.5e6
 
 
-def test_training_lowers_the_error_spreads_the_codes_and_is_reproducible(validation_images, caplog):
-    config = replace(SMALL_VQ, channels=8, channel_multipliers=(1, 1, 2), z_channels=8, codebook_size=32)
-    settings = TokenizerTraining(steps=40, batch_size=16, warmup_steps=5, autoencoder_steps=10, precision="fp32")
+def test_training_lowers_the_error_spreads_the_codes_and_is_reproducible(script, validation_images, capsys):
+    config = replace(script.SMALL_VQ, channels=8, channel_multipliers=(1, 1, 2), z_channels=8, codebook_size=32)
+    settings = script.TokenizerTraining(steps=40, batch_size=16, warmup_steps=5, autoencoder_steps=10, precision="fp32")
     images = validation_images[:64]
-    caplog.set_level(logging.INFO, "npp_ds")
-    untrained = measure(VQModel(config), images)
-    model = train(images, config, settings, log_every=20)
-    measured = measure(model, images)
+    untrained = script.measure(VQModel(config), images)
+    model = script.train(images, config, settings, log_every=20)
+    measured = script.measure(model, images)
     assert measured["mean_absolute_error"] < 0.6 * untrained["mean_absolute_error"]
     assert measured["codes_used"] == 1.0 and measured["perplexity"] > 8
-    assert [text.split(",")[0] for text in caplog.messages] == ["step 20", "step 40"]
-    again = train(images, config, settings)
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["step 20", "step 40"]
+    again = script.train(images, config, settings)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-def test_codes_that_fall_out_of_use_move_to_latents_that_occur():
+def test_codes_that_fall_out_of_use_move_to_latents_that_occur(script):
     torch.manual_seed(0)
-    config, settings = replace(TINY, codebook_size=32), TokenizerTraining(codebook_decay=0.5)
+    config, settings = replace(TINY, codebook_size=32), script.TokenizerTraining(codebook_decay=0.5)
     early, late = (torch.nn.functional.normalize(torch.randn(400, 4) + shift, dim=-1) for shift in (8.0, -2.0))
-    kept, revived = (SphericalCodebook(early, config, settings) for _ in range(2))
+    kept, revived = (script.SphericalCodebook(early, config, settings) for _ in range(2))
     for _ in range(12):
         for codebook, revive in ((kept, False), (revived, True)):
             codebook.update(late, codebook.nearest(late), revive)

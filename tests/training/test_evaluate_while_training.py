@@ -20,9 +20,9 @@ from npp_ds.config.checks import problems_of
 from npp_ds.data.manifest import Manifest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
+from npp_ds.evaluation.evaluate import load_reference, make_reference
 from npp_ds.evaluation.extractors import ClassifierExtractor
 from npp_ds.evaluation.metrics import Moments, frechet_distance
-from npp_ds.evaluation.reference import load_reference, make_reference
 from npp_ds.reporting.report import report_runs
 from npp_ds.sampling.logits_processing import Options
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
