@@ -6,7 +6,6 @@ and batches never cross shards, so its bytes depend neither on the number of pro
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -261,15 +260,8 @@ class Encoding:
         return None
 
     def _earlier(self) -> Manifest | None:
-        """Return the manifest in the folder, if there is one; it is read again when it has changed."""
-        try:
-            status = os.stat(self.out / MANIFEST_NAME)
-        except FileNotFoundError:
-            return None
-        version = (status.st_mtime_ns, status.st_ino)
-        if getattr(self, "_earlier_version", None) != version:
-            self._earlier_manifest, self._earlier_version = Manifest.load(self.out), version
-        return self._earlier_manifest
+        """Return the manifest in the folder, if there is one."""
+        return Manifest.load(self.out) if (self.out / MANIFEST_NAME).is_file() else None
 
     def _poll(self) -> None:
         """Read the records of shards that any process has finished since the last call."""
