@@ -87,7 +87,7 @@ class StageLoader:
 
     Use it as a context manager or call `close()`, which ends the prefetching thread. The iterator raises the exceptions
     of the thread. `wait_seconds` is the time that the consumer has waited for data so far. Raises UserError if the set
-    does not fit the stage: in its number of samples, its grid, its classes, or sizes that do not divide evenly.
+    does not fit the stage: in its number of samples, its grid, or sizes that do not divide evenly.
     """
 
     def __init__(
@@ -102,9 +102,11 @@ class StageLoader:
         world_size: int,
         first_step: int,
     ):
-        _check_fit(store, stage, num_classes)
-        if not stage.start_step <= first_step <= stage.end_step:
-            raise IndexError(f"first_step {first_step} outside the stage, {stage.start_step} .. {stage.end_step}")
+        if stage.steps_per_epoch != len(store) // stage.batch_size:
+            raise UserError(
+                f"{store.folder}: the stage plans {stage.steps_per_epoch} steps an epoch, this training set of "
+                f"{len(store)} samples has {len(store) // stage.batch_size} batches of {stage.batch_size}; run again."
+            )
         self.store, self.stage = store, stage
         self.seed, self.class_dropout, self.num_classes = seed, class_dropout, num_classes
         self.wait_seconds = 0.0
@@ -164,24 +166,6 @@ class StageLoader:
             (self._reader.codes(ids[m], crops[m]), self._reader.to_tensor(labels[m])) for m in range(len(ids))
         ]
         return StepBatch(step, epoch, ids.reshape(-1), crops.reshape(-1), micro_batches)
-
-
-def _check_fit(store: CodeStore, stage: Stage, num_classes: int) -> None:
-    if len(store) < stage.batch_size:
-        raise UserError(
-            f"{store.folder}: the training set holds {len(store)} samples, fewer than one batch (batch_size "
-            f"{stage.batch_size}); lower batch_size or tokenize more images."
-        )
-    if stage.steps_per_epoch != len(store) // stage.batch_size:
-        raise UserError(
-            f"the stage plans {stage.steps_per_epoch} steps an epoch, the training set of {len(store)} samples has "
-            f"{len(store) // stage.batch_size} batches of {stage.batch_size}; plan with this set's number of samples."
-        )
-    if store.manifest.num_classes > num_classes:
-        raise UserError(
-            f"the training set has {store.manifest.num_classes} classes, num_classes of the model is {num_classes}; "
-            "set num_classes to that of the shards."
-        )
 
 
 class EvalLoader:
