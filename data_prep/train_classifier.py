@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 
 from npp_ds.cli.exit_codes import exit_code_of
-from npp_ds.evaluation.extractors import Classifier, load_classifier, predict, save_classifier
+from npp_ds.evaluation.extractors import Classifier, load_classifier
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.sources import load_images, open_source
 from npp_ds.tokenizer.vq import VQModel, to_input, to_uint8
+from npp_ds.utils.files import write_atomic
 
 SHIFT = 2
 
@@ -84,6 +86,18 @@ def fit(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> 
             losses.append(loss.item())
         print(f"epoch {epoch + 1}: loss {np.mean(losses):.4f}, {time.monotonic() - started:.0f} s", flush=True)
     return model.eval()
+
+
+def save_classifier(model: Classifier, path: Path) -> None:
+    """Write the weights in float16, atomically."""
+    tensors = {name: value.half() for name, value in model.state_dict().items() if value.is_floating_point()}
+    write_atomic(path, lambda file: file.write(save(tensors)))
+
+
+@torch.no_grad()
+def predict(images: np.ndarray, model: Classifier, batch_size: int = 500) -> np.ndarray:
+    """Return the likeliest labels int64 [N] of images uint8 [N, 32, 32, 3]."""
+    return torch.cat([model(batch).argmax(-1) for batch in torch.from_numpy(images).split(batch_size)]).numpy()
 
 
 def train_classifier(options: argparse.Namespace) -> None:

@@ -3,10 +3,10 @@
 `StageLoader` prefetches in a thread but has no state to save: its batches are a function of seed and step.
 """
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
 
@@ -20,7 +20,7 @@ from npp_ds.data.store import CodeStore
 from npp_ds.errors import UserError
 from npp_ds.model.patches import group
 
-PREFETCHED_STEPS = 4
+PREFETCHED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class StageLoader:
 
     Use it as a context manager or call `close()`, which ends the prefetching thread. The iterator raises the exceptions
     of the thread. `wait_seconds` is the time that the consumer has waited for data so far. Raises UserError if the set
-    does not fit the stage: in its number of samples, its grid, its classes, or sizes that do not divide evenly.
+    does not fit the stage: in its number of samples, its grid, or sizes that do not divide evenly.
     """
 
     def __init__(
@@ -102,20 +102,22 @@ class StageLoader:
         world_size: int,
         first_step: int,
     ):
-        _check_fit(store, stage, num_classes)
-        if not stage.start_step <= first_step <= stage.end_step:
-            raise IndexError(f"first_step {first_step} outside the stage, {stage.start_step} .. {stage.end_step}")
+        if stage.steps_per_epoch != len(store) // stage.batch_size:
+            raise UserError(
+                f"{store.folder}: the stage plans {stage.steps_per_epoch} steps an epoch, this training set of "
+                f"{len(store)} samples has {len(store) // stage.batch_size} batches of {stage.batch_size}; run again."
+            )
         self.store, self.stage = store, stage
         self.seed, self.class_dropout, self.num_classes = seed, class_dropout, num_classes
         self.wait_seconds = 0.0
         self._positions = rank_slice(stage.batch_size, world_size, rank, stage.micro_batch_size)
         self._reader = _Reader(store, stage.patch_side)
         self._next_step = first_step
-        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=PREFETCHED_STEPS)
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-        # Without this, the thread of every rank on the node would pin memory through the first GPU.
-        self._device = torch.cuda.current_device() if self._reader.pin_memory else None
+        self._pending: deque[Future[StepBatch]] = deque()
+        self._closed = False
+        # Without its device, the thread of every rank on the node would pin memory through the first GPU.
+        device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if self._reader.pin_memory else (None, ())
+        self._thread = ThreadPoolExecutor(1, "npp-stage-loader", *device)
 
     def __enter__(self) -> "StageLoader":
         return self
@@ -131,50 +133,27 @@ class StageLoader:
         return self.stage.end_step - self._next_step
 
     def __next__(self) -> StepBatch:
-        if self._closing.is_set() or not len(self):
+        if self._closed or not len(self):
             self.close()
             raise StopIteration
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._prefetch, args=(self._next_step,), name="npp-stage-loader", daemon=True
-            )
-            self._thread.start()
+        ahead = min(self.stage.end_step, self._next_step + 1 + PREFETCHED_STEPS)
+        for step in range(self._next_step + len(self._pending), ahead):
+            self._pending.append(self._thread.submit(self._load, step))
         started = time.perf_counter()
-        item = self._queue.get()
-        self.wait_seconds += time.perf_counter() - started
-        if isinstance(item, BaseException):
+        try:
+            batch = self._pending.popleft().result()
+        except BaseException:
             self.close()
-            raise item
+            raise
+        self.wait_seconds += time.perf_counter() - started
         self._next_step += 1
-        return item
+        return batch
 
     def close(self) -> None:
         """End the thread and drop the prefetched batches; the loader then yields nothing more. May be called twice."""
-        self._closing.set()
-        if self._thread is not None:
-            while self._thread.is_alive():
-                self._discard_prefetched()
-                self._thread.join(timeout=0.01)
-        self._discard_prefetched()
-
-    def _discard_prefetched(self) -> None:
-        try:
-            while True:
-                self._queue.get_nowait()
-        except queue.Empty:
-            pass
-
-    def _prefetch(self, first_step: int) -> None:
-        try:
-            if self._device is not None:
-                torch.cuda.set_device(self._device)
-            for step in range(first_step, self.stage.end_step):
-                batch = self._load(step)
-                if self._closing.is_set():
-                    return
-                self._queue.put(batch)
-        except BaseException as error:
-            self._queue.put(error)
+        self._closed = True
+        self._thread.shutdown(cancel_futures=True)
+        self._pending.clear()
 
     def _load(self, step: int) -> StepBatch:
         stage, seed, store = self.stage, self.seed, self.store
@@ -187,24 +166,6 @@ class StageLoader:
             (self._reader.codes(ids[m], crops[m]), self._reader.to_tensor(labels[m])) for m in range(len(ids))
         ]
         return StepBatch(step, epoch, ids.reshape(-1), crops.reshape(-1), micro_batches)
-
-
-def _check_fit(store: CodeStore, stage: Stage, num_classes: int) -> None:
-    if len(store) < stage.batch_size:
-        raise UserError(
-            f"{store.folder}: the training set holds {len(store)} samples, fewer than one batch (batch_size "
-            f"{stage.batch_size}); lower batch_size or tokenize more images."
-        )
-    if stage.steps_per_epoch != len(store) // stage.batch_size:
-        raise UserError(
-            f"the stage plans {stage.steps_per_epoch} steps an epoch, the training set of {len(store)} samples has "
-            f"{len(store) // stage.batch_size} batches of {stage.batch_size}; plan with this set's number of samples."
-        )
-    if store.manifest.num_classes > num_classes:
-        raise UserError(
-            f"the training set has {store.manifest.num_classes} classes, num_classes of the model is {num_classes}; "
-            "set num_classes to that of the shards."
-        )
 
 
 class EvalLoader:

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from npp_ds.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from npp_ds.distributed.work_queue import SETTINGS_FILE, WORK_FOLDER
 from npp_ds.errors import UserError
 from npp_ds.utils.files import atomic_file, open_regular, sha256, tar_members
 from npp_ds.utils.progress import track
+from npp_ds.utils.records import check_same_settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,17 @@ _NPY_PREFIX = b"\x93NUMPY\x01\x00"
 def shard_name(split: str, index: int) -> str:
     """Return a name such as `train-000000.tar`."""
     return f"{split}-{index:06d}.tar"
+
+
+def check_same_set(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the shards in `out`, finished or not; {} if there are none.
+
+    Raises UserError if they differ from the `wanted` ones, and for shards of unknown settings.
+    """
+    found = check_same_settings(out, (out / WORK_FOLDER / SETTINGS_FILE, out / MANIFEST_NAME), wanted, "shards")
+    if not found and (tars := sorted(out.glob("*.tar"))):
+        raise UserError(f"{out}: holds {tars[0].name} but no manifest; choose another folder or empty it")
+    return found
 
 
 class ShardWriter:

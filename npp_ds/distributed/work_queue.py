@@ -11,6 +11,8 @@ from typing import TextIO
 
 from npp_ds.utils.locks import lock, open_lock
 
+WORK_FOLDER, SETTINGS_FILE, LOCK_FILE = ".unfinished", "settings.json", "lock"
+"""Names for resumable work: the folder of its queue, in it the settings of the work and a lock."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 

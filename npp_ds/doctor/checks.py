@@ -122,15 +122,19 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """One check over all processes. `reason` is the detail of process `rank` on `node`, without the node's name."""
+    """One check over all processes; `detail` is that of process `rank` on `node`."""
 
     name: str
     state: str
     detail: str
-    reason: str = ""
     node: str = ""
     rank: int = 0
     lasting: bool = False
+
+    @property
+    def text(self) -> str:
+        """The detail for the table, with the node that a problem was found on."""
+        return f"{self.node}: {self.detail}" if self.state in (WARNING, FAILURE) else self.detail
 
 
 def row_of(check: Check, results: Sequence[Result | None], nodes: Sequence[str]) -> Row | None:
@@ -143,16 +147,9 @@ def row_of(check: Check, results: Sequence[Result | None], nodes: Sequence[str])
         return None
     first_rank, first = found[0]
     rank, worst = max(found, key=lambda item: (_SEVERITY.index(item[1].state), item[1].lasting))
-    if worst.state == OK:
-        odd = next((item for item in found if item[1].common != first.common), None)
-        if odd is None:
-            return Row(check.name, OK, _one_line(first.detail), _one_line(first.detail), nodes[first_rank], first_rank)
+    odd = next(((rank, result.common) for rank, result in found if result.common != first.common), None)
+    if worst.state == OK and odd:
         rank = odd[0]
-        detail = f"{odd[1].common}, but {first.common} on {nodes[first_rank]}; make it the same on all nodes"
+        detail = f"{odd[1]}, but {first.common} on {nodes[first_rank]}; make it the same on all nodes"
         worst = Result(detail, check.differing, check.lasting)
-    reason = _one_line(worst.detail)
-    return Row(check.name, worst.state, f"{nodes[rank]}: {reason}", reason, nodes[rank], rank, worst.lasting)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return Row(check.name, worst.state, " ".join(worst.detail.split()), nodes[rank], rank, worst.lasting)

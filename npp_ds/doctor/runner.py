@@ -195,9 +195,8 @@ class Runner:
                 self.rows.append(row)
         for rank, answer in enumerate(answers):
             if answer is None:
-                reason = f"no answer within {timeout:g} s: it has died or hangs"
-                text = f"rank {rank}: {reason}"
-                self.rows.append(Row(checks[-1].name, FAILURE, text, reason, self.nodes[rank], rank))
+                text = f"no answer within {timeout:g} s: it has died or hangs"
+                self.rows.append(Row(checks[-1].name, FAILURE, text, self.nodes[rank], rank))
         return self.exchange.broadcast(any(row.state == FAILURE for row in self.rows), timeout + CHECK_TIMEOUT_SECONDS)
 
 
@@ -246,10 +245,10 @@ def _print_table(rows: Sequence[Row]) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
 
-        cells = [(row.name, plain_text(row.state, STYLES[row.state]), row.detail) for row in rows]
+        cells = [(row.name, plain_text(row.state, STYLES[row.state]), row.text) for row in rows]
         Console().print(make_table(columns, cells, justify="left"))
         return
-    lines = [columns, *((row.name, row.state, row.detail) for row in rows)]
+    lines = [columns, *((row.name, row.state, row.text) for row in rows)]
     name_width, state_width, _ = (max(map(len, cells)) for cells in zip(*lines, strict=True))
     for name, state, detail in lines:
         say(f"{name:<{name_width}}  {state:<{state_width}}  {detail}")
@@ -260,14 +259,14 @@ def _print_error(failures: Sequence[Row]) -> None:
     first, more = min(failures, key=lambda row: not row.lasting), len(failures) - 1
     others = f" (and {counted(more, 'more failure')} above)" if more else ""
     sys.stdout.flush()
-    text = f"error: host {first.node} (rank {first.rank}): {first.name}: {first.reason}{others}"
+    text = f"error: host {first.node} (rank {first.rank}): {first.name}: {first.detail}{others}"
     say(text, to_stderr=True)
 
 
 def _report_alone(reason: str, as_json: bool, lasting: bool = False) -> None:
     """Print a failure on a process that cannot reach the others."""
     process = read_environment()
-    row = Row("processes", FAILURE, reason, reason, host_name(), process.rank, lasting)
+    row = Row("processes", FAILURE, reason, host_name(), process.rank, lasting)
     if process.rank == 0:
         _print([row], process.world_size, 1, as_json)
     else:

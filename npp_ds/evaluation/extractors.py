@@ -6,7 +6,6 @@ import io
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -173,28 +172,6 @@ def load_classifier(path: str | Path = SHIPPED) -> Classifier:
     return model.requires_grad_(False).eval()
 
 
-def save_classifier(model: Classifier, path: str | Path) -> None:
-    """Write the weights in float16, atomically."""
-    from safetensors.torch import save
-
-    tensors = {name: value.half() for name, value in model.state_dict().items() if value.is_floating_point()}
-    write_atomic(path, lambda file: file.write(save(tensors)))
-
-
-@cache
-def _shipped() -> Classifier:
-    return load_classifier()
-
-
-@torch.no_grad()
-def predict(images: np.ndarray | Tensor, model: Classifier | None = None, batch_size: int = 500) -> np.ndarray:
-    """Return the likeliest labels int64 [B] of images uint8 [B, 32, 32, 3]; `model` None is the shipped classifier."""
-    images = torch.as_tensor(images)
-    _check_images(images, (Classifier.image_size, Classifier.image_size, 3))
-    model = model or _shipped()
-    return torch.cat([model(batch).argmax(-1) for batch in images.split(batch_size)]).numpy()
-
-
 class ClassifierExtractor:
     """A classifier, by default the shipped one, of 32x32 images: pool [N, 64], probabilities [N, C]."""
 
@@ -212,19 +189,15 @@ class ClassifierExtractor:
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Features:
         """Return the features of images uint8 [N, 32, 32, 3]. Raises UserError for others."""
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+            raise UserError(
+                f"images: found {images.dtype} {list(images.shape)}, the classifier takes uint8 [N, 32, 32, 3]; give "
+                "another extractor for other images"
+            )
         pixels = torch.tensor(images, device=self._device)
-        _check_images(pixels, (Classifier.image_size, Classifier.image_size, 3))
         pool = self._model.features(pixels)
         probabilities = self._model.output(pool).softmax(-1)
         return Features(pool.cpu().numpy(), None, probabilities.cpu().numpy())
-
-
-def _check_images(images: Tensor, shape: tuple[int, ...]) -> None:
-    if images.dtype != torch.uint8 or images.shape[1:] != shape:
-        raise UserError(
-            f"images: found {images.dtype} {list(images.shape)}, the classifier takes torch.uint8 "
-            f"{['B', *shape]}; give another extractor for other images"
-        )
 
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from npp_ds.distributed.work_queue import WORK_FOLDER
 from npp_ds.errors import UserError
 from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, load_samples, map_array
-from npp_ds.sampling.job import WORK_FOLDER
 from npp_ds.tokenizer.images import ImageItem, crop, decoded_images
 from npp_ds.tokenizer.listing import PassedOver, extensions, image_files, log_passed_over, shortened
 from npp_ds.tokenizer.sources import SHARD_SUFFIXES, file_item, list_shards

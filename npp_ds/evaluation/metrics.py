@@ -3,7 +3,6 @@
 Each follows ADM's evaluator (github.com/openai/guided-diffusion, evaluations/evaluator.py).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from npp_ds.errors import UserError
 Statistics = tuple[np.ndarray, np.ndarray]  # mean float64 [d], unbiased covariance float64 [d, d]
 SPLIT_SIZE = 5000  # images per split of the Inception score
 NEIGHBOURS = 3
-BLOCK = 4096  # rows and columns of the distances held at a time: 64 MiB of float32
+ROWS = 1024  # whose distances to all others are held at a time: 200 MB for 50,000 images
 
 
 class Moments:
@@ -98,11 +97,7 @@ def class_agreement(predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]
 
 
 def precision_recall(
-    reference: np.ndarray,
-    samples: np.ndarray,
-    neighbours: int = NEIGHBOURS,
-    device: str | torch.device = "cpu",
-    block: int = BLOCK,
+    reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS, device: str | torch.device = "cpu"
 ) -> tuple[float, float]:
     """Return (improved precision, improved recall) of pool features [M, d] and [N, d] (arXiv 1904.06991).
 
@@ -110,37 +105,12 @@ def precision_recall(
     samples inside a ball of the reference, recall the share of reference images inside a ball of the samples. Raises
     UserError for `neighbours` images or fewer.
     """
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
     if min(len(reference), len(samples)) <= neighbours:
         raise UserError(
             f"precision and recall need more than {neighbours} images on each side, found {len(samples)} samples and "
             f"{len(reference)} of the reference"
         )
-    a, b = (torch.as_tensor(x).to(device, torch.float32) for x in (reference, samples))
-    radii_a, radii_b = (_squared_radii(x, neighbours, block) for x in (a, b))
-    a_inside, b_inside = (torch.zeros(len(x), dtype=torch.bool, device=device) for x in (a, b))
-    for rows, columns, distances in _squared_distances(a, b, block):
-        a_inside[rows] |= (distances <= radii_b[columns]).any(1)
-        b_inside[columns] |= (distances <= radii_a[rows, None]).any(0)
-    return b_inside.double().mean().item(), a_inside.double().mean().item()
-
-
-def _squared_radii(features: Tensor, neighbours: int, block: int) -> Tensor:
-    """Return float32 [N], the squared distance of each row to its `neighbours`-th nearest other row.
-
-    Each row is its own nearest neighbour, so this is the smallest distance number `neighbours`, counted from 0.
-    """
-    nearest = features.new_full((len(features), neighbours + 1), torch.inf)
-    for rows, _, distances in _squared_distances(features, features, block):
-        smallest = distances.topk(min(neighbours + 1, distances.shape[1]), largest=False).values
-        nearest[rows] = torch.cat([nearest[rows], smallest], 1).topk(neighbours + 1, largest=False).values
-    return nearest.amax(1)
-
-
-def _squared_distances(a: Tensor, b: Tensor, block: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (rows, columns, squared distances float32) of all blocks."""
-    norms_a, norms_b = (x.square().sum(1) for x in (a, b))
-    for i in range(0, len(a), block):
-        for j in range(0, len(b), block):
-            rows, columns = slice(i, i + block), slice(j, j + block)
-            products = a[rows] @ b[columns].T
-            yield rows, columns, (norms_a[rows, None] - 2 * products + norms_b[columns]).clamp_(min=0)
+    features = (torch.as_tensor(x).to(device, torch.float32) for x in (samples, reference))
+    return calculate_precision_recall_part(*features, neighbours, ROWS)

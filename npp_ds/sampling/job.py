@@ -16,7 +16,7 @@ import numpy as np
 
 from npp_ds import __version__
 from npp_ds.checkpoint.open import Weights
-from npp_ds.distributed.work_queue import WorkQueue
+from npp_ds.distributed.work_queue import LOCK_FILE, SETTINGS_FILE, WORK_FOLDER, WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.model import Transformer
 from npp_ds.sampling.folder import (
@@ -37,8 +37,6 @@ from npp_ds.utils.locks import locked
 from npp_ds.utils.records import check_same_settings, git_commit
 
 PART_SIZE = 256
-WORK_FOLDER = ".unfinished"
-SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npp_ds.utils.hash_rng import mix64
 
-CFG_SCHEDULES = ("constant", "linear", "cosine")
+CFG_SCHEDULES = {"constant": lambda t: 1.0, "linear": lambda t: t, "cosine": lambda t: (1 - cos(pi * t)) / 2}
 _STREAM = int.from_bytes(b"sampling", "big")
 
 
@@ -55,27 +55,20 @@ class Options:
         return [f"{name}: found {getattr(self, name)!r}, expected {wanted}" for name, ok, wanted in checks if not ok]
 
     def guidance_scales(self, positions: int) -> list[float]:
-        """Return the guidance scale at each position."""
-        return guidance_scales(positions, self.cfg_scale, self.cfg_schedule, self.cfg_power, self.cfg_interval)
+        """Return the guidance scale at each position 0 .. `positions` - 1; 1 is no guidance.
 
+        The scale is 1 + (cfg_scale - 1) * f(t) with t = (position / positions) ** cfg_power. f(t) is 1 for "constant",
+        t for "linear" (Muse uses it over its steps, arXiv 2301.00704), and (1 - cos(pi t)) / 2 for "cosine", the
+        power-cosine schedule of MDT (arXiv 2303.14389) and RAR (arXiv 2411.00776), where `cfg_power` is called
+        `guidance_scale_pow`.
 
-def guidance_scales(
-    positions: int, cfg_scale: float, cfg_schedule: str = "constant", cfg_power: float = 1.0, cfg_interval: int = -1
-) -> list[float]:
-    """Return the guidance scale at each position 0 .. `positions` - 1; 1 is no guidance.
-
-    The scale is 1 + (cfg_scale - 1) * f(t) with t = (position / positions) ** cfg_power. f(t) is 1 for "constant", t
-    for "linear" (Muse uses it over its steps, arXiv 2301.00704), and (1 - cos(pi t)) / 2 for "cosine", the power-cosine
-    schedule of MDT (arXiv 2303.14389) and RAR (arXiv 2411.00776), where `cfg_power` is called `guidance_scale_pow`.
-
-    With `cfg_interval` >= 0 guidance ends after position cfg_interval + 1, as in LlamaGen's sampler, which counts from
-    the second code.
-    """
-    shapes = {"constant": lambda t: 1.0, "linear": lambda t: t, "cosine": lambda t: (1 - cos(pi * t)) / 2}
-    shape = shapes[cfg_schedule]
-    last = positions if cfg_interval == -1 else cfg_interval + 1
-    strengths = [shape((i / positions) ** cfg_power) if i <= last else 0.0 for i in range(positions)]
-    return [cfg_scale if strength == 1 else 1 + (cfg_scale - 1) * strength for strength in strengths]
+        With `cfg_interval` >= 0 guidance ends after position cfg_interval + 1, as in LlamaGen's sampler, which counts
+        from the second code.
+        """
+        shape = CFG_SCHEDULES[self.cfg_schedule]
+        last = positions if self.cfg_interval == -1 else self.cfg_interval + 1
+        strengths = [shape((i / positions) ** self.cfg_power) if i <= last else 0.0 for i in range(positions)]
+        return [self.cfg_scale if strength == 1 else 1 + (self.cfg_scale - 1) * strength for strength in strengths]
 
 
 def guide(logits: Tensor, scale: Tensor) -> Tensor:
@@ -121,12 +114,8 @@ def guide_and_choose(
     return choose(logits if scale is None else guide(logits, scale), keys, temperature, top_k, top_p)
 
 
-def _int32(x: int) -> int:
-    return x - (1 << 32) if x >= 1 << 31 else x
-
-
-_GOLDEN = _int32(0x9E3779B9)
-_FACTORS = (_int32(0x7FEB352D), _int32(0x846CA68B))
+_GOLDEN = 0x9E3779B9 - (1 << 32)  # as int32
+_FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 
 
 def noise_keys(seed: int, indices: Tensor, positions: int) -> Tensor:

@@ -185,61 +185,29 @@ def decode_patch_means(tokenizer: VQModel, codes: np.ndarray, patch_side: int) -
     return to_uint8(tokenizer.reconstruct(means.permute(0, 2, 3, 1))).numpy()
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Size and time of an encoding: `bytes` of all shards, `free` bytes on their disk.
+def estimate(encoding: Encoding, processes: int, seconds: float = 10.0) -> str:
+    """Return size and time of an encoding by `processes` processes, as text. Writes nothing.
 
-    `images_per_second` is the rate of one process, 0 if no image could be read.
-    """
-
-    images: int
-    image_bytes: int
-    crops: int
-    tokens: int
-    shards: int
-    finished_shards: int
-    bytes: int
-    free: int
-    images_per_second: float
-    processes: int
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.images:,} images x {self.crops} crops x {self.tokens} codes: "
-            f"{self.shards} shards ({self.finished_shards} finished) of {self.bytes:,} bytes in all "
-            f"({compare_sizes(self.bytes, self.image_bytes)}); {format_bytes(self.free)} are free"
-        )
-        if self.bytes > self.free:
-            text += ", TOO LITTLE"
-        if not self.images_per_second:
-            return f"{text}\nno image could be read, so there is no rate"
-        rate = self.images_per_second * self.processes
-        return (
-            f"{text}\n{self.images_per_second:.3g} images/s, {self.images_per_second * self.crops:.3g} crops/s as "
-            f"measured in one process; {self.images / rate / 3600:.3g} hours for all images in {self.processes}"
-        )
-
-
-def estimate(encoding: Encoding, processes: int, seconds: float = 10.0) -> Estimate:
-    """Estimate an encoding by `processes` processes. Writes nothing; measures for about `seconds`.
-
-    It takes longer if a single image does.
+    Measures for about `seconds`; longer if a single image takes longer.
     """
     settings, total = encoding.settings, len(encoding.source.items)
     crops, tokens = len(encoding.crop_names), encoding.identity["grid_size"] ** 2
     starts = range(0, total, settings.samples_per_shard)
-    samples = [min(settings.samples_per_shard, total - start) for start in starts]
-    return Estimate(
-        images=total,
-        image_bytes=encoding.source.bytes,
-        crops=crops,
-        tokens=tokens,
-        shards=encoding.shard_count,
-        finished_shards=encoding.count_recorded(),
-        bytes=sum(shard_bytes(count, crops, tokens) for count in samples),
-        free=shutil.disk_usage(nearest_folder(encoding.out)).free,
-        images_per_second=_images_per_second(encoding, seconds),
-        processes=processes,
+    size = sum(shard_bytes(min(settings.samples_per_shard, total - start), crops, tokens) for start in starts)
+    free = shutil.disk_usage(nearest_folder(encoding.out)).free
+    text = (
+        f"{total:,} images x {crops} crops x {tokens} codes: {encoding.shard_count} shards "
+        f"({encoding.count_recorded()} finished) of {size:,} bytes in all "
+        f"({compare_sizes(size, encoding.source.bytes)}); {format_bytes(free)} are free"
+    )
+    if size > free:
+        text += ", TOO LITTLE"
+    rate = _images_per_second(encoding, seconds)
+    if not rate:
+        return f"{text}\nno image could be read, so there is no rate"
+    return (
+        f"{text}\n{rate:.3g} images/s, {rate * crops:.3g} crops/s as measured in one process; "
+        f"{total / rate / processes / 3600:.3g} hours for all images in {processes}"
     )
 
 

@@ -6,7 +6,6 @@ and batches never cross shards, so its bytes depend neither on the number of pro
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -17,25 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from npp_ds.data.manifest import MANIFEST_NAME, CodeAgreement, Manifest, ShardInfo, TokenizerInfo
-from npp_ds.data.shards import ShardWriter, shard_name
-from npp_ds.distributed.work_queue import WorkQueue
+from npp_ds.data.shards import ShardWriter, check_file, check_same_set, shard_name
+from npp_ds.distributed.work_queue import LOCK_FILE, SETTINGS_FILE, WORK_FOLDER, WorkQueue
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.batches import BatchEncoder, fitting_batch
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_of
 from npp_ds.tokenizer.images import ImageItem, crop_names
 from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
-from npp_ds.utils.files import read_json, read_small, sha256, write_json_atomic, write_text_atomic
+from npp_ds.utils.files import read_json, read_small, write_json_atomic, write_text_atomic
 from npp_ds.utils.format import counted
 from npp_ds.utils.locks import locked
 from npp_ds.utils.logs import ANY_RANK
 from npp_ds.utils.progress import Progress
-from npp_ds.utils.records import differences
 
 logger = logging.getLogger(__name__)
 
-WORK_FOLDER = ".unfinished"
-SETTINGS_FILE, LOCK_FILE = "settings.json", "lock"
 AGREEMENT_FILE = "agreement.json"
 SKIPPED_FILE = "skipped.jsonl"
 
@@ -244,10 +240,8 @@ class Encoding:
         return CodeAgreement(images=len(batch[0]), codes=codes[0].size, equal=int((codes[0] == codes[1]).sum()))
 
     def _is_sound(self, shard: int, record: FinishedShard) -> bool:
-        path, info = self.out / self._name(shard), record.info
-        if info.samples + len(record.skipped) != len(self._items(shard)):
-            return False
-        return path.is_file() and path.stat().st_size == info.bytes and sha256(path) == info.sha256
+        complete = record.info.samples + len(record.skipped) == len(self._items(shard))
+        return complete and check_file(self.out / self._name(shard), record.info) is None
 
     def _recorded(self, shard: int) -> FinishedShard | None:
         """Read the record of a finished shard: from the work folder, or from the manifest once there is one."""
@@ -266,15 +260,8 @@ class Encoding:
         return None
 
     def _earlier(self) -> Manifest | None:
-        """Return the manifest in the folder, if there is one; it is read again when it has changed."""
-        try:
-            status = os.stat(self.out / MANIFEST_NAME)
-        except FileNotFoundError:
-            return None
-        version = (status.st_mtime_ns, status.st_ino)
-        if getattr(self, "_earlier_version", None) != version:
-            self._earlier_manifest, self._earlier_version = Manifest.load(self.out), version
-        return self._earlier_manifest
+        """Return the manifest in the folder, if there is one."""
+        return Manifest.load(self.out) if (self.out / MANIFEST_NAME).is_file() else None
 
     def _poll(self) -> None:
         """Read the records of shards that any process has finished since the last call."""
@@ -306,24 +293,14 @@ class Encoding:
         return self.source.items[start : start + self.settings.samples_per_shard]
 
     def _check_folder(self) -> None:
-        settings_file = self.work / SETTINGS_FILE
-        if settings_file.is_file():
-            found = _read_settings(settings_file)
-        elif earlier := self._earlier():
-            found = {name: earlier.model_dump()[name] for name in self.identity}
-            found["tokenizer"].pop("agreement", None)
-        elif self.out.is_dir() and (tars := sorted(self.out.glob("*.tar"))):
-            raise UserError(f"{self.out}: holds {tars[0].name} but no manifest; choose another folder or empty it")
-        else:
-            return
-        found["crops"].pop("names", None)  # they follow from scheme and ranges
-        found["source"].pop("passed_over", None)  # it changes no shard
-        if self._adopts_batch and "crops_per_batch" in found["source"]:
-            self.settings = replace(self.settings, crop_batch_size=found["source"]["crops_per_batch"])
-        if different := list(differences(found, self.identity)):
-            raise UserError(
-                f"{self.out}: made with other settings ({'; '.join(different)}); choose another folder or empty it"
-            )
+        """Raise UserError for shards of other settings. Without a batch size of its own, take that of the folder."""
+        wanted = self.identity
+        del wanted["crops"]["names"]  # they follow from scheme and ranges
+        if self._adopts_batch:
+            del wanted["source"]["crops_per_batch"]
+        found = check_same_set(self.out, wanted)
+        if self._adopts_batch and (crops := found.get("source", {}).get("crops_per_batch")):
+            self.settings = replace(self.settings, crop_batch_size=crops)
 
     def _check_skipped(self) -> None:
         allowed, total, skipped = self.settings.max_skipped, len(self.source.items), self._skipped()
@@ -367,14 +344,6 @@ def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
         raise UserError("expected samples per shard >= 1, batch size >= 1 and max skipped from 0 to 1")
     if settings.workers < 0:
         raise UserError(f"workers {settings.workers}: expected 0 or more")
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = read_json(path)
-        return {**settings, "crops": dict(settings["crops"]), "source": dict(settings["source"])}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({error}); remove {path.parent.parent} and rerun the same command") from None
 
 
 def _write_skipped(out: Path, skipped: list[dict[str, str]]) -> None:

@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 
 from npp_ds.data.manifest import MANIFEST_NAME, CropInfo, Manifest, ShardInfo, TokenizerInfo
-from npp_ds.data.shards import ShardWriter, check_file, shard_name
+from npp_ds.data.shards import ShardWriter, check_file, check_same_set, shard_name
+from npp_ds.distributed.work_queue import LOCK_FILE, SETTINGS_FILE, WORK_FOLDER
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.images import crop_names
 from npp_ds.utils.files import explain_os_errors, read_small, write_json_atomic
 from npp_ds.utils.locks import locked
 from npp_ds.utils.progress import Progress
-from npp_ds.utils.records import check_same_settings
 
-WORK_FOLDER, SETTINGS_FILE, LOCK_FILE = ".unfinished", "settings.json", "lock"
 READERS = 16  # threads, since the time goes into opening small files
 MOST_PADDING = 4096  # processes of an extraction
 PRECISION = "tf32"  # the published script allows TF32 in products and convolutions
@@ -146,7 +145,7 @@ class _Import:
         }
 
     def run(self) -> Manifest:
-        self._check_folder()
+        check_same_set(self.out, self.identity)
         with explain_os_errors(self.out), locked(self.work / LOCK_FILE, patience=0, create_folder=True) as alone:
             if not alone:
                 raise UserError(f"{self.out}: another process imports into it, or its disk has no file locks")
@@ -159,14 +158,6 @@ class _Import:
             manifest.save(self.out)
         shutil.rmtree(self.work)
         return manifest
-
-    def _check_folder(self) -> None:
-        """Raise UserError if the folder holds shards of other settings."""
-        files = (self.work / SETTINGS_FILE, self.out / MANIFEST_NAME)
-        if not check_same_settings(self.out, files, self.identity, "shards") and (
-            tars := sorted(self.out.glob("*.tar"))
-        ):
-            raise UserError(f"{self.out}: holds {tars[0].name} but no manifest; choose another folder or empty it")
 
     def _shard(self, number: int, readers: ThreadPoolExecutor, progress: Progress) -> ShardInfo:
         path = self.out / shard_name(self.settings.split, number)

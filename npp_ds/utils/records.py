@@ -40,10 +40,10 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
             yield f"{prefix}{name}: it has {left!r}, asked for {right!r}"
 
 
-def check_same_settings(out: Path, files: Sequence[Path], wanted: dict[str, Any], what: str) -> bool:
-    """Return whether one of the JSON `files` in `out` exists: the settings of an earlier start that made `what` there.
+def check_same_settings(out: Path, files: Sequence[Path], wanted: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return the first of the JSON `files` in `out`, the settings of an earlier start that made `what`; {} without one.
 
-    Raises UserError if they differ from the `wanted` ones, or are damaged.
+    Raises UserError if they differ from the `wanted` ones, or are damaged. What is not `wanted` is not compared.
     """
     for file in files:
         try:
@@ -57,13 +57,18 @@ def check_same_settings(out: Path, files: Sequence[Path], wanted: dict[str, Any]
             raise UserError(f"{file}: {error.strerror}; fix that, or name another folder with --out") from None
         except ValueError as error:
             raise UserError(f"{file}: damaged ({error}); remove {out} and rerun the same command") from None
-        if different := list(differences({name: found[name] for name in wanted if name in found}, wanted)):
+        if different := list(differences(_wanted_of(found, wanted), wanted)):
             raise UserError(
                 f"{out}: holds {what} of other settings ({'; '.join(different)}); choose another folder with --out, or "
                 "remove that one"
             )
-        return True
-    return False
+        return found
+    return {}
+
+
+def _wanted_of(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    both = ((name, found[name], value) for name, value in wanted.items() if name in found)
+    return {name: _wanted_of(a, b) if isinstance(a, dict) and isinstance(b, dict) else a for name, a, b in both}
 
 
 def _are_sections(value: Any) -> TypeGuard[list[dict]]:

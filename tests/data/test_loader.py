@@ -66,7 +66,7 @@ def make_loader(store, stage=None, **changes):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name == "npp-stage-loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("npp-stage-loader")]
 
 
 def flatten(batch):
@@ -161,11 +161,11 @@ def test_thread_runs_ahead_by_a_bounded_number_of_steps(store, monkeypatch):
     with make_loader(store) as loader:
         next(loader)
         deadline = time.monotonic() + 10
-        while len(loaded) < PREFETCHED_STEPS + 2 and time.monotonic() < deadline:
+        while len(loaded) < PREFETCHED_STEPS + 1 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
-        assert loaded == list(range(7, 7 + PREFETCHED_STEPS + 2))
-    assert len(loaded) < 2 * PREFETCHED_STEPS + 4
+        assert loaded == list(range(7, 7 + PREFETCHED_STEPS + 1))
+    assert len(loaded) < 2 * PREFETCHED_STEPS
 
 
 def test_exception_in_the_thread_reaches_the_consumer(store, monkeypatch):
@@ -201,23 +201,20 @@ def test_time_spent_waiting_for_data_is_counted(store, monkeypatch):
 @pytest.mark.parametrize(
     ("stage_changes", "loader_changes", "message"),
     [
-        ({"batch_size": 104, "micro_batch_size": 104}, {}, r"103 samples, fewer than one batch \(batch_size 104\)"),
-        ({"steps_per_epoch": 9}, {}, "9 steps an epoch, the training set of 103 samples has 8 batches of 12"),
+        (
+            {"batch_size": 104, "micro_batch_size": 104},
+            {},
+            "8 steps an epoch, .* 103 samples has 0 batches of 104",
+        ),
+        ({"steps_per_epoch": 9}, {}, "9 steps an epoch, this training set of 103 samples has 8 batches of 12"),
         ({"patch_side": 3}, {}, "patch_side 3 does not divide the grid of the shards, 4"),
         ({"micro_batch_size": 5}, {}, "batch_size 12 is not a multiple of micro_batch_size 5 x 1"),
         ({}, {"world_size": 8}, "micro_batch_size 3 x 8 processes"),
-        ({}, {"num_classes": 9}, "training set has 10 classes, num_classes of the model is 9"),
     ],
 )
 def test_set_and_stage_that_do_not_fit_are_refused(store, stage_changes, loader_changes, message):
     with pytest.raises(UserError, match=message):
         make_loader(store, make_stage(**stage_changes), **loader_changes)
-
-
-@pytest.mark.parametrize("first_step", [6, 31])
-def test_step_outside_the_stage_is_refused(store, first_step):
-    with pytest.raises(IndexError, match=f"first_step {first_step} outside the stage, 7 .. 30"):
-        make_loader(store, first_step=first_step)
 
 
 def eval_rows(store, world_size, micro_batch_size, limit=None, patch_side=2):

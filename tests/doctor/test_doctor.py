@@ -470,11 +470,11 @@ def test_a_row_is_ok_or_shows_the_first_process_with_the_worst_result():
     assert _row(None, None) is None
     assert _row(None, Result("fine"), Result("good")).detail == "fine"
     bad = _row(Result("fine"), Result("slow", WARNING), Result("gone", FAILURE), Result("lost", FAILURE))
-    assert (bad.state, bad.detail, bad.reason, bad.node, bad.rank) == (FAILURE, "n1: gone", "gone", "n1", 2)
+    assert (bad.state, bad.text, bad.detail, bad.node, bad.rank) == (FAILURE, "n1: gone", "gone", "n1", 2)
     lasting = _row(Result("gone", FAILURE), Result("wrong", FAILURE, lasting=True))
-    assert (lasting.reason, lasting.rank, lasting.lasting) == ("wrong", 1, True)
+    assert (lasting.detail, lasting.rank, lasting.lasting) == ("wrong", 1, True)
     odd = _row(*(Result("", common=v) for v in ("2.1", "2.1", "2.6")))
-    assert (odd.state, odd.rank, odd.reason) == (FAILURE, 2, "2.6, but 2.1 on n0; make it the same on all nodes")
+    assert (odd.state, odd.rank, odd.detail) == (FAILURE, 2, "2.6, but 2.1 on n0; make it the same on all nodes")
 
 
 def test_a_temporary_folder_is_removed_again_unless_it_is_used(tmp_path):

@@ -15,8 +15,6 @@ from npp_ds.evaluation.extractors import (
     Classifier,
     ClassifierExtractor,
     load_classifier,
-    predict,
-    save_classifier,
 )
 from npp_ds.evaluation.metrics import frechet_distance
 from npp_ds.tokenizer import load_tokenizer
@@ -36,18 +34,20 @@ def script():
     return runpy.run_path(str(TRAINING))
 
 
+def likeliest(images: np.ndarray) -> np.ndarray:
+    return ClassifierExtractor()(images).probabilities.argmax(-1)
+
+
 def test_at_least_89_percent_of_the_shipped_validation_images_are_classified_right(validation):
     images, labels = validation
-    predicted = predict(images)
-    assert predicted.dtype == np.int64 and predicted.shape == (1000,)
-    assert (predicted == labels).mean() >= 0.89
+    assert len(labels) == 1000 and (likeliest(images) == labels).mean() >= 0.89
     assert SHIPPED.stat().st_size < 5e5
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_classifier_of_other_widths_loads_and_sees_colours_if_it_has_three_channels(tmp_path, channels):
+def test_a_classifier_of_other_widths_loads_and_sees_colours_if_it_has_three_channels(script, tmp_path, channels):
     torch.manual_seed(0)
-    save_classifier(Classifier(4, (channels, 8, 8, 16)).eval(), tmp_path / "small.safetensors")
+    script["save_classifier"](Classifier(4, (channels, 8, 8, 16)).eval(), tmp_path / "small.safetensors")
     extractor = ClassifierExtractor(path=tmp_path / "small.safetensors")
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     first, turned = extractor(images), extractor(images[..., ::-1].copy())
@@ -58,7 +58,7 @@ def test_a_classifier_of_other_widths_loads_and_sees_colours_if_it_has_three_cha
 def test_reconstructions_of_the_shipped_tokenizer_are_classified_nearly_as_well(validation, script):
     images, labels = validation
     decoded = script["reconstruct"](load_tokenizer("fashion_mnist"), images)
-    assert decoded.shape == images.shape and (predict(decoded) == labels).mean() >= 0.86
+    assert decoded.shape == images.shape and (likeliest(decoded) == labels).mean() >= 0.86
 
 
 def test_torch_fidelity_and_we_compute_the_same_distance_which_grows_with_the_damage(validation):
@@ -89,8 +89,6 @@ def test_features_are_the_input_of_the_last_layer(validation):
 def test_images_of_another_size_or_type_are_refused():
     for images in (np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 32, 32, 3), np.float32)):
         with pytest.raises(UserError, match=r"32, 32, 3"):
-            predict(images)
-        with pytest.raises(UserError, match=r"32, 32, 3"):
             ClassifierExtractor()(images)
 
 
@@ -98,6 +96,7 @@ def test_a_trained_classifier_is_reproducible_and_survives_its_file(validation, 
     images, labels = validation[0][:256], validation[1][:256]
     options = Namespace(seed=0, epochs=6, batch_size=32, learning_rate=2e-3, widths=[1, 32, 48, 64])
     first, second = (script["fit"](images, labels, options) for _ in range(2))
+    predict, save_classifier = script["predict"], script["save_classifier"]
     assert (predict(images, first) == labels).mean() > 0.7
     save_classifier(first, tmp_path / "c.safetensors")
     loaded = load_classifier(tmp_path / "c.safetensors")

@@ -6,6 +6,7 @@ from PIL import Image
 
 from extractors import Projection, fidelity_distance, random_images, statistics
 from npp_ds.errors import UserError
+from npp_ds.evaluation import metrics
 from npp_ds.evaluation.metrics import Moments, class_agreement, frechet_distance, inception_score, precision_recall
 
 
@@ -88,15 +89,16 @@ def brute_force(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[flo
     return share_inside(samples, reference), share_inside(reference, samples)
 
 
-@pytest.mark.parametrize("block", [5, 16, 4096])
+@pytest.mark.parametrize("rows", [5, 16, 4096])
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_equal_brute_force_for_any_block_size(k, block):
+def test_precision_and_recall_equal_brute_force_for_any_number_of_rows_at_a_time(k, rows, monkeypatch):
+    monkeypatch.setattr(metrics, "ROWS", rows)
     rng = np.random.default_rng(0)
     reference = rng.standard_normal((40, 6)).astype(np.float32)
     samples = (0.8 * rng.standard_normal((23, 6)) + 0.7).astype(np.float32)
     expected = brute_force(reference, samples, k)
     assert 0 < expected[1] < expected[0] < 1
-    assert precision_recall(reference, samples, k, block=block) == pytest.approx(expected)
+    assert precision_recall(reference, samples, k) == pytest.approx(expected)
 
 
 def test_narrow_samples_have_high_precision_and_low_recall_and_wide_ones_the_reverse():

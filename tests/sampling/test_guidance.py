@@ -5,9 +5,14 @@ import pytest
 import torch
 
 from npp_ds.errors import UserError
-from npp_ds.sampling.logits_processing import Options, guidance_scales, guide
+from npp_ds.sampling.logits_processing import Options, guide
 from npp_ds.sampling.sampler import generate
 from published_models import published_model
+
+
+def guidance_scales(positions: int, *scale_schedule_power, **options) -> list[float]:
+    names = ("cfg_scale", "cfg_schedule", "cfg_power")
+    return Options(**dict(zip(names, scale_schedule_power, strict=False)), **options).guidance_scales(positions)
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,6 @@ def test_random_labels_are_uniform_and_depend_on_seed_and_index_only():
     assert ((counts - 3000) ** 2 / 3000).sum() < 30
     np.testing.assert_array_equal(labels_of(indices[[5, 29_999]], list(range(10)), "random", 4), labels[[5, 29_999]])
     assert (labels_of(indices, list(range(10)), "random", 5) == labels).mean() < 0.2
-    with pytest.raises(UserError, match="balanced, random"):
-        labels_of(indices, [0], "sorted", 0)
 
 
 def test_classes_are_numbers_or_names_and_unknown_ones_are_all_named():
