@@ -8,6 +8,7 @@ namespace, interface or process is left. Needs Linux, root, and the commands in 
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -16,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("ip", "tc", "unshare", "nsenter", "mount")
+COMMANDS = ("ip", "tc", "unshare", "nsenter", "setpriv", "mount")
 INTERFACE = "eth0"
 NETWORK = "10.213.0"
 """First three bytes of the nodes' addresses, which only the namespaces know."""
@@ -28,7 +29,7 @@ ip link set lo up
 mount -t tmpfs -o size=2g none /dev/shm
 if [ -n "$2" ]; then mount --bind "$2" /etc/hosts; fi
 echo ready
-exec cat
+exec env --ignore-signal=CHLD cat  # so that no orphan stays a zombie
 """
 
 
@@ -43,18 +44,35 @@ def why_no_nodes() -> str | None:
 
 
 class Node:
-    """One node: its name, its address, and its first process, in whose namespaces the others run."""
+    """One node: its name, its address, and its first process, in whose namespaces the others run.
 
-    def __init__(self, name: str, address: str, hosts: Path | None = None):
+    `hosts` is its /etc/hosts, and its link leads to `switch`. It is off until `power_on`.
+    """
+
+    def __init__(self, name: str, address: str = "", hosts: Path | None = None, switch: "Node | None" = None):
         self.name, self.address = name, address
+        self._hosts, self._switch = hosts, switch
+        self._first: subprocess.Popen | None = None
+
+    def power_on(self) -> None:
+        """Start the first process in new namespaces and join the link. Raises RuntimeError if one of them fails."""
         namespaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        command = ["unshare", *namespaces, "sh", "-c", FIRST_PROCESS, "sh", name, str(hosts or "")]
-        self._first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._first.stdout is not None
-        if self._first.stdout.readline() != "ready\n":
-            self._first.kill()
-            raise RuntimeError(f"node {name} could not be made; the reason is printed above")
-        self.pid = int(Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children").read_text())
+        command = ["unshare", *namespaces, "sh", "-c", FIRST_PROCESS, "sh", self.name, str(self._hosts or "")]
+        first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert first.stdout is not None
+        if first.stdout.readline() != "ready\n":
+            first.kill()
+            raise RuntimeError(f"node {self.name} could not be made; the reason is printed above")
+        self.pid = int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text())
+        self._first, self._ended = first, os.pidfd_open(self.pid)
+        if self._switch:
+            _run(
+                *("ip", "link", "add", self.name, "netns", str(self._switch.pid), "type", "veth"),
+                *("peer", "name", INTERFACE, "netns", str(self.pid)),
+            )
+            self._switch.run("ip", "link", "set", self.name, "master", "bridge", "up")
+            self.run("ip", "address", "add", f"{self.address}/24", "dev", INTERFACE)
+            self.join_link()
 
     def inside(self, *command: str) -> list[str]:
         """Return the command that runs `command` on this node."""
@@ -67,6 +85,7 @@ class Node:
             "--pid",
             f"--wd={os.getcwd()}",
             "--",
+            *("setpriv", "--pdeathsig", "KILL"),  # if nsenter is killed
             *command,
         ]
 
@@ -74,9 +93,12 @@ class Node:
         """Start a process on this node, with the options of `subprocess.Popen`."""
         return subprocess.Popen(self.inside(*command), **options)
 
-    def run(self, *command: str) -> str:
-        """Run a command on this node to its end; return what it prints. Raises RuntimeError if it fails."""
-        return _run(*self.inside(*command))
+    def run(self, *command: str, **options: Any) -> str:
+        """Run a command on this node to its end; return what it prints. Raises RuntimeError if it fails.
+
+        `options` are those of `subprocess.run`.
+        """
+        return _run(*self.inside(*command), **options)
 
     def sent_bytes(self) -> int:
         """Return the bytes that this node has sent over its link, with the headers of Ethernet, IP and TCP."""
@@ -109,58 +131,50 @@ class Node:
         self.run("ip", "link", "set", INTERFACE, "up")
 
     def power_off(self) -> None:
-        """Kill all processes of this node at once and remove its interface."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, 9)
-        self._first.kill()
+        """Remove this node's link, then kill all its processes at once: the other nodes hear nothing of it."""
+        if self._first is None:
+            return
+        if self._switch and self._first.poll() is None:
+            with suppress(RuntimeError):  # the link was not made yet
+                self._switch.run("ip", "link", "del", self.name)
+        self._first.kill()  # the kernel then kills the first process, and that one's end all others
         self._first.wait()
+        select.select([self._ended], [], [], 10)  # longer if processes stay zombies because nobody waits for them
+        os.close(self._ended)
         for pipe in filter(None, (self._first.stdin, self._first.stdout)):
             pipe.close()
+        self._first = None
 
 
 class Nodes:
-    """`count` nodes that reach each other; a context manager that ends them with all their processes.
+    """`count` nodes n1, n2, .. that reach each other, and `others` by name; a context manager that ends them all.
 
     `hosts` is a file to write, in which the nodes look up each other's names; without it they meet by address.
     """
 
-    def __init__(self, count: int, prefix: str = "n", hosts: Path | None = None):
-        self.names = [f"{prefix}{number + 1}" for number in range(count)]
-        self._hosts, self._nodes, self._bridge = hosts, [], None
+    def __init__(self, count: int, hosts: Path | None = None, others: Sequence[str] = ()):
+        names = [*(f"n{number + 1}" for number in range(count)), *others]
+        self._hosts, self._switch = hosts, Node("switch")
+        self._nodes = [Node(name, f"{NETWORK}.{number + 1}", hosts, self._switch) for number, name in enumerate(names)]
 
     def __enter__(self) -> "list[Node]":
         try:
-            addresses = {name: f"{NETWORK}.{number + 1}" for number, name in enumerate(self.names)}
             if self._hosts:
-                lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
+                lines = ["127.0.0.1 localhost", *(f"{node.address} {node.name}" for node in self._nodes)]
                 self._hosts.write_text("\n".join(lines) + "\n")
-            self._bridge = Node("switch", "")
-            self._bridge.run("ip", "link", "add", "bridge", "type", "bridge")
-            self._bridge.run("ip", "link", "set", "bridge", "up")
-            for number, (name, address) in enumerate(addresses.items()):
-                node = Node(name, address, self._hosts)
-                self._nodes.append(node)
-                self._connect(node, f"port{number}")
+            self._switch.power_on()
+            self._switch.run("ip", "link", "add", "bridge", "type", "bridge")
+            self._switch.run("ip", "link", "set", "bridge", "up")
+            for node in self._nodes:
+                node.power_on()
         except BaseException:
             self.__exit__()
             raise
         return self._nodes
 
     def __exit__(self, *exception: object) -> None:
-        for node in (*self._nodes, *([self._bridge] if self._bridge else [])):
+        for node in (*self._nodes, self._switch):
             node.power_off()
-
-    def _connect(self, node: Node, port: str) -> None:
-        """Join the node to the bridge by a pair of interfaces. Raises RuntimeError if the link does not come up."""
-        switch = self._bridge
-        assert switch is not None
-        _run(
-            *("ip", "link", "add", port, "netns", str(switch.pid), "type", "veth"),
-            *("peer", "name", INTERFACE, "netns", str(node.pid)),
-        )
-        switch.run("ip", "link", "set", port, "master", "bridge", "up")
-        node.run("ip", "address", "add", f"{node.address}/24", "dev", INTERFACE)
-        node.join_link()
 
 
 def start_ranks(
@@ -187,8 +201,8 @@ def start_ranks(
     ]
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(*command: str, **options: Any) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or f'ended with {done.returncode}'}")
     return done.stdout

@@ -1,94 +1,77 @@
-"""A real SLURM on this machine: munged, slurmctld and a few slurmd, on free ports, ended by process id."""
+"""A real SLURM on nodes that are namespaces of this machine: one for the controller and three for jobs."""
 
 import os
 import secrets
 import shutil
-import signal
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from workers import free_port
+from benchmarks.nodes import INTERFACE, Node, Nodes, why_no_nodes
 
 ROOT = Path(__file__).parents[2]
-NODES = ("n1", "n2", "n3")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
-MARK = "SLURM_TEST_DAEMON"
+SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 def why_not() -> str | None:
-    """Why no cluster can be started here; None when it can."""
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    if missing := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
+    """Return why no cluster can be started here, None if it can."""
+    if missing := [name for name in PROGRAMS if shutil.which(name, path=SEARCH_PATH) is None]:
         return f"no {', '.join(missing)}: apt-get install slurm-wlm munge"
-    if os.geteuid() != 0:
-        return "SLURM's daemons and its nodes' daemons run as root here"
-    return None
+    return why_no_nodes()
 
 
 class SlurmCluster:
-    """Nodes that share this host, each with its own slurmd, port and spool folder; a context manager that ends them.
+    """Nodes n1, n2, n3 that share this machine's disk, and a controller's node; a context manager that ends them.
 
-    A node that is silent for ten seconds is down; a requeued job may start again after a few.
+    They meet by name, over a bridge. Each has its own munged, and n1 to n3 a slurmd. SLURM's commands run on the
+    controller's node. A node that is silent for ten seconds is down; a requeued job may start again after a few.
     """
 
-    def __init__(self, nodes: tuple[str, ...] = NODES):
-        self.nodes = nodes
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has at most 107 characters
-        self._daemons: dict[str, subprocess.Popen] = {}
-        self._log = open(self.folder / "daemons.log", "ab")  # noqa: SIM115 - open as long as the cluster
-        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
-        self.environment = {**own, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.environment = {**own, "PATH": SEARCH_PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        self._nodes = Nodes(3, self.folder / "hosts", others=["controller"])
 
     def __enter__(self) -> "SlurmCluster":
         try:
-            self._start_munge()
+            *nodes, self._controller = self._nodes.__enter__()
+            self.nodes = {node.name: node for node in nodes}
             self._configure()
+            self._start_munge(self._controller)
+            # The controller sees within a second that no host has the address of a node without power; as the kernel is
+            # set, it asks for half a minute, and SLURM 22.05 waits for the end of each request before the next.
+            for setting in ("base_reachable_time_ms=1000", "delay_first_probe_time=0", "retrans_time_ms=100"):
+                self.ask("sysctl", "-qw", f"net.ipv4.neigh.{INTERFACE}.{setting}")
             self.start_controller()
-            for node in self.nodes:
-                self.start_node(node)
+            for node in nodes:
+                self._start_daemons(node)
             self.wait_for_nodes()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def __exit__(self, *exception) -> None:
-        for node in self.nodes:
-            self.kill_node(node)
-        for name in ("slurmctld", "munged"):
-            if daemon := self._daemons.pop(name, None):
-                daemon.kill()
-                daemon.wait()
-        self._log.close()
+    def __exit__(self, *exception: object) -> None:
+        self._nodes.__exit__()
         shutil.rmtree(self.folder)
 
-    def _start_munge(self) -> None:
-        key, here = self.folder / "munge.key", self.folder
+    def _configure(self) -> None:
+        here = self.folder
+        key = here / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o400)
-        files = {"key-file": key, "socket": here / "munge", "pid-file": here / "munge.pid", "seed-file": here / "seed"}
-        options = [f"--{name}={file}" for name, file in files.items()]
-        log = f"--log-file={here / 'munge.log'}"
-        self._start("munged", "munged", "--foreground", "--force", "--num-threads=2", log, *options)
-        wait_for((here / "munge").exists, 30, self._problem)
-
-    def _configure(self) -> None:
-        host, here = socket.gethostname(), self.folder
-        for name in ("state", *self.nodes):
+        for name in ("state", "own", *self.nodes):
             (here / name).mkdir()
         lines = [
             "ClusterName=tests",
-            f"SlurmctldHost={host}(127.0.0.1)",
-            f"SlurmctldPort={free_port()}",
+            "SlurmctldHost=controller",
             # A requeued job waits until its old credentials have expired.
-            f"AuthInfo=socket={here}/munge,cred_expire=6",
+            f"AuthInfo=socket={here}/own/munge,cred_expire=6",
             "SlurmUser=root",
             "SlurmdUser=root",
             f"StateSaveLocation={here}/state",
@@ -112,86 +95,60 @@ class SlurmCluster:
             "SlurmdTimeout=10",
             "KillWait=20",
             "GresTypes=gpu",
-            *(
-                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=64 RealMemory=2000000"
-                for node in self.nodes
-            ),
+            f"NodeName={','.join(self.nodes)} CPUs=64 RealMemory=2000000",
             f"PartitionName=all Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP",
         ]
         (here / "slurm.conf").write_text("\n".join(lines) + "\n")
 
+    def _start_munge(self, node: Node) -> None:
+        """Start a node's munged, whose socket lies on a file system that other nodes do not see."""
+        own = self.folder / "own"
+        node.run("mount", "-t", "tmpfs", "none", str(own))
+        files = {"socket": own / "munge", "pid-file": own / "pid", "seed-file": own / "seed", "log-file": own / "log"}
+        options = [f"--{name}={file}" for name, file in {**files, "key-file": self.folder / "munge.key"}.items()]
+        node.run("munged", "--force", "--num-threads=2", *options, env=self.environment)
+
     def start_controller(self) -> None:
-        self._start("slurmctld", "slurmctld", "-D")
+        self.ask("slurmctld")
 
     def stop_controller(self) -> None:
         """As for a restart of its machine: it writes down what it knows, and nobody answers until it is started."""
-        daemon = self._daemons.pop("slurmctld")
-        daemon.terminate()
-        daemon.wait(60)
+        self.ask("scontrol", "shutdown", "slurmctld")
+        wait_for(lambda: "slurmctld" not in self.ask("ps", "-eo", "comm"), 60, self._problem)
 
-    def start_node(self, node: str) -> None:
-        self._start(node, "slurmd", "-D", "-N", node)
+    def start_node(self, name: str) -> None:
+        """Switch on a node that `kill_node` has switched off."""
+        self.nodes[name].power_on()
+        self._start_daemons(self.nodes[name])
 
-    def kill_node(self, node: str) -> None:
-        """As if the machine lost power: kill -9 for its slurmd, every slurmstepd and all tasks under them."""
-        daemon = self._daemons.pop(node, None)
-        if daemon is None:
-            return
-        daemon.send_signal(signal.SIGSTOP)  # so that it starts nothing meanwhile
-        doomed = {pid for one in self._processes_of(node) for pid in (one, *descendants(one))}
-        for pid in doomed:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        daemon.wait()
-        wait_for(lambda: not any(is_alive(pid) for pid in doomed), 30, lambda: f"of {node} there live on {doomed}")
+    def _start_daemons(self, node: Node) -> None:
+        self._start_munge(node)
+        node.run("slurmd", env=self.environment)
+
+    def kill_node(self, name: str) -> None:
+        """As if the machine lost power: its link is gone, and all its processes end at once."""
+        self.nodes[name].power_off()
 
     def submit(self, *arguments: str | Path, **environment: str) -> "Job":
         """`sbatch` with these arguments and variables, in the root of the repository."""
-        own = {**self.environment, **environment}
-        command = ["sbatch", "--parsable", *map(str, arguments)]
-        done = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return Job(self, int(done.stdout))
+        command = ["env", f"--chdir={ROOT}", "sbatch", "--parsable", *map(str, arguments)]
+        return Job(self, int(self.ask(*command, **environment)))
 
-    def ask(self, *command: str) -> str:
-        """What one of SLURM's commands prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout
+    def ask(self, *command: str, **environment: str) -> str:
+        """What a command on the controller's node prints."""
+        return self._controller.run(*command, env={**self.environment, **environment}, timeout=60)
 
     def wait_for_nodes(self) -> None:
         """Returns when all nodes are idle."""
         wait_for(lambda: self._states() == ["idle"] * len(self.nodes), 90, self._problem)
 
     def _states(self) -> list[str]:
-        done = subprocess.run(
-            ["sinfo", "-hN", "-o", "%T"], env=self.environment, capture_output=True, text=True, timeout=60
-        )
-        return done.stdout.split()
-
-    def _start(self, name: str, program: str, *arguments: str) -> None:
-        command = [shutil.which(program, path=self.environment["PATH"]), *arguments]
-        self._daemons[name] = subprocess.Popen(
-            command,
-            env={**self.environment, MARK: f"{self.folder}/{name}"},
-            stdout=self._log,
-            stderr=self._log,
-            cwd=self.folder,
-            start_new_session=True,
-        )
-
-    def _processes_of(self, node: str) -> list[int]:
-        """Its slurmd and the slurmstepd that it has started, which inherit its environment; tasks do not."""
-        mark = f"{MARK}={self.folder}/{node}".encode()
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-        return found
+        with suppress(RuntimeError):  # the controller does not answer yet
+            return self.ask("sinfo", "-hN", "-o", "%T").split()
+        return []
 
     def _problem(self) -> str:
-        logs = [self.folder / name for name in ("daemons.log", "slurmctld.log", *(f"{n}.log" for n in self.nodes))]
+        logs = [self.folder / f"{name}.log" for name in ("slurmctld", *self.nodes)]
         tails = (f"{log.name}:\n" + "\n".join(log.read_text().splitlines()[-15:]) for log in logs if log.is_file())
         return f"nodes are {self._states()}\n" + "\n".join(tails)
 
@@ -244,18 +201,3 @@ def wait_for(happened: Callable[[], bool], timeout: float, describe: Callable[[]
     while not happened():
         assert time.monotonic() < deadline, f"not in {timeout} s: {describe()}"
         time.sleep(0.2)
-
-
-def descendants(pid: int) -> list[int]:
-    children = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            children += map(int, task.read_text().split())
-    return children + [below for child in children for below in descendants(child)]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

@@ -3,10 +3,13 @@
 Nodes are network namespaces of this machine, each with its own address, loopback, host name and /dev/shm.
 """
 
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,44 @@ def test_network_nodes_meet_by_name_and_share_no_memory(nodes):
     nodes[0].run("touch", "/dev/shm/of-n1")
     assert nodes[1].run("ls", "/dev/shm") == ""
     assert nodes[0].run("getent", "hosts", "n2").split() == [nodes[1].address, "n2"]
+
+
+@pytest.mark.parametrize("end", ["power_off", "kill"])
+def test_network_nothing_is_left_of_nodes(tmp_path, end):
+    """Neither after `power_off`, also of a node that was on twice, nor after a kill of the program that has them."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks.nodes import Nodes\n"
+        "with Nodes(2, Path(sys.argv[1])) as nodes:\n    for node in nodes:\n        node.power_off()\n"
+        "        node.power_on()\n        node.run('sh', '-c', 'setsid sleep 600 >&- 2>&- &')\n"
+        "    print(*(node.pid for node in nodes), flush=True)\n    sys.stdin.read()"
+    )
+    before = here()
+    command = [sys.executable, "-c", code, tmp_path / "hosts"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        first = [int(pid) for pid in program.stdout.readline().split()]
+        networks = {os.readlink(f"/proc/{pid}/ns/net") for pid in first}
+        assert len(networks) == 2 and len(processes_in(networks)) == 6  # unshare, cat, sleep
+        if end == "kill":
+            program.kill()
+    deadline = time.monotonic() + 10
+    while processes_in(networks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not processes_in(networks) and here() == before
+
+
+def processes_in(networks: set[str]) -> list[int]:
+    """The processes in these network namespaces; a zombie is in none."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.readlink(folder / "ns/net") in networks:
+                found.append(int(folder.name))
+    return found
+
+
+def here() -> list[str]:
+    """The interfaces and mounts of this machine."""
+    return [*os.listdir("/sys/class/net"), Path("/proc/self/mounts").read_text()]
 
 
 @pytest.mark.parametrize("when", ["in a step", "in a save", "with lost packets", "with a clock that is an hour ahead"])

@@ -1,4 +1,4 @@
-"""The shipped scripts on a real SLURM of three nodes on this machine, with tiny models on the CPU."""
+"""The shipped scripts on a real SLURM of three nodes, namespaces of this machine, with tiny models on the CPU."""
 
 import json
 import os
@@ -84,9 +84,14 @@ def train(slurm: SlurmCluster, config: RunConfig, shards: Path, *sbatch: str, **
 
 
 def test_two_nodes_train_what_torchrun_trains(slurm, shards, tmp_path, undisturbed):
-    job, run_dir = train(slurm, long_run(shards, tmp_path / "run"), shards)
+    config = long_run(shards, tmp_path / "run")
+    before = {node.name: node.sent_bytes() for node in slurm.nodes.values()}
+    job, run_dir = train(slurm, config, shards)
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert "2 processes" in job.log() and "2 nodes" in job.log()
+    sent = {node.name: node.sent_bytes() - before[node.name] for node in slurm.nodes.values()}
+    # In each of 400 steps a node sends the other's half of the gradients and its own half of the weights, in fp32.
+    assert min(sent["n1"], sent["n2"]) > 400 * 4 * config.model.parameters() > 10 * sent["n3"], sent
     assert_same(outcome_of(run_dir), undisturbed)
     assert job.shown()["Restarts"] == "0"
 
