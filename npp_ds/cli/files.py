@@ -145,7 +145,7 @@ def import_llamagen(
     """
     from npp_ds.data.manifest import TokenizerInfo
     from npp_ds.tokenizer.listing import class_list_file, read_class_list
-    from npp_ds.tokenizer.llamagen_codes import PRECISION, CodeFolders, ImportSettings, import_codes
+    from npp_ds.tokenizer.llamagen_codes import PRECISION, CodeFolders, CodeImport, ImportSettings
 
     name, sha256 = "unknown", ""
     if tokenizer is not None:
@@ -173,7 +173,7 @@ def import_llamagen(
         samples_per_shard=samples_per_shard,
     )
     folders = CodeFolders([codes, *([more_codes] if more_codes else [])], labels)
-    manifest = import_codes(folders, settings, out)
+    manifest = CodeImport(folders, settings, out).run()
     of_each, shards_ = counted(manifest.num_crops, "crop"), counted(len(manifest.shards), "shard")
     say(f"{out}: {counted(manifest.num_samples, 'image')}, {of_each} each, {shards_}")
     if folders.repeated:

@@ -108,8 +108,7 @@ class TokenizerInfo(_Record):
     """The tokenizer that made the codes.
 
     `sha256` is that of its weights ("" if unknown, as of imported codes), `downsample` is in pixels per code,
-    `precision` is that of its arithmetic, and `agreement` compares its codes with those of fp32 if the precision is
-    another one.
+    `precision` is that of its arithmetic; if it is not fp32, `agreement` compares its codes with those of fp32.
     """
 
     name: str

@@ -138,10 +138,7 @@ def _source(shard_dir: str | Path) -> str:
 
 
 def _staged_from(source: str, roots: list[Path]) -> list[Path]:
-    """Return this user's folders of the sets staged from `source`, the last by their record at the end.
-
-    Some may be damaged.
-    """
+    """Return this user's folders of sets staged from `source`, damaged ones too, the newest by their record last."""
     folders = [path.parent for root in roots for path in root.glob(f"*/{SOURCE}") if path.parent.suffix == ""]
     return sorted((f for f in folders if read_source(f) == source), key=lambda f: str(read_record(f).get("staged_at")))
 

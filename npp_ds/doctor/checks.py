@@ -83,8 +83,7 @@ class Context:
 class Result:
     """What a check found on one process; `detail` also says what to do, unless the state is OK.
 
-    `common` must be the same on all processes. `lasting` is set if another start would find the same, so that the user
-    must fix it first.
+    `common` must be the same on all processes. `lasting` says that another start would find the same.
     """
 
     detail: str

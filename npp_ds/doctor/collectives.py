@@ -72,29 +72,24 @@ def run_folder(context: Context) -> Result | None:
     """Check that all nodes see and write the same run folder, and that file locks work between nodes."""
     processes, run_dir = context.processes, context.run.directory
     with ExitStack() as stack:
-        token, has_locks = processes.on_first(lambda: stack.enter_context(_trial_folder(run_dir)))
+        name, has_locks = processes.on_first(lambda: stack.enter_context(_trial_folder(run_dir)))
         try:
-            result = _inspect(context, _folder_of(run_dir, token), token, has_locks)
+            result = _inspect(context, run_dir / name, has_locks)
         finally:
             processes.gather(None)  # the first process removes the folder only after all have looked
     return result
 
 
-def _folder_of(run_dir: Path, token: str) -> Path:
-    return run_dir / f".doctor-{token}"
-
-
 @contextmanager
 def _trial_folder(run_dir: Path) -> Iterator[tuple[str, bool]]:
-    """Make a folder with a lease and a held lock in the run folder; yield (token of both, whether locks work)."""
-    token = secrets.token_hex(8)
-    folder = _folder_of(run_dir, token)
+    """Make a folder with a lease and a held lock in the run folder; yield (its name, whether locks work)."""
+    folder = run_dir / f".doctor-{secrets.token_hex(8)}"
     with temporary_folder(run_dir):
         folder.mkdir()
         try:
-            (folder / "lease.json").write_text(token)
+            (folder / "lease.json").write_text(folder.name)
             with locked(folder / "lock", 0.0) as has_locks:
-                yield token, has_locks
+                yield folder.name, has_locks
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -114,11 +109,11 @@ def temporary_folder(folder: Path) -> Iterator[None]:
                 break
 
 
-def _inspect(context: Context, folder: Path, token: str, has_locks: bool) -> Result | None:
+def _inspect(context: Context, folder: Path, has_locks: bool) -> Result | None:
     """Look at the trial folder from this node, through its first process."""
     if not context.is_first_of_node:
         return None
-    check_shared(folder, token, SHARED_FOLDER_TIMEOUT_SECONDS)
+    check_shared(folder, folder.name, SHARED_FOLDER_TIMEOUT_SECONDS)
     (folder / f"written-by-{context.processes.rank}").write_bytes(b"x")
     run_dir = folder.parent
     lease = "only the heartbeat of the lease protects the run: start no second job in this folder by hand"

@@ -27,9 +27,7 @@ INCEPTION, FASHION_MNIST = "inception", "fashion_mnist"
 
 @dataclass(frozen=True)
 class Features:
-    """The features of N images, float32: `pool` [N, d], and from some extractors `spatial` [N, s] and class
-    `probabilities` [N, C].
-    """
+    """Features of N images, float32: `pool` [N, d], and of some extractors `spatial` [N, s], `probabilities` [N, C]."""
 
     pool: np.ndarray
     spatial: np.ndarray | None = None
@@ -40,8 +38,7 @@ class Extractor(Protocol):
     """A network that maps images to features.
 
     `sha256` is that of its weights; `standard` says whether these are the weights that published results use.
-    `judges_classes` says whether its class numbers are those of the data set, so that predictions can be compared with
-    labels.
+    `judges_classes` says whether its class numbers are those of the data set, so predictions compare with labels.
     """
 
     name: str

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,18 +33,6 @@ _CAN_USE = {
 }
 
 
-class AttentionCall(NamedTuple):
-    """The properties of a call that decide which kernels can run it."""
-
-    device: torch.device
-    dtype: torch.dtype
-    positions: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    with_dropout: bool
-
-
 def flash_attn_is_installed() -> bool:
     """Return whether flash-attn 2 can be imported."""
     try:  # by this module: flash-attn-4 installs a package of the same name
@@ -65,44 +53,45 @@ def check_attention(choice: str) -> None:
 
 
 @cache
-def missing_requirement(kernel: str, call: AttentionCall) -> str | None:
-    """Return what `kernel` requires and `call` does not provide, or None if the kernel can run it."""
-    on_gpu = call.device.type == "cuda" and torch.cuda.is_available()
+def missing_requirement(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    positions: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    with_dropout: bool,
+) -> str | None:
+    """Return what `kernel` requires and a call with these properties lacks, or None if the kernel can run it."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
     if kernel == "flash_attn":
-        half = call.dtype in (torch.float16, torch.bfloat16)
-        fits = half and call.head_dim % 8 == 0 and call.head_dim <= 256
-        if not (on_gpu and fits and torch.cuda.get_device_capability(call.device) >= (8, 0)):
+        fits = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+        if not (on_gpu and fits and torch.cuda.get_device_capability(device) >= (8, 0)):
             return "bf16 or fp16 on an Ampere GPU or later and a head dimension that is a multiple of 8 up to 256"
         return None if flash_attn_is_installed() else "the package flash-attn"
     if kernel in ("sdpa_cudnn", "sdpa_efficient") and not on_gpu:
         return "a CUDA device"
-    if on_gpu and kernel in _CAN_USE and not _CAN_USE[kernel](_parameters_of(call)):
-        return "other tensors (torch.backends.cuda lists the conditions)"
+    if on_gpu and kernel in _CAN_USE:  # SDPA answers for tensors of one image that need gradients
+        shapes = ((1, n, positions, head_dim) for n in (heads, kv_heads))
+        q, k = (torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes)
+        call = torch.backends.cuda.SDPAParams(q, k, k, None, 0.1 if with_dropout else 0.0, True, heads != kv_heads)
+        if not _CAN_USE[kernel](call):
+            return "other tensors (torch.backends.cuda lists the conditions)"
     return None
 
 
-def _parameters_of(call: AttentionCall) -> torch.backends.cuda.SDPAParams:
-    """Return SDPA's description of a call with tensors of one image that need gradients."""
-    q, k = (
-        torch.empty(1, heads, call.positions, call.head_dim, dtype=call.dtype, device=call.device, requires_grad=True)
-        for heads in (call.heads, call.kv_heads)
-    )
-    dropout = 0.1 if call.with_dropout else 0.0
-    return torch.backends.cuda.SDPAParams(q, k, k, None, dropout, True, call.heads != call.kv_heads)
+def chosen_kernel(choice: str, device: torch.device, dtype: torch.dtype, *sizes: Any) -> str:
+    """Return the name in `KERNELS` of the kernel that runs a call under `choice`.
 
-
-def chosen_kernel(choice: str, *fields: Any) -> str:
-    """Return the name in `KERNELS` of the kernel that runs an `AttentionCall` of these fields under `choice`.
-
-    Raises UserError if `choice` names a kernel that cannot run it.
+    `sizes` are the other parameters of `missing_requirement`. Raises UserError if `choice` names a kernel that cannot.
     """
-    call = AttentionCall(*fields)
     if choice == "auto":
-        return "sdpa" if missing_requirement("flash_attn", call) else "flash_attn"
-    if missing := missing_requirement(choice, call):
+        return "sdpa" if missing_requirement("flash_attn", device, dtype, *sizes) else "flash_attn"
+    if missing := missing_requirement(choice, device, dtype, *sizes):
         raise UserError(
-            f"attention: {choice} needs {missing}, found {call.dtype} on {call.device.type}, head dimension "
-            f"{call.head_dim}; set precision to bf16 or autocast_bf16 on such a GPU, or attention to auto or sdpa"
+            f"attention: {choice} needs {missing}, found {dtype} on {device.type}, head dimension {sizes[3]}; set "
+            "precision to bf16 or autocast_bf16 on such a GPU, or attention to auto or sdpa"
         )
     return choice
 

@@ -110,8 +110,7 @@ def _warn(text: str | None) -> None:
 def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_names: Sequence[str]) -> list[int]:
     """Return class numbers for numbers or names; None means all classes. Letter case is ignored unless names need it.
 
-    Raises UserError that names all unknown classes, with names like them, or all names that several classes share,
-    with their numbers.
+    Raises UserError that names all unknown classes, with similar names, or all names of several classes, with numbers.
     """
     if wanted is None:
         return list(range(num_classes))

@@ -44,8 +44,7 @@ class Request:
     """The images 0 .. `count` - 1, with labels of `classes` that `labels_of` assigns.
 
     They are resized to `image_size` pixels; None keeps the size of the tokenizer's output. `dtype` is that of the
-    model, "fp32" or "bf16"; the tokenizer decodes in float32. A process samples `part_size` images before it writes
-    them.
+    model, "fp32" or "bf16"; the tokenizer decodes in float32. A process writes `part_size` images at a time.
     """
 
     classes: Sequence[int]

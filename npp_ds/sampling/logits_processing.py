@@ -1,7 +1,6 @@
 """From logits to codes: classifier-free guidance, temperature, top-k, top-p, and Gumbel-max sampling.
 
-The Gumbel noise is a pure function of (seed, image index, position, vocabulary entry) on any device, so no generator
-has a state.
+The Gumbel noise is a pure function of (seed, image index, position, vocabulary entry) on any device.
 """
 
 from dataclasses import dataclass
@@ -83,8 +82,7 @@ def guide(logits: Tensor, scale: Tensor) -> Tensor:
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Return logits [B, V] with -inf outside the `top_k` largest (0: all) and outside the nucleus `top_p` (1: all).
 
-    The nucleus holds each entry before which the sorted probabilities, after top-k, sum to at most `top_p`. It is never
-    empty.
+    The nucleus, never empty, holds each entry before which the sorted probabilities after top-k sum to at most `top_p`.
     """
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)

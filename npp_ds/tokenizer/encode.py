@@ -9,11 +9,13 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from npp_ds.data.manifest import MANIFEST_NAME, CodeAgreement, Manifest, ShardInfo, TokenizerInfo
 from npp_ds.data.shards import ShardWriter, check_file, check_same_set, shard_name
@@ -24,7 +26,7 @@ from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_
 from npp_ds.tokenizer.images import ImageItem, crop_names
 from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
-from npp_ds.utils.files import read_json, read_small, write_json_atomic, write_text_atomic
+from npp_ds.utils.files import read_small, write_json_atomic, write_text_atomic
 from npp_ds.utils.format import counted
 from npp_ds.utils.locks import locked
 from npp_ds.utils.logs import ANY_RANK
@@ -56,12 +58,11 @@ class EncodeSettings:
     workers: int = 0
 
 
-@dataclass(frozen=True)
-class FinishedShard:
+class FinishedShard(BaseModel):
     """The record of a shard, with its images that were skipped: key, path, reason and shard of each."""
 
     info: ShardInfo
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    skipped: list[dict[str, Any]]
 
 
 class Encoding:
@@ -145,7 +146,9 @@ class Encoding:
         """Return the record of a shard if its file has the recorded size and hash, else None."""
         if shard not in self._verified:
             record = self._recorded(shard)
-            if record is None or not self._is_sound(shard, record):
+            if record is None or record.info.samples + len(record.skipped) != len(self._items(shard)):
+                return None
+            if check_file(self.out / self._name(shard), record.info):
                 return None
             self._verified[shard] = record
         return self._verified[shard]
@@ -175,7 +178,7 @@ class Encoding:
         for leftover in self.out.glob(f".{name}.*.tmp"):
             leftover.unlink()
         (self.work / f"{name}.json").unlink(missing_ok=True)
-        skipped: list[dict[str, str]] = []
+        skipped: list[dict[str, Any]] = []
         with ShardWriter(self.out / name) as writer:
             batches = self.encoder.pack(_collect_skipped(results, name, skipped))
             for items, codes in self.encoder.encode_all(batches):
@@ -183,8 +186,8 @@ class Encoding:
                     writer.write(item.key, row, item.label)
                 done += len(items)
                 self._show(progress, done, skipped_before + len(skipped))
-        record = FinishedShard(writer.info, skipped)
-        write_json_atomic(self.work / f"{name}.json", asdict(record) | {"info": record.info.model_dump()})
+        record = FinishedShard(info=writer.info, skipped=skipped)
+        write_json_atomic(self.work / f"{name}.json", record.model_dump())
         self._verified[shard] = self._known[shard] = record
 
     def _write_manifest(self) -> None:
@@ -239,25 +242,19 @@ class Encoding:
             codes += [values for _, values in self.encoder.encode_all([batch])]
         return CodeAgreement(images=len(batch[0]), codes=codes[0].size, equal=int((codes[0] == codes[1]).sum()))
 
-    def _is_sound(self, shard: int, record: FinishedShard) -> bool:
-        complete = record.info.samples + len(record.skipped) == len(self._items(shard))
-        return complete and check_file(self.out / self._name(shard), record.info) is None
-
     def _recorded(self, shard: int) -> FinishedShard | None:
         """Read the record of a finished shard: from the work folder, or from the manifest once there is one."""
         name = self._name(shard)
         try:
-            record = read_json(self.work / f"{name}.json")
-            return FinishedShard(ShardInfo(**record["info"]), record["skipped"])
+            return FinishedShard.model_validate_json(read_small(self.work / f"{name}.json"))
         except FileNotFoundError:
             earlier = self._earlier()
-        except (ValueError, TypeError, KeyError):  # damaged: the shard is made again
+        except ValueError:  # damaged: the shard is made again
             return None
-        if earlier:
-            for info in earlier.shards:
-                if info.file == name:
-                    return FinishedShard(info, [entry for entry in earlier.skipped if entry["shard"] == name])
-        return None
+        found = [info for info in earlier.shards if info.file == name] if earlier else []
+        if not earlier or not found:
+            return None
+        return FinishedShard(info=found[0], skipped=[entry for entry in earlier.skipped if entry["shard"] == name])
 
     def _earlier(self) -> Manifest | None:
         """Return the manifest in the folder, if there is one."""
@@ -282,7 +279,7 @@ class Encoding:
         facts = f"{crops} each, {len(self._known)}/{self.shard_count} shards, {skipped} skipped"
         progress(done, len(self.source.items), facts)
 
-    def _skipped(self) -> list[dict[str, str]]:
+    def _skipped(self) -> list[dict[str, Any]]:
         return [entry for shard in sorted(self._known) for entry in self._known[shard].skipped]
 
     def _name(self, shard: int) -> str:
@@ -312,7 +309,7 @@ class Encoding:
             )
 
 
-def _collect_skipped(results: Iterable[Decoded], shard: str, skipped: list[dict[str, str]]) -> Iterator[Decoded]:
+def _collect_skipped(results: Iterable[Decoded], shard: str, skipped: list[dict[str, Any]]) -> Iterator[Decoded]:
     """Yield the results and append their unreadable images to `skipped`."""
     for result in results:
         skipped += [
@@ -346,5 +343,5 @@ def _check_settings(tokenizer: VQModel, settings: EncodeSettings) -> None:
         raise UserError(f"workers {settings.workers}: expected 0 or more")
 
 
-def _write_skipped(out: Path, skipped: list[dict[str, str]]) -> None:
+def _write_skipped(out: Path, skipped: list[dict[str, Any]]) -> None:
     write_text_atomic(out / SKIPPED_FILE, "".join(json.dumps(entry) + "\n" for entry in skipped))

@@ -108,15 +108,9 @@ class CodeFolders:
         return 0
 
 
-def import_codes(folders: CodeFolders, settings: ImportSettings, out: str | Path) -> Manifest:
-    """Write the shards and the manifest into the folder `out`, keeping shards that an earlier start has finished.
+class CodeImport:
+    """The import of code folders into the folder `out`, which keeps the shards that an earlier start has finished."""
 
-    Raises UserError for codes and labels out of range, and if `out` holds a set that was made otherwise.
-    """
-    return _Import(folders, settings, Path(out)).run()
-
-
-class _Import:
     def __init__(self, folders: CodeFolders, settings: ImportSettings, out: Path):
         self.folders, self.settings, self.out, self.work = folders, settings, out, out / WORK_FOLDER
         self.shard_count = -(-folders.count // settings.samples_per_shard)
@@ -145,6 +139,10 @@ class _Import:
         }
 
     def run(self) -> Manifest:
+        """Write the shards and the manifest.
+
+        Raises UserError for codes and labels out of range, and if `out` holds a set that was made otherwise.
+        """
         check_same_set(self.out, self.identity)
         with explain_os_errors(self.out), locked(self.work / LOCK_FILE, patience=0, create_folder=True) as alone:
             if not alone:
