@@ -24,9 +24,8 @@ from npp_ds.sampling.folder import RECORD_FILE, SAMPLES_FILE, complete_pngs, wri
 from npp_ds.sampling.request import Request
 from npp_ds.sampling.sampler import build_model, labels_of, sample_images
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.utils.files import read_json, write_atomic, write_json_atomic
+from npp_ds.utils.files import locked, read_json, write_atomic, write_json_atomic
 from npp_ds.utils.format import utc_now
-from npp_ds.utils.locks import locked
 from npp_ds.utils.records import check_same_settings, git_commit
 
 WORK_FOLDER = ".unfinished"

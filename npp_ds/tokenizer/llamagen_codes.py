@@ -21,8 +21,7 @@ from npp_ds.data.manifest import MANIFEST_NAME, CropInfo, Manifest, ShardInfo, T
 from npp_ds.data.shards import ShardWriter, check_file, shard_name
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import crop_names
-from npp_ds.utils.files import explain_os_errors, read_small, write_json_atomic
-from npp_ds.utils.locks import locked
+from npp_ds.utils.files import explain_os_errors, locked, read_small, write_json_atomic
 from npp_ds.utils.progress import Progress
 from npp_ds.utils.records import check_same_settings
 
