@@ -9,7 +9,7 @@ from npp_ds import __version__
 from npp_ds.cli import files, images, runs
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.distributed.environment import read_environment
-from npp_ds.utils.logs import show_logs
+from npp_ds.utils.screen import show_logs
 
 app = typer.Typer(
     name="npp",

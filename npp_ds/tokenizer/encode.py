@@ -28,9 +28,8 @@ from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
 from npp_ds.utils.files import locked, read_json, read_small, sha256, write_json_atomic, write_text_atomic
 from npp_ds.utils.format import counted
-from npp_ds.utils.logs import ANY_RANK
-from npp_ds.utils.progress import Progress
 from npp_ds.utils.records import differences
+from npp_ds.utils.screen import ANY_RANK, Progress
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from npp_ds.data.shards import ShardWriter, check_file, shard_name
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.crops import crop_names
 from npp_ds.utils.files import explain_os_errors, locked, read_small, write_json_atomic
-from npp_ds.utils.progress import Progress
 from npp_ds.utils.records import check_same_settings
+from npp_ds.utils.screen import Progress
 
 WORK_FOLDER, SETTINGS_FILE, LOCK_FILE = ".unfinished", "settings.json", "lock"
 READERS = 16  # threads, since the time goes into opening small files

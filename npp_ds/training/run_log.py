@@ -25,7 +25,7 @@ from npp_ds.training.monitors import Monitors
 from npp_ds.training.run_folder import count_start
 from npp_ds.training.throughput import Clock, StepCosts, peak_tflops, speed, take_peak_memory_gb
 from npp_ds.utils.format import counted
-from npp_ds.utils.progress import LiveLine, fitted
+from npp_ds.utils.screen import LiveLine, fitted
 
 if TYPE_CHECKING:
     from PIL.Image import Image

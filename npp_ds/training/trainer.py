@@ -26,7 +26,7 @@ from npp_ds.training.run_log import RunLog
 from npp_ds.training.stages import StageManager, stage_data
 from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
-from npp_ds.utils.logs import show_logs
+from npp_ds.utils.screen import show_logs
 
 logger = logging.getLogger(__name__)
 
