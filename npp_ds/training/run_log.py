@@ -21,7 +21,6 @@ from npp_ds.training.deepspeed_config import zero_stage_of
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.hooks import FinishedStep, Hook, Logged
 from npp_ds.training.metrics import Event, MetricsLog, StepLog, events_named
-from npp_ds.training.run_folder import count_start
 from npp_ds.training.throughput import Clock, StepCosts, peak_tflops, speed, take_peak_memory_gb
 from npp_ds.utils.format import counted
 from npp_ds.utils.screen import LiveLine, fitted
@@ -88,7 +87,6 @@ class RunLog(Hook):
         self.clock = Clock(self._metrics.elapsed_before if self._metrics else 0.0)
         self._costs = StepCosts(schedule.stages, config.model, events_named(self._kept, "train"))
         if self.processes.is_first:
-            count_start(config.directory)
             self._monitors = Monitors(config, engine.monitor, first_step)
             self._progress = Progress(schedule.total_steps, len(schedule.stages))
 

@@ -82,7 +82,7 @@ class Trainer:
         self.resumed_from: tuple[Path, CheckpointRecord] | None = processes.on_first(
             run_folder.checkpoint_to_resume, config, fingerprint, from_step
         )
-        processes.on_first(run_folder.describe, config, processes, len(self.train_store))
+        processes.on_first(run_folder.write_config, config)
         record = self.resumed_from[1] if self.resumed_from else None
         self.first_step = record.step if record else 0
         self.initial: Weights | None = None if record else processes.on_first(initial_weights, config)
@@ -133,6 +133,7 @@ class Trainer:
             self._end_if_asked()
             start = f"resuming after step {self.first_step}" if self.resumed_from else "fresh run"
             start += f" from {self.initial.path} ({self.initial.describe()})" if self.initial else ""
+            self.processes.on_first(run_folder.record_start, self.config, self.processes, len(self.train_store))
             self.log.start(self.schedule, self.first_step, self.engine, start)
             with self.watchdog:
                 self._train()
