@@ -114,7 +114,7 @@ def gradients() -> dict:
     Also report whether a second pass gives the same bits.
     """
     from npp_ds.model import ModelConfig, Transformer
-    from npp_ds.training.compile import compile_blocks
+    from npp_ds.training.performance import compile_blocks
 
     def model_and_batch(side: int, images: int) -> tuple[Transformer, Tensor, Tensor]:
         torch.manual_seed(0)

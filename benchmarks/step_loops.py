@@ -10,8 +10,8 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import join_processes, keep_freed_memory
 from npp_ds.sizes import num_positions
-from npp_ds.training.compile import compile_blocks
 from npp_ds.training.engine import TrainingEngine, initial_model, parameter_groups
+from npp_ds.training.performance import compile_blocks
 from npp_ds.utils.hash_rng import mix64
 
 Batches = list[tuple[Tensor, Tensor]]

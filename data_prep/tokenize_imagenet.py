@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.distributed.environment import choose_device, read_environment
 from npp_ds.errors import UserError
-from npp_ds.utils.logs import say
+from npp_ds.utils.screen import say
 
 if TYPE_CHECKING:
     from npp_ds.data.manifest import Manifest

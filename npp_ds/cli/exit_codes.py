@@ -22,7 +22,7 @@ from typing import NoReturn
 from npp_ds.distributed.environment import ProcessInfo, host_name, read_environment
 from npp_ds.errors import RendezvousError, UserError, as_user_error
 from npp_ds.utils.format import printable
-from npp_ds.utils.logs import show_logs
+from npp_ds.utils.screen import show_logs
 
 FAILED, USER_ERROR, NON_FINITE = 1, 2, 3
 

@@ -8,7 +8,7 @@ import typer
 from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.errors import UserError
 from npp_ds.utils.format import counted
-from npp_ds.utils.logs import say
+from npp_ds.utils.screen import say
 
 if TYPE_CHECKING:
     from npp_ds.checkpoint.open import Weights

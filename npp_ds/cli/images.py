@@ -10,8 +10,7 @@ from npp_ds.cli.common import GridSize, Heads, WeightsKind, warn
 from npp_ds.distributed.environment import ProcessInfo, read_environment
 from npp_ds.errors import UserError, memory_advice
 from npp_ds.utils.files import check_writable
-from npp_ds.utils.logs import say
-from npp_ds.utils.progress import Progress
+from npp_ds.utils.screen import Progress, say
 
 if TYPE_CHECKING:
     from npp_ds.evaluation.evaluate import Reference

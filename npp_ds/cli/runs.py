@@ -111,9 +111,9 @@ def plan(
     run = load_config(recipe, config, overrides or (), gpus)
     planned = make_plan(run, find_gpu(gpu, gpu_memory, gpu_tflops, bandwidth), gpus, mfu, images)
     if plot:
-        from npp_ds.planning.plot import write_plot
+        from npp_ds.reporting.plot import write_schedule
 
-        write_plot(planned, plot)
+        write_schedule(planned, plot)
     print_plan(planned, json_)
     for warning in planned.warnings:
         warn(warning)

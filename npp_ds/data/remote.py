@@ -22,7 +22,7 @@ from npp_ds.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from npp_ds.data.shards import check_file
 from npp_ds.errors import UserError
 from npp_ds.utils.files import SMALL_FILE_BYTES, atomic_file
-from npp_ds.utils.logs import ANY_RANK
+from npp_ds.utils.screen import ANY_RANK
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from npp_ds.data.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from npp_ds.distributed.work_queue import SETTINGS_FILE, WORK_FOLDER
 from npp_ds.errors import UserError
 from npp_ds.utils.files import atomic_file, open_regular, sha256, tar_members
-from npp_ds.utils.progress import track
 from npp_ds.utils.records import check_same_settings
+from npp_ds.utils.screen import track
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from npp_ds.data.shards import read_set
 from npp_ds.errors import UserError
 from npp_ds.utils.files import open_regular, parse_json, write_json_atomic, write_text_atomic
 from npp_ds.utils.format import utc_now
-from npp_ds.utils.logs import ANY_RANK
+from npp_ds.utils.screen import ANY_RANK
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,8 @@ from npp_ds.data.staged_set import (
     write_set,
 )
 from npp_ds.errors import UserError
-from npp_ds.utils.files import fsync_directory, nearest_folder
-from npp_ds.utils.locks import lock, open_lock
-from npp_ds.utils.logs import ANY_RANK
+from npp_ds.utils.files import fsync_directory, lock, nearest_folder, open_lock
+from npp_ds.utils.screen import ANY_RANK
 
 logger = logging.getLogger(__name__)
 

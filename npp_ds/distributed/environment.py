@@ -1,18 +1,20 @@
-"""Rank and world size of this process, from the variables that torchrun, accelerate, deepspeed or SLURM's srun set.
+"""The rank of this process, from the variables of torchrun, accelerate, deepspeed or SLURM's srun, and its device.
 
-Imports torch only to choose a device, so that a command knows its rank before the seconds which that import takes.
+Imports torch only to ask about a device, so that a command knows its rank before the seconds which that import takes.
 """
 
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from npp_ds.errors import UserError
 
 # Below the ports that Linux gives to outgoing connections, above those of SLURM's own daemons.
 FIRST_PORT, PORTS = 10_000, 20_000
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,30 @@ def _number(environment: Mapping[str, str], name: str) -> int:
             "start with srun, with torchrun, or alone"
         )
     return int(text)
+
+
+def free_memory(device: str) -> int:
+    """Return the free bytes of a CUDA device, or of this machine within the limits of the process's control groups."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return min([int(fields["MemAvailable"].split()[0]) << 10, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield the bytes left below each memory limit of this process's groups (cgroups version 1 and 2)."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = CGROUPS / controllers
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            limit, used = (folder / name for name in names)
+            if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+                yield max(0, int(text) - int(used.read_text()))
+            if folder == base:
+                break

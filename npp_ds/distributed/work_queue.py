@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from npp_ds.utils.locks import lock, open_lock
+from npp_ds.utils.files import lock, open_lock
 
 WORK_FOLDER, SETTINGS_FILE, LOCK_FILE = ".unfinished", "settings.json", "lock"
 """Names for resumable work: the folder of its queue, in it the settings of the work and a lock."""

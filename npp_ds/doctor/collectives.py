@@ -21,8 +21,8 @@ from npp_ds.errors import is_out_of_memory
 from npp_ds.model.patches import group
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.run_folder import check_shared
+from npp_ds.utils.files import locked
 from npp_ds.utils.format import format_bytes
-from npp_ds.utils.locks import locked
 
 GPU_MESSAGE_BYTES, CPU_MESSAGE_BYTES = 64 << 20, 4 << 20
 SLOW_BYTES_PER_SECOND = 2e9

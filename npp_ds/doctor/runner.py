@@ -27,7 +27,7 @@ from npp_ds.doctor.checks import FAILURE, NOT_RUN, OK, WARNING, Check, Context, 
 from npp_ds.doctor.collectives import TrialSteps
 from npp_ds.errors import RendezvousError, UserError
 from npp_ds.utils.format import counted, make_table, plain_text
-from npp_ds.utils.logs import say
+from npp_ds.utils.screen import say
 
 CHECK_TIMEOUT_SECONDS = 180.0  # Python starts slowly from a busy shared file system
 STEP_TIMEOUT_SECONDS = 900.0

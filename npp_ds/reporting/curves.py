@@ -1,19 +1,19 @@
 """The curves of a report's page: few points per curve, and where each step lies on the axes that one can choose."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
-from npp_ds.reporting.plot import TIME_UNITS
-from npp_ds.reporting.run_data import RunData
+from npp_ds.reporting.summary import RunData
 from npp_ds.training.metrics import Event, events_named
 from npp_ds.training.throughput import step_flops
 
 MOST_POINTS = 150
 """Most points of a curve in one stage; with more lines, each stands for a bin of equally many."""
+TIME_UNITS = ((180, 1, "seconds"), (7200, 60, "minutes"), (float("inf"), 3600, "hours"))
 FLOP_UNITS = {1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs", 1e21: "ZFLOPs", 1e24: "YFLOPs"}
 
 
@@ -61,7 +61,7 @@ def axis_knots(run: RunData) -> np.ndarray:
     stages, model = run.schedule.stages, run.config.model
     flops = [s.steps * step_flops(model, s, s.patch_side) for s in stages]
     ends = [0, *(s.end_step for s in stages)]
-    lines = events_named(run.events, "train")
+    lines = run.lines
     spaced = lines[:: max(1, len(lines) // MOST_POINTS)]
     last = lines[-1]["step"]
     steps = np.array(sorted({*(end for end in ends if end <= last), *(e["step"] for e in spaced), last}), np.float64)
@@ -138,12 +138,5 @@ def plot_data(runs: Sequence[RunData], shown: Sequence[Panel]) -> dict[str, Any]
             }
             for run, k in zip(runs, knots, strict=True)
         ],
-        "panels": [
-            {
-                "key": one.key,
-                "from_zero": one.from_zero,
-                "curves": [{"run": c.run, "name": c.name, "look": c.look, "parts": c.parts} for c in one.curves],
-            }
-            for one in shown
-        ],
+        "panels": [asdict(panel) for panel in shown],
     }

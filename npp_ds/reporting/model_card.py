@@ -1,17 +1,13 @@
 """The model card of an exported folder: what the weights are, what they cost, how they were evaluated, samples."""
 
 import json
-from pathlib import Path
 
 import yaml
 
 from npp_ds import __version__
 from npp_ds.checkpoint.open import Weights
-from npp_ds.config.schedule import Schedule
-from npp_ds.reporting.run_data import newest_evaluation
-from npp_ds.reporting.summary import STAGE_COLUMNS, RunSummary, result_rows, stage_rows, summarize
+from npp_ds.reporting.summary import STAGE_COLUMNS, read_run, result_rows, stage_rows, summarize
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
-from npp_ds.training.metrics import events_named, read_events, stages_begun
 from npp_ds.utils.files import read_object
 
 SECTIONS = ("model", "schedule", "optimizer", "precision", "seed")
@@ -22,11 +18,11 @@ def model_card(weights: Weights, folder: str, has_tokenizer: bool) -> dict[str, 
     """Return README.md for the folder of that name and, for a run with samples, samples.png: {file name: content}."""
     from jinja2 import Environment, PackageLoader
 
-    run_dir = weights.path if weights.config else None
-    newest = newest_record(run_dir / "samples", RECORD_FILE) if run_dir else None
+    run = read_run(weights.path) if weights.config else None
+    newest = newest_record(weights.path / "samples", RECORD_FILE) if run else None
     grid = newest.parent / GRID_FILE if newest else None
     pictures = {"samples.png": grid.read_bytes()} if grid and grid.is_file() else {}
-    summary = _summary(weights, run_dir) if run_dir else None
+    summary = summarize(run, weights.name) if run and run.lines else None
     templates = Environment(loader=PackageLoader("npp_ds.reporting", "."), keep_trailing_newline=True)
     text = templates.get_template("model_card.md.j2").render(
         weights=weights,
@@ -50,22 +46,3 @@ def _recipe(weights: Weights) -> str:
         return ""
     content = weights.config.model_dump(mode="json", exclude_none=True)
     return yaml.safe_dump({name: content[name] for name in SECTIONS}, sort_keys=False)
-
-
-def _summary(weights: Weights, run_dir: Path) -> RunSummary | None:
-    """Return the figures of a run; None if its log has no training line."""
-    log = run_dir / "metrics.jsonl"
-    events = read_events(log) if log.is_file() else []
-    if not events_named(events, "train"):
-        return None
-    schedule, model = Schedule(tuple(stages_begun(events))), weights.model
-    ended = bool(events_named(events, "end"))
-    evaluation = newest_evaluation(run_dir)
-    return summarize(
-        weights.name,
-        events,
-        schedule.stages,
-        token_cost=schedule.token_cost() if ended else None,
-        flop_cost=schedule.flop_cost(model.grid_size, model.training_flops) if ended else None,
-        evaluation=evaluation[0] if evaluation else None,
-    )

@@ -1,138 +1,145 @@
-"""Plots of a run, and of a model's likelihood by position."""
+"""Pictures by matplotlib: of a run, of a planned schedule, and of a model's likelihood by position."""
 
 import io
-from collections.abc import Sequence
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npp_ds.config.schedule import Stage
-from npp_ds.training.metrics import Event, events_named
-from npp_ds.utils.files import write_atomic, write_json_atomic
+from npp_ds.errors import UserError
+from npp_ds.planning.plan import Plan
+from npp_ds.reporting.curves import Panel, panels
+from npp_ds.reporting.summary import RunData
+from npp_ds.utils.files import check_writable, write_atomic, write_json_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
+    from matplotlib.figure import Figure
 
 SHADES = ("#e3edf7", "#fdf0dd", "#e6f3e6", "#f3e6f0", "#eeeeee")
-TIME_UNITS = ((180, 1, "seconds"), (7200, 60, "minutes"), (float("inf"), 3600, "hours"))
-TRAIN, VALIDATION, OWN_SIDE, RATE = "#4878a8", "#c44e52", "#dd8452", "#55834f"
+BLUE, RED, GREEN, ORANGE = "#4878a8", "#c44e52", "#55834f", "#dd8452"
+LOOKS: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.5},
+    "dots": {"marker": "o"},
+    "dashes": {"marker": "o", "linestyle": "--"},
+    "marks": {"marker": "s", "linewidth": 0},
+}
+"""How matplotlib draws the looks of `Curve`."""
 
 
-def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Return the mean of each value and its finite neighbours at most `reach` positions away, fewer at the ends."""
-    known = np.isfinite(values)
-    sums, counts = (np.cumsum([0.0, *of_each]) for of_each in (np.where(known, values, 0.0), known))
-    low, high = (np.clip(np.arange(len(values)) + by, 0, len(values)) for by in (-reach, reach + 1))
-    return ((sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)).tolist()
-
-
-def _shade(axis: "Axes", edges: Sequence[tuple[float, float, int]]) -> None:
-    """Shade the span of each (start, end, patch side) and write the side above, if there is space."""
-    first, last = edges[0][0], edges[-1][1]
-    above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 4), "textcoords": "offset points"}
-    for i, (start, end, side) in enumerate(edges):
-        axis.axvspan(start, end, color=SHADES[i % len(SHADES)], zorder=0, linewidth=0)
-        if end - start > 0.06 * (last - first):
-            axis.annotate(f"{side}x{side}", ((start + end) / 2, 1), ha="center", fontsize=9, color="#555555", **above)
-    axis.set_xlim(first, last)
-
-
-def _draw_losses(axis: "Axes", events: list[Event], stages: Sequence[Stage]) -> None:
-    axis.plot([], [], color=TRAIN, label="training, at the stage's side")
-    for stage in stages:
-        lines = events_named(events, "train", stage.index)
-        steps, losses = [e["step"] for e in lines], [e["loss"] for e in lines]
-        axis.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=0.8)
-        axis.plot(steps, smooth(losses, len(losses) // 40), color=TRAIN, linewidth=1.5)
-    validations = events_named(events, "validation")
-    own = [e for e in validations if e["patch_side"] != 1]
-    plain = [e for e in validations if e["patch_side"] == 1]
-    styles: tuple[tuple[list[Event], dict[str, Any]], ...] = (
-        (own, {"color": OWN_SIDE, "marker": "s", "linewidth": 0, "label": "validation, at the stage's side"}),
-        (plain, {"color": VALIDATION, "marker": "o", "linewidth": 1.2, "label": "validation, at side 1"}),
-    )
-    for points, style in styles:
-        if points:
-            axis.plot(
-                [e["step"] for e in points], [e["nll"] for e in points], markersize=4, clip_on=False, zorder=3, **style
-            )
-    axis.legend(frameon=False, fontsize=9)
-
-
-def _seconds_at(events: list[Event], step: int) -> float:
-    return max((e["elapsed_seconds"] for e in events_named(events, "train") if e["step"] <= step), default=0.0)
-
-
-def _draw_likelihood(axis: "Axes", events: list[Event], stages: Sequence[Stage]) -> None:
-    total = _seconds_at(events, stages[-1].end_step) or 1.0
-    unit, name = next((u, n) for most, u, n in TIME_UNITS if total < most)
-    points = [e for e in events_named(events, "validation") if e["patch_side"] == 1]
-    times, nll = [_seconds_at(events, e["step"]) / unit for e in points], [e["nll"] for e in points]
-    if points:
-        axis.plot(times, nll, color=VALIDATION, marker="o", markersize=4, linewidth=1.2, clip_on=False, zorder=3)
-    else:
-        axis.text(0.5, 0.5, "none so far", transform=axis.transAxes, ha="center", color="#555555")
-    axis.set_xlabel(f"{name} of training")
-    ends = [_seconds_at(events, s.end_step) / unit for s in stages]
-    spans = zip([0.0, *ends], ends, stages, strict=False)
-    _shade(axis, [(start, end, s.patch_side) for start, end, s in spans if end > start] or [(0, 1, 1)])
-
-
-def _draw_distances(axis: "Axes", events: list[Event]) -> None:
-    """Plot the distances of samples per patch side: those of different sides are not comparable."""
-    points = events_named(events, "evaluation")
-    for number, side in enumerate(sorted({e["patch_side"] for e in points})):
-        own = [e for e in points if e["patch_side"] == side]
-        color, marker = (VALIDATION, "o") if side == 1 else (OWN_SIDE, "sDv^"[number % 4])
-        steps, distances = [e["step"] for e in own], [e["frechet_distance"] for e in own]
-        axis.plot(
-            steps, distances, color=color, marker=marker, markersize=4, linewidth=1.2, clip_on=False, zorder=3,
-            label=f"side {side}",
-        )  # fmt: skip
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, fontsize=9)
-
-
-def plot_run(events: list[Event], stages: Sequence[Stage], title: str) -> bytes:
-    """Return a PNG of a run from its events and its stage table."""
+def _new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of this size in inches, without pyplot and its windows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    evaluations = events_named(events, "evaluation")
-    figure = Figure(figsize=(11, 10 if evaluations else 7), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    rows: list[Any] = [["losses", "likelihood"], ["learning rate", "throughput"], ["distance", "distance"]]
-    rows = rows if evaluations else rows[:2]
-    panels = list(figure.subplot_mosaic(rows, height_ratios=[1.6, 1, 1][: len(rows)]).values())
-    losses, likelihood, learning_rate, throughput, *distance = panels
-    lines = events_named(events, "train")
-    steps = [e["step"] for e in lines]
-    _draw_losses(losses, events, stages)
-    learning_rate.plot(steps, [e["learning_rate"] for e in lines], color=TRAIN, linewidth=1.4)
-    throughput.plot(steps, [e["images_per_second"] for e in lines], color=RATE, linewidth=1.2)
-    for axis in distance:
-        _draw_distances(axis, events)
-    for axis in (losses, learning_rate, throughput, *distance):
-        _shade(axis, [(s.start_step, s.end_step, s.patch_side) for s in stages])
-        axis.set_xlabel("step")
-    _draw_likelihood(likelihood, events, stages)
-    for axis in (learning_rate, throughput):
-        axis.set_ylim(bottom=0)
-    nll = [e["nll"] for e in events_named(events, "validation") if e["patch_side"] == 1]
-    last = f" (last {nll[-1]:.3f})" if nll else ""
-    titles = ["Loss, nats per code", f"Validation at side 1, nats per code{last}", "Learning rate", "Images per second"]
-    titles += [f"Frechet distance of {e['images']:,} samples, CFG {e['cfg_scale']:g}" for e in evaluations[-1:]]
-    for axis, text in zip(panels, titles, strict=True):
-        axis.set_title(text, fontsize=11, pad=18)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="white", linewidth=1)
-        axis.set_axisbelow(True)
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+def _saved(figure: "Figure", title: str, image_format: str = "png") -> bytes:
+    """Return the picture under a title."""
+    figure.suptitle(title, fontsize=12, fontweight="bold")
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
+    figure.savefig(picture, format=image_format, dpi=110)
     return picture.getvalue()
+
+
+def plot_run(run: RunData) -> bytes:
+    """Return a PNG of a run: the panels of its page over the steps, its stages shaded."""
+    shown = panels([run], [run.config.name])
+    rows = -(-len(shown) // 2)
+    figure = _new_figure(11, 3.5 * rows)
+    for axis, panel in zip_longest(figure.subplots(rows, 2, squeeze=False).flat, shown):
+        if panel is None:
+            axis.remove()
+        else:
+            _draw_panel(axis, panel)
+            _shade(axis, run)
+    return _saved(figure, run.config.name)
+
+
+def _draw_panel(axis: "Axes", panel: Panel) -> None:
+    for color, curve in zip((BLUE, ORANGE, RED), panel.curves, strict=False):
+        look = {"color": color, "markersize": 4, "clip_on": False, "zorder": 3, **LOOKS[curve.look]}
+        for number, part in enumerate(curve.parts):
+            axis.plot(*np.array([point[:2] for point in part]).T, label="" if number else curve.name, **look)
+    if panel.from_zero:
+        axis.set_ylim(bottom=0)
+    if len(panel.curves) > 1:
+        axis.legend(frameon=False, fontsize=9)
+    axis.set_title(panel.title, fontsize=11, pad=18)
+    axis.set_xlabel("step")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _shade(axis: "Axes", run: RunData) -> None:
+    """Shade the steps of each stage and write its patch side above, if there is space."""
+    stages = run.schedule.stages
+    above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 4), "textcoords": "offset points"}
+    for stage in stages:
+        axis.axvspan(stage.start_step, stage.end_step, color=SHADES[stage.index % len(SHADES)], zorder=0, linewidth=0)
+        if stage.steps > 0.06 * run.schedule.total_steps:
+            side, middle = stage.patch_side, (stage.start_step + stage.end_step) / 2
+            axis.annotate(f"{side}x{side}", (middle, 1), ha="center", fontsize=9, color="#555555", **above)
+    axis.set_xlim(0, run.schedule.total_steps)
+
+
+FORMATS = ("png", "svg", "pdf")
+
+
+def write_schedule(plan: Plan, path: Path) -> None:
+    """Draw the schedule of a plan into a file. Raises UserError if it cannot be written or has another suffix."""
+    if path.suffix[1:] not in FORMATS:
+        raise UserError(f"--plot {path}: found suffix {path.suffix!r}, expected one of .{', .'.join(FORMATS)}")
+    picture = schedule_picture(plan, path.suffix[1:])
+    write_atomic(check_writable(path), lambda file: file.write(picture))
+
+
+def schedule_picture(plan: Plan, image_format: str) -> bytes:
+    """Return the picture in one of `FORMATS`."""
+    ends = list(accumulate(s.epochs for s in plan.stages))
+    starts = [0.0, *ends[:-1]]
+    figure = _new_figure(9, 7.5)
+    sides, rates, costs = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1, 1.6])
+
+    edges = [*starts, ends[-1]]
+    drawn = [s.patch_side for s in plan.stages]
+    sides.step(edges, [*drawn, drawn[-1]], where="post", color=BLUE, linewidth=2)
+    sides.set_yscale("log", base=2)
+    sides.set_yticks([s.patch_side for s in plan.stages], [f"{s.patch_side}x{s.patch_side}" for s in plan.stages])
+    sides.minorticks_off()
+    sides.margins(y=0.2)
+
+    xs, ys = [], []
+    for s, start, end in zip(plan.stages, starts, ends, strict=True):
+        xs += [start, start + s.warmup_epochs, end - s.decay_epochs, end]
+        ys += [0.0 if s.warmup_epochs else s.learning_rate, s.learning_rate, s.learning_rate]
+        ys.append(s.final_learning_rate if s.decay_epochs else s.learning_rate)
+    rates.plot(xs, ys, color=GREEN, linewidth=1.6)
+    rates.set_ylim(bottom=0)
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+    spent = [0.0, *accumulate(s.flops for s in plan.stages)]
+    whole = plan.next_token_flops
+    label = f"next-token training: {whole:.3g} FLOPs"
+    costs.plot([0, ends[-1]], [0, whole], color=RED, linewidth=1.6, linestyle="--", label=label)
+    label = f"this schedule: {plan.flops:.3g} FLOPs, {plan.flop_cost:.3f} of that"
+    costs.plot(edges, spent, color=BLUE, linewidth=2, label=label)
+    costs.set_ylim(bottom=0)
+    costs.legend(frameon=False, loc="upper left")
+    costs.set_xlabel("epoch")
+
+    for axis, title in ((sides, "Patch side"), (rates, "Learning rate"), (costs, "Cumulative cost in model FLOPs")):
+        axis.set_title(title, fontsize=11, loc="left")
+        axis.set_xlim(0, ends[-1])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.8)
+        for end in ends[:-1]:
+            axis.axvline(end, color="#aaaaaa", linewidth=0.8, linestyle=":")
+    name = f"{plan.name}: {plan.parameters / 1e6:,.0f}M parameters, {ends[-1]:g} epochs of {plan.images:,} images"
+    return _saved(figure, name, image_format)
 
 
 MAPS = (
@@ -145,11 +152,7 @@ ANNOTATED = 8  # the most cells in a row that have space for their number
 
 def likelihood_picture(result: dict[str, Any]) -> bytes:
     """Return a PNG with three maps of the image's patches, from the result of `evaluation.likelihood.likelihood_of`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(13, 4.6)
     for axis, (key, name, colours) in zip(figure.subplots(1, 3), MAPS, strict=True):
         values = np.array(result["by_position"][key])
         shares = key != "nats_per_code"
@@ -167,15 +170,11 @@ def likelihood_picture(result: dict[str, Any]) -> bytes:
                 axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     weights = result["weights"]
     step = f", step {weights['step']:,}" if weights["step"] is not None else ""
-    figure.suptitle(
+    return _saved(
+        figure,
         f"{weights['name']}{step} ({weights['kind']}), {result['images']:,} held-out images at patch side "
         f"{result['patch_side']}: {result['bits_per_image']:,.0f} bits per image",
-        fontsize=12,
-        fontweight="bold",
     )
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    return picture.getvalue()
 
 
 def write_likelihood(path: Path, result: dict[str, Any]) -> Path:

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from npp_ds.checkpoint import folders
-from npp_ds.config.load import load_config
-from npp_ds.config.schedule import Schedule, Stage
-from npp_ds.config.schema import RunConfig
-from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError
+from npp_ds.reporting.summary import RunData, read_run
 from npp_ds.training.lease import LEASE_BYTES, SLOWEST_HEARTBEAT, Owner
-from npp_ds.training.metrics import Event, events_named, planned_stages, read_events, recorded_environment
+from npp_ds.training.metrics import Event, events_named
 from npp_ds.training.throughput import StepCosts, step_flops
 from npp_ds.utils.files import read_small
 from npp_ds.utils.format import counted, format_duration, plain_text
@@ -97,27 +94,20 @@ def read_status(run: Path) -> RunStatus:
         raise UserError(text if str(run) in text else f"{run}: {text}") from error
 
 
-def _status(run: Path) -> RunStatus:
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: not a run folder: config.yaml is missing")
-    config = load_config(file=run / "config.yaml")
-    path = run / "metrics.jsonl"
-    events = read_events(path, warn=False) if path.is_file() else []
-    environment = recorded_environment(run)
-    lines = events_named(events, "train")
-    last: Event = lines[-1] if lines else {}
-    stages = _stages(config, events, environment)
-    model = config.model
-    costs = StepCosts(stages, model, lines)
+def _status(folder: Path) -> RunStatus:
+    run = read_run(folder, warn=False)
+    config, events, stages, model = run.config, run.events, run.schedule.stages, run.config.model
+    last: Event = run.lines[-1] if run.lines else {}
+    costs = StepCosts(stages, model, run.lines)
     step, left = last.get("step", 0), costs.left(last.get("step", 0))
     current = stages[(events_named(events, "stage") or [{"stage": 0}])[-1]["stage"]] if stages else None
     validation = ([e for e in events_named(events, "validation") if e.get("patch_side") == 1] or [{}])[-1]
     evaluation = (events_named(events, "evaluation") or [{}])[-1]
-    processes, elapsed = environment.get("world_size"), last.get("elapsed_seconds", 0.0)
-    spent, plain = (_flops(config, stages, step, coarse) for coarse in (True, False))
-    state, owner = _state(run, config, events, costs if left else None, last)
+    processes, elapsed = run.environment.get("world_size"), last.get("elapsed_seconds", 0.0)
+    spent, plain = (_flops(run, step, coarse) for coarse in (True, False))
+    state, owner = _state(run, costs if left else None, last)
     return RunStatus(
-        run=str(run),
+        run=str(folder),
         name=config.name,
         state=state,
         owner=owner,
@@ -143,28 +133,21 @@ def _status(run: Path) -> RunStatus:
         flops=spent,
         next_token_flops=plain,
         saved_share=1 - spent / plain if plain else None,
-        planned_cost=Schedule(tuple(stages)).flop_cost(model.grid_size, model.training_flops) if stages else None,
+        planned_cost=run.schedule.flop_cost(model.grid_size, model.training_flops) if stages else None,
         stage_eta_seconds=left[current.index] if left and current else None,
         eta_seconds=sum(left) if left else None,
         eta_at_most=costs.left_at_most(step),
-        checkpoint_step=_newest_checkpoint(run / "checkpoints"),
-        restarts=max(environment["starts"] - 1, 0) if "starts" in environment else None,
-        warnings=_warnings(run, events),
+        checkpoint_step=_newest_checkpoint(folder / "checkpoints"),
+        restarts=max(run.environment["starts"] - 1, 0) if "starts" in run.environment else None,
+        warnings=_warnings(folder, events),
     )
 
 
-def _stages(config: RunConfig, events: list[Event], environment: dict[str, Any]) -> list[Stage]:
-    images = environment.get("training_images")
-    if images is None and (manifest := available_manifest(config.data.train, config.data.cache_dir)):
-        images = manifest.num_samples
-    return planned_stages(config, events, images)
-
-
-def _flops(config: RunConfig, stages: Sequence[Stage], step: int, coarse: bool) -> int:
+def _flops(run: RunData, step: int, coarse: bool) -> int:
     """Return the FLOPs of the first `step` steps at the stages' patch sides or (not `coarse`) at side 1."""
     return sum(
-        max(min(step, s.end_step) - s.start_step, 0) * step_flops(config.model, s, s.patch_side if coarse else 1)
-        for s in stages
+        max(min(step, s.end_step) - s.start_step, 0) * step_flops(run.config.model, s, s.patch_side if coarse else 1)
+        for s in run.schedule.stages
     )
 
 
@@ -174,20 +157,18 @@ def _newest_checkpoint(checkpoints: Path) -> int | None:
     return next((s for s in steps if not folders.find_problem(folders.folder_of(checkpoints, s), verify=False)), None)
 
 
-def _state(
-    run: Path, config: RunConfig, events: list[Event], costs: StepCosts | None, last: Event
-) -> tuple[str, str | None]:
+def _state(run: RunData, costs: StepCosts | None, last: Event) -> tuple[str, str | None]:
     """Return (state, owner); the owner only of a run that is not over.
 
     Ages compare with the clock of this machine, except for silence: there both times are of one file system.
     """
-    lease, metrics, stacks = (_modified(run / name) for name in ("lease.json", "metrics.jsonl", "stalled.txt"))
-    owner = Owner.from_json(read_small(run / "lease.json", LEASE_BYTES)) if lease else None
+    lease, metrics, stacks = (_modified(run.folder / name) for name in ("lease.json", "metrics.jsonl", "stalled.txt"))
+    owner = Owner.from_json(read_small(run.folder / "lease.json", LEASE_BYTES)) if lease else None
     if owner and _lives(owner, time.time() - lease):
-        between = config.logging.every * costs.seconds_per_step(last["stage"]) if costs else 0.0
-        is_silent = lease - metrics > max(config.watch.stall_seconds or 900.0, 3 * between)
+        between = run.config.logging.every * costs.seconds_per_step(last["stage"]) if costs else 0.0
+        is_silent = lease - metrics > max(run.config.watch.stall_seconds or 900.0, 3 * between)
         return ("starting" if not last else "stalled" if is_silent else "running"), str(owner)
-    if events_named(events, "end"):
+    if events_named(run.events, "end"):
         return "finished", None
     return ("stalled" if stacks and stacks >= metrics else "stopped"), None
 

@@ -1,20 +1,126 @@
-"""The figures of a run, and the closing table on the terminal."""
+"""A run in figures: what its folder holds, read for people, and the closing table on the terminal."""
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from npp_ds.config.schedule import Stage
-from npp_ds.training.metrics import Event, events_named
+from npp_ds.config.load import load_config
+from npp_ds.config.schedule import Schedule
+from npp_ds.config.schema import RunConfig
+from npp_ds.data.manifest import Manifest
+from npp_ds.data.store import available_manifest
+from npp_ds.errors import UserError, content_of
+from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
+from npp_ds.training.metrics import Event, events_named, read_events, recorded_environment, stages_begun
+from npp_ds.utils.files import read_json
 from npp_ds.utils.format import format_duration, make_table, plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-
+PLOT_FILE, PAGE_FILE, LIKELIHOOD_PLOT = "training.png", "report.html", "likelihood.png"
 TYPICAL = ("images_per_second", "mfu", "data_wait_share")
 """Figures of training lines whose median a stage reports."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """A run folder: its config, what its last start recorded, and its events by step."""
+
+    folder: Path
+    config: RunConfig
+    environment: dict[str, Any]
+    events: list[Event]
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """That of the training shards; None if they are not on this machine."""
+        return available_manifest(self.config.data.train, self.config.data.cache_dir)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The stages that have begun as logged, the others as the config plans them; none if that cannot be known.
+
+        Where the number of training images is not recorded and the shards are not on this machine, it follows from
+        whole epochs of the stages that have begun.
+        """
+        begun = stages_begun(self.events)
+        images = self.environment.get("training_images") or (self.manifest.num_samples if self.manifest else 0)
+        images = images or max((stage.steps_per_epoch * stage.batch_size for stage in begun), default=0)
+        return Schedule((*begun, *(self.config.build_schedule(images).stages[len(begun) :] if images else ())))
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """The content of the newest <folder>/samples/*/evaluation.json; {} without one."""
+        if not (newest := newest_record(self.folder / "samples", "evaluation.json")):
+            return {}
+        with content_of(newest, "an evaluation"):
+            return dict(read_json(newest))
+
+    @cached_property
+    def samples(self) -> Path | None:
+        """The folder of that evaluation, else of the newest samples."""
+        found = (newest_record(self.folder / "samples", name) for name in ("evaluation.json", RECORD_FILE))
+        newest = next(filter(None, found), None)
+        return newest.parent if newest else None
+
+    @cached_property
+    def lines(self) -> list[Event]:
+        """The training lines."""
+        return events_named(self.events, "train")
+
+    @cached_property
+    def lines_by_stage(self) -> list[list[Event]]:
+        """The training lines of each stage."""
+        return [events_named(self.events, "train", stage.index) for stage in self.schedule.stages]
+
+    def files(self, page: Path | None) -> list[tuple[str, str]]:
+        """Return (description, path) of the files that exist, and of the `page` that is about to be written."""
+        samples = self.samples
+        candidates = [
+            ("report", page),
+            ("plot of the run", self.folder / PLOT_FILE),
+            ("samples to look at", samples / GRID_FILE if samples else None),
+            ("samples for metrics", samples / "samples.npz" if samples else None),
+            ("evaluation", samples / "evaluation.json" if samples else None),
+            ("likelihood by position", self.folder / "likelihood.json"),
+            ("checkpoints", self.folder / "checkpoints"),
+            ("metrics of every step", self.folder / "metrics.jsonl"),
+            ("settings", self.folder / "config.yaml"),
+        ]
+        return [(what, str(path)) for what, path in candidates if path and (path == page or path.exists())]
+
+    def pictures_while_training(self, most: int = 6) -> list[tuple[Event, Path]]:
+        """Return (evaluation, picture of its first samples), evenly spaced in time with the first and the last one."""
+        folder = self.folder / "samples" / "during"
+        found = [(e, folder / f"step-{e['step']:08d}.png") for e in events_named(self.events, "evaluation")]
+        found = [(event, path) for event, path in found if path.is_file()]
+        last = len(found) - 1
+        return [found[i] for i in sorted({round(k * last / (most - 1)) for k in range(most)})] if found else []
+
+    def command(self) -> str:
+        """Return the commands that train this run again, into another folder."""
+        commit = (self.environment.get("git_commit") or "").rstrip("+")
+        processes = self.environment.get("world_size", 1)
+        config, copy = str(self.folder / "config.yaml"), f"run_dir={self.folder}-again"
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "npp_ds"]
+        train = [*(launcher if processes > 1 else ["npp"]), "train", "--config", config, copy]
+        return "\n".join([*([f"git checkout {commit}"] if commit else []), shlex.join(train)])
+
+
+def read_run(folder: Path, warn: bool = True) -> RunData:
+    """Read a run folder. The run may be unfinished, or have logged nothing yet. Raises UserError if it is none.
+
+    `warn` is that of `read_events`.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder: config.yaml is missing")
+    config, log = load_config(file=folder / "config.yaml"), folder / "metrics.jsonl"
+    return RunData(folder, config, recorded_environment(folder), read_events(log, warn) if log.is_file() else [])
 
 
 @dataclass(frozen=True)
@@ -51,20 +157,20 @@ class RunSummary:
     name: str
     stages: list[StageSummary]
     finished: bool
-    token_cost: float | None = None
-    flop_cost: float | None = None
-    time_cost: float | None = None
-    validation_nll: float | None = None
-    validation_step: int | None = None
-    checkpoints: int = 0
-    saving_seconds: float = 0.0
-    evaluations: int = 0
-    evaluation_seconds: float = 0.0
-    last_distance: float | None = None
-    peak_memory_gb: float | None = None
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    files: list[tuple[str, str]] = field(default_factory=list)
-    next_steps: list[str] = field(default_factory=list)
+    token_cost: float
+    flop_cost: float
+    time_cost: float | None
+    validation_nll: float | None
+    validation_step: int | None
+    checkpoints: int
+    saving_seconds: float
+    evaluations: int
+    evaluation_seconds: float
+    last_distance: float | None
+    peak_memory_gb: float | None
+    evaluation: dict[str, Any]
+    files: list[tuple[str, str]]
+    next_steps: list[str]
 
     def total(self, name: str) -> float:
         """Return the sum of a figure over the stages."""
@@ -82,11 +188,10 @@ def _typical(lines: list[Event], name: str) -> float | None:
     return median(values[1:] or values) if values else None
 
 
-def _stage_summaries(events: list[Event], stages: Sequence[Stage]) -> list[StageSummary]:
+def _stage_summaries(run: RunData) -> list[StageSummary]:
     summaries, elapsed = [], 0.0
-    last_step = max((e["step"] for e in events_named(events, "train")), default=0)
-    for stage in stages:
-        lines = events_named(events, "train", stage.index)
+    last_step = max((e["step"] for e in run.lines), default=0)
+    for stage, lines in zip(run.schedule.stages, run.lines_by_stage, strict=True):
         steps = min(max(last_step - stage.start_step, 0), stage.steps)
         until = lines[-1]["elapsed_seconds"] if lines else elapsed
         summaries.append(
@@ -113,30 +218,17 @@ def _time_cost(stages: list[StageSummary]) -> float | None:
     return sum(images / rate for _, images, rate in done) * plain_rate / sum(images for _, images, _ in done)
 
 
-def summarize(
-    name: str,
-    events: list[Event],
-    stages: Sequence[Stage],
-    *,
-    token_cost: float | None = None,
-    flop_cost: float | None = None,
-    evaluation: dict[str, Any] | None = None,
-    files: Sequence[tuple[str, str]] = (),
-    next_steps: Sequence[str] = (),
-) -> RunSummary:
-    """Return the figures of a run from its events (`read_events`), its stage table and what else is known.
-
-    `evaluation` is what `npp_ds.evaluation.evaluate.evaluate_images` returned; `files` are (description, path).
-    """
-    summaries = _stage_summaries(events, stages)
+def summarize(run: RunData, name: str, page: Path | None = None, next_steps: Sequence[str] = ()) -> RunSummary:
+    """Return the figures of a run under a name, with its files, among them the `page` that is about to be written."""
+    events, summaries = run.events, _stage_summaries(run)
     saves, evaluations = events_named(events, "checkpoint"), events_named(events, "evaluation")
     plain = [e for e in events_named(events, "validation") if e["patch_side"] == 1]
     return RunSummary(
         name=name,
         stages=summaries,
         finished=bool(events_named(events, "end")),
-        token_cost=token_cost,
-        flop_cost=flop_cost,
+        token_cost=run.schedule.token_cost(),
+        flop_cost=run.schedule.flop_cost(run.config.model.grid_size, run.config.model.training_flops),
         time_cost=_time_cost(summaries),
         validation_nll=plain[-1]["nll"] if plain else None,
         validation_step=plain[-1]["step"] if plain else None,
@@ -145,9 +237,9 @@ def summarize(
         evaluations=len(evaluations),
         evaluation_seconds=sum(e["seconds"] for e in evaluations),
         last_distance=evaluations[-1]["frechet_distance"] if evaluations else None,
-        peak_memory_gb=max(_known(events_named(events, "train"), "peak_memory_gb"), default=None),
-        evaluation=dict(evaluation or {}),
-        files=list(files),
+        peak_memory_gb=max(_known(run.lines, "peak_memory_gb"), default=None),
+        evaluation=run.evaluation,
+        files=run.files(page),
         next_steps=list(next_steps),
     )
 
@@ -175,11 +267,9 @@ def stage_rows(summary: RunSummary) -> list[tuple[str, ...]]:
 
 def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
     """Return (name, value with unit) of all results that are known."""
-    rows = []
-    costs = (("positions", summary.token_cost), ("FLOPs", summary.flop_cost), ("measured time", summary.time_cost))
-    known = [f"{cost:.3f} in {what}" for what, cost in costs if cost is not None]
-    if known:
-        rows.append(("cost, next-token training = 1", ", ".join(known)))
+    costs = f"{summary.token_cost:.3f} in positions, {summary.flop_cost:.3f} in FLOPs"
+    costs += f", {summary.time_cost:.3f} in measured time" if summary.time_cost is not None else ""
+    rows = [("cost, next-token training = 1", costs)]
     if summary.validation_nll is not None:
         value = f"{summary.validation_nll:.4f} nats per code after step {summary.validation_step:,}"
         rows.append(("validation at patch side 1", value))

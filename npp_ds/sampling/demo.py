@@ -18,7 +18,7 @@ from starlette.routing import Route
 from npp_ds.errors import UserError
 from npp_ds.sampling.folder import tiled
 from npp_ds.sampling.image_model import ImageModel
-from npp_ds.utils.logs import say
+from npp_ds.utils.screen import say
 
 HOST = "127.0.0.1"
 HOSTS = [HOST, "localhost"]

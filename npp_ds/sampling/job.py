@@ -31,9 +31,8 @@ from npp_ds.sampling.folder import (
 from npp_ds.sampling.logits_processing import Options
 from npp_ds.sampling.sampler import DTYPES, LABEL_CHOICES, build_model, labels_of, sample_images, worth_capturing
 from npp_ds.tokenizer.vq import VQModel
-from npp_ds.utils.files import read_json, write_atomic, write_json_atomic
+from npp_ds.utils.files import locked, read_json, write_atomic, write_json_atomic
 from npp_ds.utils.format import utc_now
-from npp_ds.utils.locks import locked
 from npp_ds.utils.records import check_same_settings, git_commit
 
 PART_SIZE = 256

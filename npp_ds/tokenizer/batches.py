@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npp_ds.distributed.environment import processes_on_node
+from npp_ds.distributed.environment import free_memory, processes_on_node
 from npp_ds.errors import UserError, memory_advice
 from npp_ds.tokenizer.decoding import Decoded, DecodePool, tasks_of
 from npp_ds.tokenizer.images import ImageItem, square_sides, windows
 from npp_ds.tokenizer.vq import HALF_TYPES, VQConfig, VQModel, to_input
-from npp_ds.utils.memory import free_memory
 
 MOST_CROPS = 256
 LIVE_TENSORS = 7

@@ -20,7 +20,7 @@ from npp_ds.tokenizer.encode import Encoding
 from npp_ds.tokenizer.vq import VQModel, to_uint8
 from npp_ds.utils.files import nearest_folder
 from npp_ds.utils.format import counted, format_bytes
-from npp_ds.utils.progress import track
+from npp_ds.utils.screen import track
 
 LISTED_CLASSES = 40
 BAR = 40

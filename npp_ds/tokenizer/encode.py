@@ -26,11 +26,9 @@ from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_
 from npp_ds.tokenizer.images import ImageItem, crop_names
 from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
-from npp_ds.utils.files import read_small, write_json_atomic, write_text_atomic
+from npp_ds.utils.files import locked, read_small, write_json_atomic, write_text_atomic
 from npp_ds.utils.format import counted
-from npp_ds.utils.locks import locked
-from npp_ds.utils.logs import ANY_RANK
-from npp_ds.utils.progress import Progress
+from npp_ds.utils.screen import ANY_RANK, Progress
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,8 @@ from npp_ds.data.shards import ShardWriter, check_file, check_same_set, shard_na
 from npp_ds.distributed.work_queue import LOCK_FILE, SETTINGS_FILE, WORK_FOLDER
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.images import crop_names
-from npp_ds.utils.files import explain_os_errors, read_small, write_json_atomic
-from npp_ds.utils.locks import locked
-from npp_ds.utils.progress import Progress
+from npp_ds.utils.files import explain_os_errors, locked, read_small, write_json_atomic
+from npp_ds.utils.screen import Progress
 
 READERS = 16  # threads, since the time goes into opening small files
 MOST_PADDING = 4096  # processes of an extraction

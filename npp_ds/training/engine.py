@@ -19,10 +19,9 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training.compile import apply_performance
-from npp_ds.training.cuda_graphs import free_gradient_nodes
 from npp_ds.training.deepspeed_config import engine_settings, import_deepspeed
 from npp_ds.training.partitions import EMA, MOMENTS, Partitions, ShardedEMA, shape_of
+from npp_ds.training.performance import apply_performance, free_gradient_nodes
 from npp_ds.utils.hash_rng import mix64
 
 

@@ -22,8 +22,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from npp_ds.errors import UserError
-from npp_ds.utils.files import fsync_directory, parse_json, read_small
-from npp_ds.utils.locks import locked
+from npp_ds.utils.files import fsync_directory, locked, parse_json, read_small
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from npp_ds.config.schedule import Stage
-from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.utils.files import open_regular, parse_json, read_object, write_text_atomic
 
@@ -64,16 +63,6 @@ def stages_begun(events: list[Event]) -> list[Stage]:
 def recorded_environment(run_dir: Path) -> dict[str, Any]:
     """Return what the last start recorded in environment.json; {} without it. Earlier versions recorded less."""
     return read_object(run_dir / "environment.json")
-
-
-def planned_stages(config: RunConfig, events: list[Event], images: int | None = None) -> list[Stage]:
-    """Return all stages of a run from its files: those that have begun as logged, the rest for `images` to train on.
-
-    Without `images` their number follows from whole epochs of the stages that have begun; [] if none has.
-    """
-    begun = stages_begun(events)
-    images = images or max((stage.steps_per_epoch * stage.batch_size for stage in begun), default=0)
-    return [*begun, *config.build_schedule(images).stages[len(begun) :]] if images else []
 
 
 class StepLog:

@@ -14,9 +14,9 @@ from npp_ds.model import ModelConfig
 from npp_ds.model.attention import check_attention
 from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import check_tokenizer
-from npp_ds.training.compile import check_performance
 from npp_ds.training.deepspeed_config import check_monitors, engine_settings
 from npp_ds.training.evaluation import evaluation_problems
+from npp_ds.training.performance import check_performance
 
 logger = logging.getLogger(__name__)
 

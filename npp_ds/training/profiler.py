@@ -9,7 +9,7 @@ from shutil import copyfileobj
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
@@ -36,60 +36,46 @@ class StepProfiler:
         self._on_gpu = processes.device.type == "cuda"
         if self._steps and not self._on_gpu:  # else the profiler's library warns that there is no GPU
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._profiler: profile | None = None
-        self._begun: list[int] = []  # steps that are in the trace
+        self._first = self._number = 0  # steps of this start: its first one, and that in progress
 
     def around(self, batches: Generator[Any, None, None], first_step: int) -> Generator[Any, None, None]:
         """Yield the batches of the steps after `first_step` steps; a step lasts until the next batch is asked for.
 
         Closing it closes `batches`, and writes the trace when that is before the last step to profile.
         """
+        self._first = first_step + 1
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
+        profiler = profile(activities=activities, schedule=self._action, on_trace_ready=self._write_or_warn)
         try:
-            for number in count(first_step + 1):
-                self._before(number)
+            for number in count(self._first):
+                self._number = number
+                with self._log.clock.paused():
+                    profiler.start() if number == self._first else profiler.step()
                 with record_function(f"step {number}"):
                     with record_function("data"):
                         batch = next(batches, None)
                     if batch is None:
                         return
                     yield batch
-                self._after(number)
         finally:
-            self._finish()
+            with self._log.clock.paused():
+                profiler.stop()
             batches.close()
 
-    def _before(self, number: int) -> None:
-        if number + 1 not in self._steps and number not in self._steps:
-            return
-        with self._log.clock.paused():
-            if self._profiler is None:
-                activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-                self._profiler = profile(activities=activities)
-                self._profiler.prepare_trace()
-            if number in self._steps:
-                if not self._begun:
-                    self._profiler.start_trace()
-                self._begun.append(number)
+    def _action(self, index: int) -> ProfilerAction:
+        """Return what the profiler does in a step, counted from 0 in this start."""
+        number = self._first + index
+        if number in self._steps:
+            return ProfilerAction.RECORD_AND_SAVE if number == self._steps[-1] else ProfilerAction.RECORD
+        return ProfilerAction.WARMUP if number + 1 in self._steps else ProfilerAction.NONE
 
-    def _after(self, number: int) -> None:
-        if self._steps and number == self._steps[-1]:
-            self._finish()
-
-    def _finish(self) -> None:
-        """End the trace and write it; a full disk is no reason to lose a run."""
-        profiler, begun = self._profiler, self._begun
-        self._profiler, self._begun = None, []
-        if profiler is None:
-            return
-        with self._log.clock.paused():
-            try:
-                if not begun:  # the run has ended in the warm-up, which only a trace can end
-                    profiler.start_trace()
-                profiler.stop_trace()
-                if begun:
-                    self._write(profiler, begun)
-            except (OSError, RuntimeError) as error:
-                logger.warning(f"the profile could not be written: {error}; the run continues")
+    def _write_or_warn(self, profiler: profile) -> None:
+        """Write the trace of the steps up to that in progress; a full disk is no reason to lose a run."""
+        steps = [number for number in self._steps if self._first <= number <= self._number]
+        try:
+            self._write(profiler, steps)
+        except (OSError, RuntimeError) as error:
+            logger.warning(f"the profile could not be written: {error}; the run continues")
 
     def _write(self, profiler: profile, steps: list[int]) -> None:
         self._folder.mkdir(exist_ok=True)

@@ -5,7 +5,6 @@ import os
 import platform
 import socket
 import time
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,25 +55,20 @@ def check_shared(run_dir: Path, token: str, patience: float = 60.0) -> None:
         time.sleep(0.5)
 
 
-def describe(config: RunConfig, processes: Processes, images: int) -> None:
-    """Write config.yaml (the resolved config) and environment.json (date, commit, versions, device of this start)."""
-    (config.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+def write_config(config: RunConfig) -> None:
+    """Write config.yaml, the resolved config."""
     write_text_atomic(config.directory / "config.yaml", config.to_yaml())
-    environment = {**_environment(processes), "training_images": images, "starts": _starts(config.directory)}
+
+
+def record_start(config: RunConfig, processes: Processes, images: int) -> None:
+    """Write environment.json: date, commit, versions and device of this start, and the number of starts that trained.
+
+    Where an earlier version did not count them there was one.
+    """
+    recorded = recorded_environment(config.directory)
+    starts = recorded.get("starts", int(bool(recorded)))
+    environment = {**_environment(processes), "training_images": images, "starts": 1 + starts}
     write_json_atomic(config.directory / "environment.json", environment)
-
-
-def count_start(run_dir: Path) -> None:
-    """Add one to the `starts` in environment.json: those that trained, or were about to."""
-    environment = {**recorded_environment(run_dir), "starts": _starts(run_dir) + 1}
-    with suppress(OSError):  # a full disk; the count is only for people
-        write_json_atomic(run_dir / "environment.json", environment)
-
-
-def _starts(run_dir: Path) -> int:
-    """Return the starts counted so far; where an earlier version did not count them, a run with a log had one."""
-    starts = recorded_environment(run_dir).get("starts")
-    return starts if isinstance(starts, int) else int((run_dir / "metrics.jsonl").is_file())
 
 
 def checkpoint_to_resume(

@@ -5,7 +5,7 @@ All ranks call the same methods; the first one writes.
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,11 +21,9 @@ from npp_ds.training.deepspeed_config import zero_stage_of
 from npp_ds.training.engine import TrainingEngine
 from npp_ds.training.hooks import FinishedStep, Hook, Logged
 from npp_ds.training.metrics import Event, MetricsLog, StepLog, events_named
-from npp_ds.training.monitors import Monitors
-from npp_ds.training.run_folder import count_start
 from npp_ds.training.throughput import Clock, StepCosts, peak_tflops, speed, take_peak_memory_gb
 from npp_ds.utils.format import counted
-from npp_ds.utils.progress import LiveLine, fitted
+from npp_ds.utils.screen import LiveLine, fitted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,7 +87,6 @@ class RunLog(Hook):
         self.clock = Clock(self._metrics.elapsed_before if self._metrics else 0.0)
         self._costs = StepCosts(schedule.stages, config.model, events_named(self._kept, "train"))
         if self.processes.is_first:
-            count_start(config.directory)
             self._monitors = Monitors(config, engine.monitor, first_step)
             self._progress = Progress(schedule.total_steps, len(schedule.stages))
 
@@ -217,3 +214,59 @@ class Progress:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+class Monitors:
+    """TensorBoard, Weights & Biases and CSV files through DeepSpeed's monitors (0.19.8), as a config asks for them.
+
+    They belong to the first rank, and get no more after an error.
+    `monitor` is the engine's `MonitorMaster`, None without monitors. The config is sent at once.
+    """
+
+    def __init__(self, config: RunConfig, monitor: Any, step: int):
+        self._monitor = monitor
+        self._send(lambda: self._begin(config, step))
+
+    def _begin(self, config: RunConfig, step: int) -> None:
+        if writer := self._tensorboard:
+            writer.add_text("config", "".join(f"    {line}\n" for line in config.to_yaml().splitlines()), step)
+        if self._monitor.wandb_monitor:
+            import wandb
+
+            wandb.config.update(config.model_dump(mode="json"), allow_val_change=True)
+
+    def curves(self, step: int, values: Mapping[str, float]) -> None:
+        """Send a point of each named curve."""
+        self._send(lambda: self._monitor.write_events([(name, value, step) for name, value in values.items()]))
+
+    def stage(self, stage: Stage) -> None:
+        """Mark the begin of a stage."""
+        shape = {name: getattr(stage, name) for name in ("patch_side", "batch_size", "peak_learning_rate", "end_step")}
+        text = f"stage {stage.index}: " + ", ".join(f"{name} {value}" for name, value in shape.items())
+        self._send(lambda: self._tensorboard and self._tensorboard.add_text("stage", text, stage.start_step))
+        self.curves(stage.start_step, {"stage/index": stage.index, **{f"stage/{k}": v for k, v in shape.items()}})
+
+    def picture(self, name: str, step: int, image: "Image") -> None:
+        """Send a picture to those that show pictures."""
+        self._send(lambda: self._show(name, step, np.asarray(image)))
+
+    def _show(self, name: str, step: int, image: np.ndarray) -> None:
+        if writer := self._tensorboard:
+            writer.add_image(name, image, step, dataformats="HWC")
+            writer.flush()
+        if self._monitor.wandb_monitor:
+            import wandb
+
+            self._monitor.wandb_monitor.log({name: wandb.Image(image)}, step=step)
+
+    @property
+    def _tensorboard(self) -> Any:
+        return self._monitor.tb_monitor and self._monitor.tb_monitor.summary_writer
+
+    def _send(self, action: Callable[[], object]) -> None:
+        if self._monitor:
+            try:
+                action()
+            except Exception as error:  # whatever a monitor's library raises is no reason to lose a run
+                self._monitor = None
+                logger.warning(f"logging.monitors: given up after {error!r}")

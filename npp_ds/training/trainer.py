@@ -25,7 +25,7 @@ from npp_ds.training.run_log import RunLog
 from npp_ds.training.stages import StageManager, stage_data
 from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
-from npp_ds.utils.logs import show_logs
+from npp_ds.utils.screen import show_logs
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Trainer:
         self.resumed_from: tuple[Path, CheckpointRecord] | None = processes.on_first(
             run_folder.checkpoint_to_resume, config, fingerprint, from_step
         )
-        processes.on_first(run_folder.describe, config, processes, len(self.train_store))
+        processes.on_first(run_folder.write_config, config)
         record = self.resumed_from[1] if self.resumed_from else None
         self.first_step = record.step if record else 0
         self.initial: Weights | None = None if record else processes.on_first(initial_weights, config)
@@ -122,6 +122,7 @@ class Trainer:
             self._end_if_asked()
             start = f"resuming after step {self.first_step}" if self.resumed_from else "fresh run"
             start += f" from {self.initial.path} ({self.initial.describe()})" if self.initial else ""
+            self.processes.on_first(run_folder.record_start, self.config, self.processes, len(self.train_store))
             self.log.start(self.schedule, self.first_step, self.engine, start)
             with self.watchdog:
                 self._train()

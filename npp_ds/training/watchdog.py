@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from npp_ds.utils.locks import locked
+from npp_ds.utils.files import locked
 
 STALLED = 4
 """Exit code of a process that has made no progress for too long."""

@@ -1,4 +1,4 @@
-"""Helpers without domain knowledge: files, locks, hash RNG, GPU specifications, records, logs, progress, format.
+"""Helpers without domain knowledge: files and locks, hash RNG, GPU specifications, records, screen, format.
 
 They import nothing of npp_ds but `errors`.
 """

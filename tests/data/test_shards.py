@@ -244,7 +244,7 @@ def test_reading_is_strict_and_names_file_and_key(tmp_path, change, message):
 
 def test_verify_finds_nothing_wrong_with_a_sound_set(tmp_path, monkeypatch, capsys):
     write_set(tmp_path, 20, num_shards=3)
-    monkeypatch.setattr("npp_ds.utils.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("npp_ds.utils.screen.SECONDS_BETWEEN_LINES", 0.0)
     assert verify(tmp_path, show_progress=True) == []
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"verifying: {done}/20 images" for done in range(21)]

@@ -33,8 +33,7 @@ from npp_ds.evaluation.evaluate import (
 )
 from npp_ds.evaluation.extractors import ClassifierExtractor, Features, measure
 from npp_ds.evaluation.images import open_images, shard_paths
-from npp_ds.reporting.run_data import newest_evaluation
-from npp_ds.sampling.folder import newest_samples, write_pngs, write_samples
+from npp_ds.sampling.folder import newest_record, newest_samples, write_pngs, write_samples
 from npp_ds.tokenizer.sources import load_images, open_source
 from npp_ds.utils.files import write_json_atomic
 from npp_ds.utils.format import utc_now
@@ -372,12 +371,14 @@ def test_the_newest_samples_are_those_of_the_latest_record_whatever_the_times_of
     for age, folder in enumerate(reversed(folders)):
         for file in folder.iterdir():
             os.utime(file, (1e9 + age, 1e9 + age))
-    assert newest_samples(tmp_path / "run") == folders[-1] == newest_evaluation(tmp_path / "run")[1]
+    assert newest_samples(tmp_path / "run") == folders[-1]
+    assert newest_record(tmp_path / "run/samples", "evaluation.json").parent == folders[-1]
     for step, folder in enumerate(folders):  # as an earlier version wrote them
         record = {"checkpoint_step": 10 - step}
         write_json_atomic(folder / "samples.json", record)
         write_json_atomic(folder / "evaluation.json", {"samples": record})
-    assert newest_samples(tmp_path / "run") == folders[0] == newest_evaluation(tmp_path / "run")[1]
+    assert newest_samples(tmp_path / "run") == folders[0]
+    assert newest_record(tmp_path / "run/samples", "evaluation.json").parent == folders[0]
     (folders[1] / "samples.json").write_text("[")
     assert newest_samples(tmp_path / "run") == folders[0]
     with pytest.raises(UserError, match="typo: not found; expected a run folder"):

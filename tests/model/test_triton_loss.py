@@ -15,7 +15,7 @@ from test_loss import by_definition, problem, value_and_gradients
 
 from npp_ds.model import ModelConfig, Transformer, patch_cross_entropy
 from npp_ds.model import loss as loss_module
-from npp_ds.training import compile as compiling
+from npp_ds.training import performance as compiling
 from runs import tiny_config
 
 pytestmark = [

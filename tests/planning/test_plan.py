@@ -16,8 +16,8 @@ from npp_ds.planning import mfu
 from npp_ds.planning.memory import training_memory
 from npp_ds.planning.mfu import Mfu
 from npp_ds.planning.plan import IMAGENET, Plan, make_plan
-from npp_ds.planning.plot import write_plot
 from npp_ds.planning.table import duration, milliseconds
+from npp_ds.reporting.plot import write_schedule
 from npp_ds.utils.gpu_specs import GPUS, find_gpu
 from shard_sets import write_set
 
@@ -369,7 +369,7 @@ def test_the_schedule_is_drawn(tmp_path, suffix, magic):
 def test_a_picture_that_cannot_be_written_is_an_error(tmp_path, name, problem):
     (tmp_path / "x.png").mkdir()
     with pytest.raises(UserError, match=problem):
-        write_plot(plan_of("b_256"), tmp_path / name)
+        write_schedule(plan_of("b_256"), tmp_path / name)
 
 
 def test_times_of_a_step_are_written_out():

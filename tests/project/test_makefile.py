@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from npp_ds.cli.program import app
+from npp_ds.cli import app
 from npp_ds.config.load import load_config
 from npp_ds.sampling.image_model import parse_classes, split_classes
 

@@ -16,7 +16,7 @@ from launches import Launch
 from npp_ds.distributed.process_group import Processes
 from npp_ds.training.loss_checks import NonFiniteError
 from npp_ds.training.trainer import Trainer
-from npp_ds.utils.logs import show_logs
+from npp_ds.utils.screen import show_logs
 from runs import WATCHED, Outcome, assert_same, outcome_of, run, tiny_config, told
 from workers import WorkerError
 

@@ -414,7 +414,7 @@ def test_a_dry_run_estimates_shards_and_bytes_and_writes_nothing(
 def test_progress_and_summary_report_rates_shards_skipped_and_compression(
     image_shards, tokenizer_file, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("npp_ds.utils.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("npp_ds.utils.screen.SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(image_shards, tmp_path / "out", tokenizer_file)])
     assert runpy.run_path(str(SCRIPT))["main"]() == 0
     out, err = capsys.readouterr()

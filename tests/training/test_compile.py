@@ -8,9 +8,9 @@ from torch._dynamo.utils import counters
 
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training import compile as compiling
-from npp_ds.training.compile import check_performance
+from npp_ds.training import performance as compiling
 from npp_ds.training.hooks import Hook
+from npp_ds.training.performance import check_performance
 from npp_ds.training.trainer import Trainer
 from runs import WATCHED, assert_same, metrics_of, outcome_of, run, run_and_stop_after, tiny_config
 

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from npp_ds.data.loader import StageLoader
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training import compile as compiling
+from npp_ds.training import performance as compiling
 from npp_ds.training import preflight
-from npp_ds.training.cuda_graphs import use_cuda_graphs
 from npp_ds.training.engine import TrainingEngine
+from npp_ds.training.performance import use_cuda_graphs
 from runs import WATCHED, assert_same, outcome_of, run, tiny_config
 
 

@@ -20,7 +20,7 @@ from npp_ds.training.metrics import MetricsLog, events_named, read_events, stage
 from npp_ds.training.run_log import Progress
 from npp_ds.training.throughput import StepCosts
 from npp_ds.training.trainer import Trainer
-from npp_ds.utils.logs import show_logs
+from npp_ds.utils.screen import show_logs
 from runs import logs, run, run_and_stop_after, tiny_config
 
 LINE = {

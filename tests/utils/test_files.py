@@ -1,14 +1,17 @@
-"""Small files are read whole only if they are regular, not too large, and hold what a parser can take."""
+"""Small files are read whole only if they are regular, not too large, and parsed safely; locks die with holders."""
 
+import errno
 import json
+import multiprocessing
 import os
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from npp_ds.checkpoint.folders import RECORD, CheckpointRecord, IncompleteCheckpointError, _digest, read_record
-from npp_ds.utils.files import parse_json, plain_name, read_json, read_small
+from npp_ds.utils.files import locked, parse_json, plain_name, read_json, read_small
 
 
 def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
@@ -45,3 +48,37 @@ def test_only_plain_file_names_of_a_folder_are_taken_from_files(tmp_path, name):
     (tmp_path / RECORD).write_text(json.dumps({**content, "sha256": _digest(content)}))
     with pytest.raises(IncompleteCheckpointError, match="expected a plain file name"):
         read_record(tmp_path)
+
+
+SPAWN = multiprocessing.get_context("spawn")
+PATIENCE = 60
+
+
+def hold(path, held):
+    with locked(path, create_folder=True):
+        held.set()
+        signal.pause()
+
+
+def test_a_lock_is_had_once_its_holder_is_killed(tmp_path):
+    path, held = tmp_path / "folder" / "lock", SPAWN.Event()
+    process = SPAWN.Process(target=hold, args=(path, held), daemon=True)
+    process.start()
+    assert held.wait(timeout=PATIENCE)
+    with locked(path, patience=0.05) as had:
+        assert not had
+    process.kill()
+    process.join(timeout=PATIENCE)
+    with locked(path) as had:
+        assert had
+
+
+def test_content_of_a_locked_file_is_kept_and_missing_locks_are_reported(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / "lock").write_text("content")
+    with locked(tmp_path / "lock") as had:
+        assert not had
+    assert (tmp_path / "lock").read_text() == "content"

@@ -8,7 +8,7 @@ from rich.console import Console
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.errors import UserError
 from npp_ds.utils.format import format_bytes, format_duration, make_table, printable
-from npp_ds.utils.logs import say
+from npp_ds.utils.screen import say
 
 
 @pytest.mark.parametrize(

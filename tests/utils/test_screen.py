@@ -3,8 +3,8 @@
 import re
 import sys
 
-from npp_ds.utils import progress as module
-from npp_ds.utils.progress import Progress, track
+from npp_ds.utils import screen as module
+from npp_ds.utils.screen import Progress, track
 
 
 def test_lines_have_rate_facts_and_time_left_and_hidden_progress_has_none(monkeypatch, capsys):

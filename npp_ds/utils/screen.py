@@ -1,12 +1,13 @@
-"""The progress of long work: a bar and facts that fit the width of a terminal, a line every few seconds elsewhere."""
+"""What people read on the screen: lines of text, log records of the first process, and the progress of long work."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from npp_ds.utils.format import format_duration
+from npp_ds.utils.format import format_duration, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -115,3 +116,36 @@ def track(items: Iterable[Item], what: str, total: int, shown: bool = True) -> I
         for done, item in enumerate(items, start=1):
             yield item
             progress(done, total)
+
+
+ANY_RANK = {"any_rank": True}
+"""`extra` of a record that other processes show, too: of work that any one process does for the others."""
+
+
+def say(*lines: str, to_stderr: bool = False) -> None:
+    """Print lines for people. Characters of names that would control the terminal or break a line are escaped."""
+    print("\n".join(map(printable, lines)), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+class ScreenHandler(logging.Handler):
+    """Print each record as a plain line, warnings with a prefix; a screen behind a full disk loses them."""
+
+    def __init__(self, to_stderr: bool):
+        super().__init__(logging.INFO)
+        self.to_stderr = to_stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream: TextIO = sys.stderr if self.to_stderr else sys.stdout  # looked up now: a progress bar may replace it
+        prefix = "WARNING: " if record.levelno >= logging.WARNING else ""
+        with suppress(OSError):
+            print(prefix + printable(record.getMessage(), keep="\n"), file=stream, flush=True)
+
+
+def show_logs(rank: int = 0, to_stderr: bool = False) -> None:
+    """Show records of level INFO and above on the first process's screen; the others show those of ANY_RANK only."""
+    handler = ScreenHandler(to_stderr)
+    if rank:
+        handler.addFilter(lambda record: getattr(record, "any_rank", False))
+    logger = logging.getLogger("npp_ds")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from npp_ds.distributed.environment import free_memory
 from npp_ds.errors import UserError, memory_advice
-from npp_ds.utils.memory import free_memory
 
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 V2 = ("memory.max", "memory.current")
@@ -25,8 +25,8 @@ def test_the_tightest_limit_of_the_control_groups_counts(groups, files, expected
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for name, value in zip(names, values, strict=True):
             (tmp_path / folder / name).write_text(value + "\n")
-    monkeypatch.setattr("npp_ds.utils.memory.OWN_GROUPS", tmp_path / "self")
-    monkeypatch.setattr("npp_ds.utils.memory.CGROUPS", tmp_path)
+    monkeypatch.setattr("npp_ds.distributed.environment.OWN_GROUPS", tmp_path / "self")
+    monkeypatch.setattr("npp_ds.distributed.environment.CGROUPS", tmp_path)
     free = free_memory("cpu")
     assert free == 70 if files else free > 1 << 20
 
