@@ -1,9 +1,12 @@
 """Preemption: a signal asks a run to stop; the run saves and exits with a code that asks for a restart."""
 
+import logging
 import signal
 import time
 from types import FrameType, TracebackType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 PREEMPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that was asked to stop, has saved, and resumes when started again."""
@@ -55,6 +58,15 @@ class StopRequests:
                 handler = signal.SIG_IGN
             # None: a handler that was not installed from Python, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def end_before_meeting(self) -> None:
+        """End a start that SIGINT or SIGTERM has asked to stop before the processes have met.
+
+        After SIGUSR1 alone they meet first and stop together: those that did not receive it would wait for this one.
+        """
+        if self.requested and self.at_once:
+            logger.info(f"{self.requested}: stopped before all processes had met; rerun the same command to resume")
+            raise Preempted(self.requested, 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:

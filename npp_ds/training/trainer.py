@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,22 +37,12 @@ def train(config: RunConfig, from_step: int | None, stop: StopRequests) -> None:
     every process of the launch. Raises UserError for what a person can fix, NonFiniteError when a loss or gradients
     are not finite, Preempted after a checkpoint that a signal asked for.
     """
-    processes = join_processes(end_if_asked=partial(_end_if_asked, stop))
+    processes = join_processes(end_if_asked=stop.end_before_meeting)
     show_logs(processes.rank)
     try:
         Trainer(config, processes, from_step, stop).run()
     finally:
         leave_processes()
-
-
-def _end_if_asked(stop: StopRequests) -> None:
-    """End a start that SIGINT or SIGTERM has asked to stop before the processes have met.
-
-    After SIGUSR1 alone they meet first and stop together: those that did not receive it would wait for this one.
-    """
-    if stop.requested and stop.at_once:
-        logger.info(f"{stop.requested}: stopped before all processes had met; rerun the same command to resume")
-        raise Preempted(stop.requested, 0)
 
 
 class Trainer:
@@ -131,10 +120,10 @@ class Trainer:
             elif self.initial:
                 self._start_from(self.initial)
             self._end_if_asked()
-            start = f"resuming after step {self.first_step}" if self.resumed_from else "fresh run"
-            start += f" from {self.initial.path} ({self.initial.describe()})" if self.initial else ""
+            how = f"resuming after step {self.first_step}" if self.resumed_from else "fresh run"
+            how += f" from {self.initial.path} ({self.initial.describe()})" if self.initial else ""
             self.processes.on_first(run_folder.record_start, self.config, self.processes, len(self.train_store))
-            self.log.start(self.schedule, self.first_step, self.engine, start)
+            self.log.start(self.schedule, self.first_step, self.engine, how)
             with self.watchdog:
                 self._train()
             self.log.end(self.schedule.total_steps)
