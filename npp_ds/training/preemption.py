@@ -30,7 +30,6 @@ ONE_PRESS = 1.0
 class StopRequests:
     """A context in which SIGINT (Ctrl-C), SIGTERM and SIGUSR1 end nothing: `requested` names the first one.
 
-    SIGUSR1 alone is a scheduler's early warning, often to some processes only; `at_once` says that another one came.
     Later ones change nothing, except after a SIGINT: ONE_PRESS seconds later SIGINT and SIGTERM end the process at once
     again (torchrun 2.14 sends its processes SIGTERM at the second Ctrl-C). When Preempted leaves the block all stay
     ignored, so that the process ends with its own exit code. Python delivers signals to the main thread only: entered
@@ -41,7 +40,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self.at_once = False
+        self._at_once = False
         self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -60,18 +59,19 @@ class StopRequests:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def end_before_meeting(self) -> None:
-        """End a start that SIGINT or SIGTERM has asked to stop before the processes have met.
+        """Raise Preempted if SIGINT or SIGTERM came; called while the processes of a launch wait for one another.
 
-        After SIGUSR1 alone they meet first and stop together: those that did not receive it would wait for this one.
+        After SIGUSR1 alone, a scheduler's early warning, they meet first and stop together: processes that did not
+        receive it would wait for this one.
         """
-        if self.requested and self.at_once:
+        if self.requested and self._at_once:
             logger.info(f"{self.requested}: stopped before all processes had met; rerun the same command to resume")
             raise Preempted(self.requested, 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = signal.Signals(number).name
-        self.at_once |= number != signal.SIGUSR1
+        self._at_once |= number != signal.SIGUSR1
         if number == signal.SIGINT and not self._interrupted:
             self._interrupted = True
             time.sleep(ONE_PRESS)
