@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from npp_ds.config.checks import problems_of, replaced_problems
-from npp_ds.config.fields import keys_of, section_of
+from npp_ds.config.fields import keys_of
 from npp_ds.config.schema import RECIPES, REPLACED_BY_STAGES, RunConfig, drop_replaced_by_stages
 from npp_ds.errors import UserError, did_you_mean, similar_names
 from npp_ds.utils.files import read_small
@@ -21,6 +21,7 @@ _RUN_FILES = ("checkpoints", "metrics.jsonl", "environment.json")  # what a run 
 MOST_BYTES, MOST_LEVELS, MOST_VALUES = 1 << 20, 50, 10_000
 """Limits of a config file: its size, the depth of its nesting, the number of its values with aliases expanded."""
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if hasattr(field.annotation, "model_fields")]
+_FIELDS = dict(keys_of(RunConfig))
 
 
 def recipe_names() -> list[str]:
@@ -242,17 +243,21 @@ def _follows_from(problem: str, dropped: list[str]) -> bool:
 
 
 def _describe(item: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    key = ".".join(map(str, item["loc"]))
+    generic = ".".join("N" if isinstance(part, int) else part for part in item["loc"])  # as `keys_of` names it
+    section = generic.rpartition(".")[0]
     if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"][:-1])
+        known = [name.rpartition(".")[2] for name in _FIELDS if name.rpartition(".")[0] == section]
         return f"{key}: unknown key{did_you_mean(_similar_keys(key, known))}; known here: {', '.join(known)}"
     if item["type"] == "missing":
         return f"{key}: missing; set it in the file or as {key}=..."
     expected = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     found = repr(item["input"])
     found = found if len(found) <= 200 else f"{found[:200]}..."
+    field = _FIELDS.get(generic.removesuffix(".N"))
+    meaning = f" ({field.description})" if field and field.description else ""
     hint = did_you_mean(similar_names(str(item["input"])[:200], re.findall("'([^']+)'", expected)))
-    return f"{key}: found {found}, expected {expected}{_meaning(item['loc'])}{hint}"
+    return f"{key}: found {found}, expected {expected}{meaning}{hint}"
 
 
 def _similar_keys(key: str, known: list[str]) -> list[str]:
@@ -260,37 +265,9 @@ def _similar_keys(key: str, known: list[str]) -> list[str]:
     section, dot, name = key.rpartition(".")
     if here := similar_names(name, known):
         return [f"{section}{dot}{other}" for other in here]
-    everywhere = [other for other, _ in keys_of(RunConfig)]
-    names = {other.rpartition(".")[2] for other in everywhere}
+    names = {other.rpartition(".")[2] for other in _FIELDS}
     close = names & {name} or set(similar_names(name, sorted(names), most=1))
-    return sorted((other for other in everywhere if other.rpartition(".")[2] in close), key=len)[:2]
-
-
-def _section(location: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """Return the section class that holds the key at `location`."""
-    section: Any = RunConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part)
-        if field is None:
-            return None
-        section = section_of(field.annotation)
-        if section is None:
-            return None
-    return section
-
-
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    section = _section(location)
-    return list(section.model_fields) if section else []
-
-
-def _meaning(location: tuple[str | int, ...]) -> str:
-    names = [part for part in location if isinstance(part, str)]
-    section = _section(tuple(names[:-1]))
-    field = section.model_fields.get(names[-1]) if section and names else None
-    return f" ({field.description})" if field is not None and field.description else ""
+    return sorted((other for other in _FIELDS if other.rpartition(".")[2] in close), key=len)[:2]
 
 
 def _drop(raw: Any, location: tuple[str | int, ...]) -> None:

@@ -1,7 +1,7 @@
 """Pictures by matplotlib: of a run, of a planned schedule, and of a model's likelihood by position."""
 
 import io
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +49,14 @@ def _saved(figure: "Figure", title: str, image_format: str = "png") -> bytes:
 def plot_run(run: RunData) -> bytes:
     """Return a PNG of a run: the panels of its page over the steps, its stages shaded."""
     shown = panels([run], [run.config.name])
-    rows = -(-len(shown) // 2)
-    figure = _new_figure(11, 3.5 * rows)
-    for axis, panel in zip_longest(figure.subplots(rows, 2, squeeze=False).flat, shown):
-        if panel is None:
-            axis.remove()
-        else:
-            _draw_panel(axis, panel)
-            _shade(axis, run)
+    cells = [panel.key for panel in shown]
+    cells += cells[-1:] if len(cells) % 2 else []  # the last one is as wide as two
+    rows: list[Any] = [cells[i : i + 2] for i in range(0, len(cells), 2)]
+    figure = _new_figure(11, 3.5 * len(rows))
+    axes = figure.subplot_mosaic(rows)
+    for panel in shown:
+        _draw_panel(axes[panel.key], panel)
+        _shade(axes[panel.key], run)
     return _saved(figure, run.config.name)
 
 

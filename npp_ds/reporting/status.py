@@ -251,15 +251,9 @@ def _block(status: RunStatus) -> "RenderableType":
 
 def _view(found: Sequence[RunStatus], width: int) -> "RenderableType":
     """Return the blocks of runs, side by side as far as `width` allows."""
-    from rich.table import Table
+    from rich.columns import Columns
 
-    columns = max(1, min(width // (BLOCK_WIDTH + 2), len(found)))
-    grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-    for _ in range(columns):
-        grid.add_column(max_width=min(width, BLOCK_WIDTH))
-    for first in range(0, len(found), columns):
-        grid.add_row(*map(_block, found[first : first + columns]))
-    return grid
+    return Columns(map(_block, found), width=min(BLOCK_WIDTH, width - 2))
 
 
 def _look(runs: Sequence[Path]) -> tuple[list[RunStatus], dict[str, str]]:

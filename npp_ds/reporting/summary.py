@@ -117,7 +117,7 @@ def read_run(folder: Path, warn: bool = True) -> RunData:
 
     `warn` is that of `read_events`.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: not a run folder: config.yaml is missing")
     config, log = load_config(file=folder / "config.yaml"), folder / "metrics.jsonl"
     return RunData(folder, config, recorded_environment(folder), read_events(log, warn) if log.is_file() else [])

@@ -110,17 +110,6 @@ def _misfits(judge: Judge, grid_size: int, device: torch.device) -> list[str]:
     return []
 
 
-def evaluation_problems(config: RunConfig, made_by: TokenizerInfo) -> list[str]:
-    """Return why the evaluations that a config asks for could not be made here."""
-    if not config.evaluate.every:
-        return []
-    try:
-        load_judge(config, made_by, torch.device("cpu"))
-    except UserError as error:
-        return str(error).split("\n")
-    return []
-
-
 class Budget:
     """Limit evaluations to a share of the training time, by when the last one was made and how long it took."""
 
@@ -178,7 +167,7 @@ class Evaluation(Hook):
         """Evaluate, or postpone it. Raises StopAgreed on all ranks when one is asked to stop meanwhile."""
         stage, done, elapsed = context.stage, context.done, self.log.clock.elapsed
         where = {"stage": stage.index, "patch_side": stage.patch_side, "elapsed_seconds": elapsed}
-        if not self.processes.on_first(self._is_affordable, done, elapsed):
+        if not self.processes.on_first(lambda: done == self._last_step or self._budget.allows(elapsed)):
             self.log.write(PUT_OFF, done, **where)
             most = self.settings.max_share
             why = f"the last one took more than {most:.1%} of the training time since (evaluate.max_share)"
@@ -192,9 +181,6 @@ class Evaluation(Hook):
         )
         curves = {f"frechet_distance_side_{stage.patch_side}": found.frechet_distance, "seconds": found.seconds}
         self.log.curves(done, {f"{EVALUATION}/{name}": value for name, value in curves.items()})
-
-    def _is_affordable(self, done: int, elapsed: float) -> bool:
-        return done == self._last_step or self._budget.allows(elapsed)
 
     def _evaluate(self, context: Context, elapsed: float) -> Result:
         """Sample at the stage's patch side and compare; the result counts on the first rank."""

@@ -1,6 +1,9 @@
 """Checks before anything starts: config, data, processes, DeepSpeed settings, kernels, initial weights, evaluation."""
 
 import logging
+from collections.abc import Callable
+
+import torch
 
 from npp_ds.checkpoint.folders import saved_steps
 from npp_ds.checkpoint.open import Weights, open_weights
@@ -15,7 +18,7 @@ from npp_ds.model.attention import check_attention
 from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import check_tokenizer
 from npp_ds.training.deepspeed_config import check_monitors, engine_settings
-from npp_ds.training.evaluation import evaluation_problems
+from npp_ds.training.evaluation import load_judge
 from npp_ds.training.performance import check_performance
 
 logger = logging.getLogger(__name__)
@@ -36,7 +39,10 @@ def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
     if val:
         where = f"data.val ({config.data.val})"
         problems += _meaning_problems(where, meaning_mismatches(val.coding, train.coding), config)
-    problems += _tokenizer_problems(config, train) + evaluation_problems(config, train.tokenizer)
+    if config.evaluate.every:  # this loads the tokenizer, too
+        problems += _refusals(lambda: load_judge(config, train.tokenizer, torch.device("cpu")))
+    elif tokenizer := config.data.tokenizer:
+        problems += [f"data.tokenizer: {p}" for p in _refusals(lambda: check_tokenizer(train.tokenizer, tokenizer))]
     if problems:
         raise UserError("the config does not fit the data:\n" + "\n".join(f"  - {p}" for p in problems))
     return config.build_schedule(train.num_samples, world_size)
@@ -87,17 +93,6 @@ def _meaning_problems(where: str, mismatches: list[Mismatch], config: RunConfig)
     return [f"{text}; name one that agrees, or accept it with data.allow_mismatch=true" for text in texts]
 
 
-def _tokenizer_problems(config: RunConfig, train: Manifest) -> list[str]:
-    """Return why data.tokenizer cannot decode samples; evaluations load it, so their own check covers it."""
-    if not config.data.tokenizer or config.evaluate.every:
-        return []
-    try:
-        check_tokenizer(train.tokenizer, config.data.tokenizer)
-    except UserError as error:
-        return [f"data.tokenizer: {error}"]
-    return []
-
-
 def _fixed_by_weights(model: ModelSection) -> dict[str, int]:
     config = ModelConfig(**model.arguments())
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "num_classes")
@@ -108,18 +103,21 @@ def _fixed_by_weights(model: ModelSection) -> dict[str, int]:
 def _engine_problems(config: RunConfig, num_samples: int, world_size: int) -> list[str]:
     """Return what DeepSpeed's settings, the attention kernel and `performance` would refuse later."""
     first = config.build_schedule(num_samples, world_size).stages[0]
-    problems = []
-    for check in (
-        lambda: engine_settings(config, first, world_size),
-        lambda: check_monitors(config),
-        lambda: check_attention(config.model.attention),
-        lambda: check_performance(config),
-    ):
-        try:
-            check()
-        except UserError as error:
-            problems += str(error).splitlines()
-    return problems
+    return [
+        *_refusals(lambda: engine_settings(config, first, world_size)),
+        *_refusals(lambda: check_monitors(config)),
+        *_refusals(lambda: check_attention(config.model.attention)),
+        *_refusals(lambda: check_performance(config)),
+    ]
+
+
+def _refusals(check: Callable[[], object]) -> list[str]:
+    """Return the lines of the UserError that a check raises; [] if it raises none."""
+    try:
+        check()
+    except UserError as error:
+        return str(error).splitlines()
+    return []
 
 
 def _size_problems(key: str, manifest: Manifest, config: RunConfig) -> list[str]:

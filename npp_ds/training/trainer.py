@@ -120,10 +120,10 @@ class Trainer:
             elif self.initial:
                 self._start_from(self.initial)
             self._end_if_asked()
-            start = f"resuming after step {self.first_step}" if self.resumed_from else "fresh run"
-            start += f" from {self.initial.path} ({self.initial.describe()})" if self.initial else ""
+            how = f"resuming after step {self.first_step}" if self.resumed_from else "fresh run"
+            how += f" from {self.initial.path} ({self.initial.describe()})" if self.initial else ""
             self.processes.on_first(run_folder.record_start, self.config, self.processes, len(self.train_store))
-            self.log.start(self.schedule, self.first_step, self.engine, start)
+            self.log.start(self.schedule, self.first_step, self.engine, how)
             with self.watchdog:
                 self._train()
             self.log.end(self.schedule.total_steps)
