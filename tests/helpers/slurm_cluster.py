@@ -168,7 +168,7 @@ class Job:
     def state(self) -> str:
         return self.shown()["JobState"]
 
-    def wait_for_end(self, timeout: float = 240) -> str:
+    def wait_for_end(self, timeout: float = 400) -> str:
         """The state in which it stays."""
         wait_for(lambda: self.state in ENDED, timeout, lambda: f"{self.shown()}\n{self.log()}")
         return self.state
