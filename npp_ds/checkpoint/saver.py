@@ -64,7 +64,7 @@ class CheckpointSaver:
     `token` makes the names of temporary folders unique. The first rank checks the `lease` right before the commit. With
     `asynchronous`, `begin` copies the states to host memory and training may continue until `writing` is done; without
     it, the states must not change between `begin` and `finish`. The `watchdog` hears of progress while ranks wait for
-    each other.
+    each other. `pending` is the record of the checkpoint that has begun and is not finished, else None.
     """
 
     def __init__(
@@ -80,25 +80,20 @@ class CheckpointSaver:
         self.lease, self.watchdog, self.asynchronous = lease, watchdog, asynchronous
         self._thread = ThreadPoolExecutor(1, "npp-checkpoint")
         self._host: dict[str, list[Tensor]] = {}
-        self._record: CheckpointRecord | None = None
+        self.pending: CheckpointRecord | None = None
         self.writing: Future | None = None
         self._blocks = 0
         self._seconds = 0.0
 
-    @property
-    def pending(self) -> CheckpointRecord | None:
-        """The record of the checkpoint that has begun and is not finished, else None."""
-        return self._record
-
     def begin(self, record: CheckpointRecord, fragments: list[Fragment], states: dict[str, list[Tensor]]) -> None:
         """Start to write this rank's `fragments` of every state. Raises SaveFailed on all ranks."""
-        if self._record is not None:
-            raise RuntimeError(f"the checkpoint of step {self._record.step} is not finished")
+        if self.pending is not None:
+            raise RuntimeError(f"the checkpoint of step {self.pending.step} is not finished")
         began = time.perf_counter()
         if problem := self.processes.on_first(self._make_folder, record.step):
             raise SaveFailed(problem)
         path = self._folder(record.step) / file_of(self.processes.rank, self.processes.world_size)
-        self._record = record
+        self.pending = record
         try:
             states = self._copied_to_host(states) if self.asynchronous else states
             self.writing = self._thread.submit(write_state, path, fragments, states, self._count_block)
@@ -114,12 +109,12 @@ class CheckpointSaver:
 
         Without `begin` it raises RuntimeError.
         """
-        record, writing = self._record, self.writing
+        record, writing = self.pending, self.writing
         if record is None or writing is None:
             raise RuntimeError("no checkpoint has begun")
         began = time.perf_counter()
         self._wait_for_all(writing)
-        self._record = self.writing = None
+        self.pending = self.writing = None
         results = self.processes.gather(self._result(writing))
         names = [file_of(rank, self.processes.world_size) for rank in range(len(results))]
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(results) if problem]

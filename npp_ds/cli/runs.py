@@ -149,9 +149,11 @@ def report(
     Example: npp report runs/quickstart
     """
     from npp_ds.reporting.report import report_runs
+    from npp_ds.reporting.summary import print_summary
 
     with content_of(", ".join(map(str, run_dirs)), "what npp train, sample and evaluate write"):
-        report_runs(run_dirs, out=out, next_steps=next_step or ())
+        for summary in report_runs(run_dirs, out=out, next_steps=next_step or ()):
+            print_summary(summary)
 
 
 recipes = typer.Typer(invoke_without_command=True)

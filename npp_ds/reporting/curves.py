@@ -44,10 +44,10 @@ def _rounded(values: Iterable[float], digits: int = 5) -> list[float]:
     return [float(f"{value:.{digits}g}") for value in values]
 
 
-def binned(lines: Sequence[Event], name: str, most: int = MOST_POINTS) -> list[list[float]]:
-    """Return at most `most` points of a figure; lines without it, or where it is not finite, are left out."""
+def binned(lines: Sequence[Event], name: str) -> list[list[float]]:
+    """Return at most MOST_POINTS points of a figure; lines without it, or where it is not finite, are left out."""
     known = [(e["step"], e[name]) for e in lines if e.get(name) is not None and isfinite(e[name])]
-    bins = np.array_split(np.array(known, np.float64).reshape(-1, 2), min(most, max(1, len(known))))
+    bins = np.array_split(np.array(known, np.float64).reshape(-1, 2), min(MOST_POINTS, max(1, len(known))))
     if len(bins) == len(known):
         return [[int(step), *_rounded([value])] for step, value in known]
     return [[round(b[:, 0].mean()), *_rounded([b[:, 1].mean(), b[:, 1].min(), b[:, 1].max()])] for b in bins if len(b)]

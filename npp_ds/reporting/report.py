@@ -22,7 +22,6 @@ from npp_ds.reporting.summary import (
     STAGE_COLUMNS,
     RunData,
     RunSummary,
-    print_summary,
     read_run,
     result_rows,
     stage_rows,
@@ -287,9 +286,8 @@ def report_runs(
     *,
     out: Path | None = None,
     next_steps: Sequence[str] = (),
-    show: bool = True,
 ) -> list[RunSummary]:
-    """Write the page of one run, or one page that compares several; print closing tables if `show`.
+    """Write the page of one run, or one page that compares several; return the figures for the closing tables.
 
     By default the page of one run is report.html in its folder, which gets training.png as well, and that of several
     is comparison.html in the folder that holds the first run. Only `out` is written if it is given. Runs may be
@@ -317,9 +315,6 @@ def report_runs(
             for run, name in zip(runs, names, strict=True)
         ]
         write_text_atomic(path, page(runs, summaries, patches, reason, next_steps))
-    if show:
-        for summary in summaries:
-            print_summary(summary)
     return summaries
 
 

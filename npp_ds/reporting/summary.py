@@ -15,8 +15,8 @@ from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError, content_of
 from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
-from npp_ds.training.metrics import Event, events_named, read_events, recorded_environment, stages_begun
-from npp_ds.utils.files import read_json
+from npp_ds.training.metrics import Event, events_named, read_events, stages_begun
+from npp_ds.utils.files import read_json, read_object
 from npp_ds.utils.format import format_duration, make_table, plain_text
 
 if TYPE_CHECKING:
@@ -119,8 +119,9 @@ def read_run(folder: Path, warn: bool = True) -> RunData:
     """
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: not a run folder: config.yaml is missing")
-    config, log = load_config(file=folder / "config.yaml"), folder / "metrics.jsonl"
-    return RunData(folder, config, recorded_environment(folder), read_events(log, warn) if log.is_file() else [])
+    config, environment = load_config(file=folder / "config.yaml"), read_object(folder / "environment.json")
+    log = folder / "metrics.jsonl"
+    return RunData(folder, config, environment, read_events(log, warn) if log.is_file() else [])
 
 
 @dataclass(frozen=True)

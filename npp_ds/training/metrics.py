@@ -10,7 +10,7 @@ from typing import Any
 
 from npp_ds.config.schedule import Stage
 from npp_ds.errors import UserError
-from npp_ds.utils.files import open_regular, parse_json, read_object, write_text_atomic
+from npp_ds.utils.files import open_regular, parse_json, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,6 @@ def stages_begun(events: list[Event]) -> list[Stage]:
         Stage(index=index, start_step=e["step"], **{name: e[name] for name in names & e.keys()})
         for index, e in sorted(begun.items())
     ]
-
-
-def recorded_environment(run_dir: Path) -> dict[str, Any]:
-    """Return what the last start recorded in environment.json; {} without it. Earlier versions recorded less."""
-    return read_object(run_dir / "environment.json")
 
 
 class StepLog:

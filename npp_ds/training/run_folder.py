@@ -18,8 +18,8 @@ from npp_ds.config.load import read_yaml
 from npp_ds.config.schema import RunConfig
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.training.metrics import events_named, read_events, recorded_environment
-from npp_ds.utils.files import write_json_atomic, write_text_atomic
+from npp_ds.training.metrics import events_named, read_events
+from npp_ds.utils.files import read_object, write_json_atomic, write_text_atomic
 from npp_ds.utils.format import utc_now
 from npp_ds.utils.records import git_commit
 
@@ -65,10 +65,10 @@ def record_start(config: RunConfig, processes: Processes, images: int) -> None:
 
     Where an earlier version did not count them there was one.
     """
-    recorded = recorded_environment(config.directory)
+    path = config.directory / "environment.json"
+    recorded = read_object(path)
     starts = recorded.get("starts", int(bool(recorded)))
-    environment = {**_environment(processes), "training_images": images, "starts": 1 + starts}
-    write_json_atomic(config.directory / "environment.json", environment)
+    write_json_atomic(path, {**_environment(processes), "training_images": images, "starts": 1 + starts})
 
 
 def checkpoint_to_resume(

@@ -219,8 +219,8 @@ def _clock(seconds: float) -> str:
 class Monitors:
     """TensorBoard, Weights & Biases and CSV files through DeepSpeed's monitors (0.19.8), as a config asks for them.
 
-    They belong to the first rank, and get no more after an error.
-    `monitor` is the engine's `MonitorMaster`, None without monitors. The config is sent at once.
+    They belong to the first rank, and get no more after an error. `monitor` is the engine's `MonitorMaster`, None
+    without monitors. The config is sent at once.
     """
 
     def __init__(self, config: RunConfig, monitor: Any, step: int):

@@ -65,9 +65,9 @@ def read_small(path: str | Path, limit: int = SMALL_FILE_BYTES) -> bytes:
     return content
 
 
-def read_json(path: str | Path, limit: int = SMALL_FILE_BYTES) -> Any:
+def read_json(path: str | Path) -> Any:
     """Return the value in a JSON file. Raises OSError as `read_small` does, ValueError as `parse_json` does."""
-    return parse_json(read_small(path, limit))
+    return parse_json(read_small(path))
 
 
 def read_object(path: str | Path) -> dict[str, Any]:

@@ -72,8 +72,8 @@ class Progress:
     the first one set `shown` to False.
     """
 
-    def __init__(self, what: str, shown: bool = True, unit: str = "images"):
-        self.what, self.shown, self.unit = what, shown, unit
+    def __init__(self, what: str, shown: bool = True):
+        self.what, self.shown = what, shown
         self._live: LiveLine | None = None
         self._pause = SECONDS_BETWEEN_LINES
         self._last = time.monotonic()
@@ -89,7 +89,7 @@ class Progress:
             self._live.close()
 
     def __call__(self, done: int, total: int, facts: str = "") -> None:
-        """Show that `done` of `total` units are done, with the rate, other `facts` and the time left."""
+        """Show that `done` of `total` images are done, with the rate, other `facts` and the time left."""
         now = time.monotonic()
         self._first = self._first or (done, now)
         if not self.shown or now - self._last < self._pause:
@@ -98,13 +98,13 @@ class Progress:
         rate = left = ""
         if done > self._first[0]:
             per_second = (done - self._first[0]) / max(now - self._first[1], 1e-9)
-            rate = f"{per_second:.3g} {self.unit}/s"
+            rate = f"{per_second:.3g} images/s"
             left = f"{format_duration(max(total - done, 0) / per_second)} left"
         if self._live:
-            shown = [(1, self.what), (2, f"{done}/{total} {self.unit}"), (3, rate), (4, facts), (0, left)]
+            shown = [(1, self.what), (2, f"{done}/{total} images"), (3, rate), (4, facts), (0, left)]
             self._live.show(done / max(total, 1), [fact for fact in shown if fact[1]])
         else:
-            text = ", ".join(filter(None, [self.unit, rate, facts, left]))
+            text = ", ".join(filter(None, ["images", rate, facts, left]))
             with suppress(OSError):  # a full disk or a closed pipe under the screen stops no work
                 print(f"{self.what}: {done}/{total} {text}", file=sys.stderr, flush=True)
 

@@ -224,7 +224,7 @@ def test_npp_likelihood_measures_what_validation_logged_and_the_report_shows_its
         assert min(Image.open(tmp_path / f"{kind}-{side}.png").size) > 300
     done = CliRunner().invoke(app, ["likelihood", str(trained), "--limit", "7"], catch_exceptions=False)
     assert json.loads((trained / "likelihood.json").read_text())["images"] == 7
-    report_runs([trained], show=False)
+    report_runs([trained])
     assert "Where the model is unsure" in (trained / "report.html").read_text()
 
 

@@ -31,8 +31,8 @@ def pages(pair, tmp_path_factory) -> dict[str, Path]:
     for run_dir, sides in zip(runs, ([2, 1], [1]), strict=True):
         every = {"validation": {"every": 3}, "logging": {"every": 1}, "schedule": {"patch_sides": sides}, "data": data}
         pair.run(run, config_of(folder, run_dir, {"every": 6}, name=run_dir.name, **every))
-    report_runs(runs[:1], next_steps=["npp sample <run>"], show=False)
-    report_runs(runs, show=False)
+    report_runs(runs[:1], next_steps=["npp sample <run>"])
+    report_runs(runs)
     return {"one": runs[0] / "report.html", "two": folder / "comparison.html"}
 
 

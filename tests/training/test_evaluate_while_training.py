@@ -218,7 +218,7 @@ def test_evaluations_that_cost_too_much_are_put_off_but_the_last(pair, folder, t
     events = [(e["event"], e["step"]) for e in metrics_of(tmp_path / "run") if e["event"].startswith("evaluation")]
     put_off = [("evaluation_put_off", step) for step in (4, 6, 8, 10)]
     assert events == [("evaluation", 2), *put_off, ("evaluation", 12)]
-    (summary,) = report_runs([tmp_path / "run"], show=False)
+    (summary,) = report_runs([tmp_path / "run"])
     costs = [e["seconds"] for e in evaluations_of(tmp_path / "run")]
     assert summary.evaluations == 2 and summary.evaluation_seconds == pytest.approx(sum(costs))
     assert "evaluations while training" in (tmp_path / "run" / "report.html").read_text()
