@@ -31,11 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, from_step: int | None, stop: StopRequests) -> None:
-    """Train the run that `config` describes to its last step, from its newest complete checkpoint if there is one.
+    """Train a run to its last step, from its newest complete checkpoint if there is one, in each process of the launch.
 
-    `from_step` asks for the checkpoint of exactly that step; later ones are set aside. `stop` notes signals. Called by
-    every process of the launch. Raises UserError for what a person can fix, NonFiniteError when a loss or gradients
-    are not finite, Preempted after a checkpoint that a signal asked for.
+    `from_step` asks for the checkpoint of exactly that step; later ones are set aside. `stop` notes signals. Raises
+    UserError, NonFiniteError for a loss or gradients that are not finite, Preempted after a signal and a checkpoint.
     """
     processes = join_processes(end_if_asked=stop.end_before_meeting)
     show_logs(processes.rank)
