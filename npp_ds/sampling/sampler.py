@@ -165,6 +165,14 @@ def worth_capturing(model: Transformer, images: int, batch_size: int) -> bool:
     return images > batch_size and not hooked and next(model.parameters()).is_cuda
 
 
+def _label_problems(labels: Tensor, num_classes: int) -> list[str]:
+    """Return what is wrong with labels: on a GPU, one out of range would end the process without a message."""
+    if not labels.numel() or (int(labels.min()) >= 0 and int(labels.max()) <= num_classes):
+        return []
+    found = f"{int(labels.min())}..{int(labels.max())}"
+    return [f"labels: found {found}, expected classes 0..{num_classes - 1} ({num_classes} is the null class)"]
+
+
 @torch.no_grad()
 def generate(model: Transformer, labels: Tensor, indices: Tensor, options: Options, *, capture: bool = False) -> Tensor:
     """Sample the codes, int64 [B, grid_size**2] in raster order, of images with labels [B] and image numbers [B].
@@ -182,7 +190,7 @@ def generate(model: Transformer, labels: Tensor, indices: Tensor, options: Optio
     ones in their last bits. Raises UserError that names all options out of range.
     """
     grid_size, side = model.config.grid_size, options.patch_side
-    if problems := options.problems(grid_size):
+    if problems := options.problems(grid_size) + _label_problems(labels, model.config.num_classes):
         raise UserError("sampling options: " + "; ".join(problems))
     positions = num_positions(grid_size, side)
     if not len(labels):

@@ -143,12 +143,12 @@ def test_a_process_that_waits_for_the_others_answers_signals(tmp_path, rank, num
 )  # fmt: skip
 def test_errors_among_several_processes_begin_with_rank_and_host(error, rank, code, said):
     program = f"""
-from npp_ds.cli import program
+from npp_ds import cli
 from npp_ds.errors import RendezvousError, UserError
 def app():
     raise {error}
-program.app = app
-program.main()"""
+cli.app = app
+cli.main()"""
     environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURMD_NODENAME": "n2"}
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
