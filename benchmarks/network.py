@@ -370,8 +370,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join([*figures, taken, *costs])} |")
         lines += [
             "",
-            "Two cores serve both nodes and the network between them, and DeepSpeed on a CPU does not communicate "
-            "during the backward pass: compare the measured costs with the plan without overlap.",
+            "Two cores serve both nodes and the network between them, and on a CPU the backward pass waits for each "
+            "reduction: compare the measured costs with the plan without overlap.",
         ]
     return "\n".join([*lines, "", made_by(result)]) + "\n"
 
