@@ -81,7 +81,7 @@ def test_memory_of_a_gpu_is_the_peak_since_it_was_last_asked():
 QUICKSTART = load_config("quickstart")
 SCHEDULE = QUICKSTART.build_schedule(9000)
 RATES = {4: 1250.0, 2: 620.0, 1: 210.0}
-"""Images per second of the quickstart in docs/images/quickstart_training.png: less apart than FLOPs (1 : 4 : 16)."""
+"""Images per second of a quickstart on two CPU cores: less apart than FLOPs (1 : 4 : 16)."""
 
 
 def quickstart_lines(done: int, rates: dict[int, float] = RATES) -> list[dict]:
