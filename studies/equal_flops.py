@@ -20,7 +20,7 @@ from npp_ds.config.load import load_config
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.manifest import Manifest
 from npp_ds.sizes import num_positions
-from npp_ds.training.metrics import events_named, read_events
+from npp_ds.training.metrics import Event, events_named, read_events
 from npp_ds.utils.files import write_json_atomic, write_text_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,12 +43,30 @@ def next_token_overrides(config: RunConfig, num_samples: int, learning_rate: flo
     return [f"schedule.stages=[{{{stage}}}]"]
 
 
-def train(overrides: list[str], run_dir: Path, processes: int) -> dict[str, float]:
-    """Train a run. Return the validation loss at patch side 1 after the last step, and the seconds of training."""
+def command_line(description: str, processes: int, out: Path) -> argparse.ArgumentParser:
+    """Return a parser with the options of studies that train the quickstart for several seeds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="folder of code shards to train on")
+    parser.add_argument("--val", required=True, help="folder of held-out code shards")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=processes)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / out.name, help="folder for the run folders")
+    parser.add_argument("--out", type=Path, default=out, help="result file without its extension")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for all runs")
+    return parser
+
+
+def train_quickstart(overrides: list[str], run_dir: Path, processes: int) -> list[Event]:
+    """Train a run of the recipe quickstart to its end. Return its events."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, "-m", "npp_ds", "train", "--recipe", "quickstart", f"run_dir={run_dir}", *overrides]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    events = read_events(run_dir / "metrics.jsonl")
+    return read_events(run_dir / "metrics.jsonl")
+
+
+def train(overrides: list[str], run_dir: Path, processes: int) -> dict[str, float]:
+    """Train a run. Return the validation loss at patch side 1 after the last step, and the seconds of training."""
+    events = train_quickstart(overrides, run_dir, processes)
     nll = [e["nll"] for e in events_named(events, "validation") if e["patch_side"] == 1][-1]
     return {"validation_nll": nll, "seconds": events_named(events, "end")[-1]["elapsed_seconds"]}
 
@@ -70,15 +88,8 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True, help="folder of code shards to train on")
-    parser.add_argument("--val", required=True, help="folder of held-out code shards")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = command_line(__doc__, 2, RESULTS / "equal_flops")
     parser.add_argument("--rates", type=float, nargs="+", help="next-token peak rates (that of the last stage)")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--runs", type=Path, default=Path("runs/equal_flops"), help="folder for the run folders")
-    parser.add_argument("--out", type=Path, default=RESULTS / "equal_flops", help="result file without its extension")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for all runs")
     args = parser.parse_args()
 
     data = [f"data.train={args.train}", f"data.val={args.val}", *args.set]
