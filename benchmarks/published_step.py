@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from npp_ds.model import Transformer
-from npp_ds.model.attention import Attention, rotary_table
-from npp_ds.model.layers import RMSNorm
-from npp_ds.model.transformer import FeedForward
+from npp_ds.model.transformer import Attention, FeedForward, RMSNorm, rotary_table
 
 
 def split_into_patches(values: Tensor, patch_side: int) -> Tensor:

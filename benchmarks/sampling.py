@@ -27,9 +27,7 @@ from benchmarks.common import (
     spread,
 )
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.model.attention import rotary_table, rotate
-from npp_ds.model.layers import RMSNorm
-from npp_ds.model.transformer import Block
+from npp_ds.model.transformer import Block, RMSNorm, rotary_table, rotate
 from npp_ds.sampling.logits_processing import Options
 from npp_ds.sampling.sampler import generate
 from npp_ds.sizes import SIZES

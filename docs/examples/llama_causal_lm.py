@@ -2,7 +2,7 @@
 
 pip install torch transformers && pip install --no-deps . && python docs/examples/llama_causal_lm.py
 
-`npp_ds.model.patches` and `.loss` need torch only. To leave out padding, as `ignore_index` does, select rows:
+`npp_ds.model` needs torch only. To leave out padding, as `ignore_index` does, select rows:
 `patch_cross_entropy(hidden[keep], weight, targets[keep])`. An output bias is one more column: `cat([hidden, ones], -1)`
 with `cat([weight, bias[:, None]], -1)`. The loss is the mean; multiply it by the number of rows for the sum.
 """
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from npp_ds.model.loss import patch_cross_entropy
-from npp_ds.model.patches import group, mean_embedding
+from npp_ds.model import mean_embedding, patch_cross_entropy
+from npp_ds.model.patches import group
 
 VOCAB_SIZE, NUM_CLASSES, GRID_SIZE = 64, 4, 8
 CLASS_DROPOUT = 0.1

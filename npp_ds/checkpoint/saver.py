@@ -9,6 +9,7 @@ If a file cannot be written, for example on a full disk, only this checkpoint is
 """
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -34,13 +35,6 @@ class Lease(Protocol):
         """Raise UserError when another start has taken it."""
 
 
-class Watchdog(Protocol):
-    """What ends a process that makes no progress."""
-
-    def beat(self) -> None:
-        """Report progress."""
-
-
 class SaveFailed(Exception):
     """A checkpoint could not be written; earlier ones are unchanged. Raised alike on all ranks."""
 
@@ -63,8 +57,8 @@ class CheckpointSaver:
 
     `token` makes the names of temporary folders unique. The first rank checks the `lease` right before the commit. With
     `asynchronous`, `begin` copies the states to host memory and training may continue until `writing` is done; without
-    it, the states must not change between `begin` and `finish`. The `watchdog` hears of progress while ranks wait for
-    each other. `pending` is the record of the checkpoint that has begun and is not finished, else None.
+    it, the states must not change between `begin` and `finish`. `progress` is set while ranks wait for each other and
+    one of them writes. `pending` is the record of the checkpoint that has begun and is not finished, else None.
     """
 
     def __init__(
@@ -73,11 +67,11 @@ class CheckpointSaver:
         processes: Processes,
         token: str,
         lease: Lease | None = None,
-        watchdog: Watchdog | None = None,
+        progress: threading.Event | None = None,
         asynchronous: bool = False,
     ):
         self.checkpoints, self.processes, self.token = checkpoints, processes, token
-        self.lease, self.watchdog, self.asynchronous = lease, watchdog, asynchronous
+        self.lease, self.progress, self.asynchronous = lease, progress or threading.Event(), asynchronous
         self._thread = ThreadPoolExecutor(1, "npp-checkpoint")
         self._host: dict[str, list[Tensor]] = {}
         self.pending: CheckpointRecord | None = None
@@ -134,13 +128,13 @@ class CheckpointSaver:
         self._thread.shutdown()
 
     def _wait_for_all(self, writing: Future) -> None:
-        """Return when every rank has written. `beat` stops when no rank writes another block."""
+        """Return when every rank has written. `progress` is not set while no rank writes another block."""
         before = -1.0
         while True:
             state = torch.tensor([float(writing.done()), float(self._blocks)], device=self.processes.device)
             written, blocks = self.processes.sum(state)
-            if blocks != before and self.watchdog:
-                self.watchdog.beat()
+            if blocks != before:
+                self.progress.set()
             if written == self.processes.world_size:
                 return
             before = blocks

@@ -55,7 +55,7 @@ def export(
 
 def _export_hub(opened: "Weights", out: Path, dtype: str, force: bool, tokenizer: str | None) -> None:
     from npp_ds.checkpoint.export import export_hub
-    from npp_ds.reporting.model_card import model_card
+    from npp_ds.reporting.report import model_card
     from npp_ds.sampling.image_model import find_tokenizer
 
     try:

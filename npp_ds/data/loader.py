@@ -1,11 +1,12 @@
-"""The batches of a stage and of a validation set, read from a `CodeStore` as torch tensors.
+"""The batches of a run, of a stage and of a validation set, read from a `CodeStore` as torch tensors.
 
-`StageLoader` prefetches in a thread but has no state to save: its batches are a function of seed and step.
+`StageManager` gives each stage a loader. A `StageLoader` prefetches in a thread but has no state to save: its batches
+are a function of seed and step.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npp_ds.config.schedule import Stage
+from npp_ds.config.schedule import Schedule, Stage
+from npp_ds.config.schema import RunConfig
 from npp_ds.data.order import batch_ids, crop_index, drop_label, rank_slice
 from npp_ds.data.store import CodeStore
+from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.model.patches import group
 
@@ -156,16 +159,47 @@ class StageLoader:
         self._pending.clear()
 
     def _load(self, step: int) -> StepBatch:
-        stage, seed, store = self.stage, self.seed, self.store
+        stage, seed, all_labels = self.stage, self.seed, self.store.labels
         epoch, index = stage.epoch_at(step)
-        ids = batch_ids(len(store), stage.batch_size, seed, epoch, index)[self._positions]
+        ids = batch_ids(len(all_labels), stage.batch_size, seed, epoch, index)[self._positions]
         crops = crop_index(ids, seed, epoch, self._reader.num_crops)
         dropped = drop_label(ids, seed, epoch, self.class_dropout)
-        labels = np.where(dropped, self.num_classes, np.take(store.labels, ids))
+        labels = np.where(dropped, self.num_classes, np.take(all_labels, ids))
         micro_batches = [
             (self._reader.codes(ids[m], crops[m]), self._reader.to_tensor(labels[m])) for m in range(len(ids))
         ]
         return StepBatch(step, epoch, ids.reshape(-1), crops.reshape(-1), micro_batches)
+
+
+class StageManager:
+    """The stages of a run: when the patch side changes, it closes the old stage's loader and builds the next one."""
+
+    def __init__(self, config: RunConfig, schedule: Schedule, store: CodeStore, processes: Processes):
+        self.config, self.schedule, self.store, self.processes = config, schedule, store, processes
+        self._loader: StageLoader | None = None
+        self._waited_before = 0.0
+
+    @property
+    def wait_seconds(self) -> float:
+        """The time spent waiting for data so far, by all loaders."""
+        return self._waited_before + (self._loader.wait_seconds if self._loader else 0.0)
+
+    def loaders(self, first_step: int) -> Generator[StageLoader, None, None]:
+        """Yield the loader of each stage that is not over after `first_step` steps; each is closed before the next."""
+        for stage in self.schedule.stages:
+            if first_step < stage.end_step:
+                with StageLoader(
+                    self.store,
+                    stage,
+                    seed=self.config.seed,
+                    class_dropout=self.config.data.class_dropout,
+                    num_classes=self.config.model.num_classes,
+                    rank=self.processes.rank,
+                    world_size=self.processes.world_size,
+                    first_step=max(first_step, stage.start_step),
+                ) as loader:
+                    self._waited_before, self._loader = self.wait_seconds, loader
+                    yield loader
 
 
 class EvalLoader:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from npp_ds.config.schema import DataSection
 from npp_ds.data import remote
 from npp_ds.data.manifest import MANIFEST_NAME, Manifest
 from npp_ds.data.staged_set import (
@@ -90,6 +91,11 @@ def stage(shard_dir: str | Path, cache_dir: str | Path | None = None) -> CodeSto
     if store is None:
         raise UserError(f"{root / name}: removed or changed while it was being staged; run again.")
     return store
+
+
+def stage_sets(data: DataSection) -> tuple[CodeStore, CodeStore | None]:
+    """Return the staged training set of a run and, where it has one, its validation set. Raises what `stage` raises."""
+    return stage(data.train, data.cache_dir), stage(data.val, data.cache_dir) if data.val else None
 
 
 def load_manifest(shard_dir: str | Path) -> Manifest:

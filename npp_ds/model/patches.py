@@ -1,12 +1,9 @@
-"""Square patches of a code map (NPP, arXiv 2412.15321, section 3): grouping, its inverse, and the patch embedding."""
+"""Square patches of a code map (NPP, arXiv 2412.15321, section 3): grouping and its inverse."""
 
 from math import isqrt
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from npp_ds.model.layers import Embedding
 
 
 def _grid_of(count: int, what: str) -> int:
@@ -41,18 +38,6 @@ def ungroup(codes: Tensor, patch_side: int) -> Tensor:
         raise ValueError(f"patches of side {patch_side} hold {patch_side * patch_side} codes, not {patch_area}")
     x = codes.reshape(batch, coarse, coarse, patch_side, patch_side)
     return x.transpose(2, 3).reshape(batch, patches * patch_area)
-
-
-def mean_embedding(codes: Tensor, table: Tensor) -> Tensor:
-    """Return the mean of the k token embeddings of each patch: codes[B, N, k], table[V, dim] -> [B, N, dim]."""
-    return F.embedding_bag(codes.flatten(0, 1), table, mode="mean").unflatten(0, codes.shape[:2])
-
-
-class PatchEmbedding(Embedding):
-    """The patch embedding of NPP: `mean_embedding` with the token embedding as its only parameter."""
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return mean_embedding(codes, self.weight)
 
 
 def repeat_code(codes: Tensor, patch_area: int) -> Tensor:

@@ -1,20 +1,22 @@
-"""The LlamaGen decoder (arXiv 2406.06525) over patches of codes: feed-forward, block, head and model.
+"""The LlamaGen decoder (arXiv 2406.06525) over patches of codes, from its layers to the whole model.
 
-Parameter names and shapes equal those of the published checkpoints.
+Parameter names and shapes equal those of the published checkpoints. Weights are drawn inside the constructors, because
+DeepSpeed's `zero.Init` partitions a module as soon as it is built.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from npp_ds.model.attention import Attention, KeyValueCache, rotary_table
-from npp_ds.model.layers import Embedding, Linear, RMSNorm, checkpointed
+from npp_ds.model.attention import causal_attention, check_attention, masked_attention
 from npp_ds.model.loss import patch_cross_entropy
-from npp_ds.model.patches import PatchEmbedding
 from npp_ds.sizes import ffn_hidden
 from npp_ds.utils.hub import HubModel
 
@@ -52,6 +54,149 @@ class ModelConfig:
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+
+
+def init_normal(weight: Tensor) -> None:
+    """Fill `weight` from N(0, 0.02), generated in float32 on the CPU, then rounded to the dtype of `weight`.
+
+    For one seed PyTorch generates other numbers on a GPU, and in bf16 other ones in each version, while DeepSpeed's
+    `zero.Init` (0.19.8) allocates `weight` on the GPU and in the engine's precision. Beside `weight` itself this takes
+    memory for one copy of it in float32 on the host.
+    """
+    if not weight.is_meta:  # there drawing would change nothing, and PyTorch would import its compiler for it
+        weight.data = torch.empty_like(weight, dtype=torch.float32, device="cpu").normal_(std=0.02).to(weight)
+
+
+class Linear(nn.Linear):
+    """A projection without bias, drawn from N(0, 0.02)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        init_normal(self.weight)
+
+
+class Embedding(nn.Embedding):
+    """A table drawn from N(0, 0.02)."""
+
+    def reset_parameters(self) -> None:
+        init_normal(self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, eps 1e-5, computed in float32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-5).type_as(x)
+
+
+def mean_embedding(codes: Tensor, table: Tensor) -> Tensor:
+    """Return the mean of the k token embeddings of each patch: codes[B, N, k], table[V, dim] -> [B, N, dim]."""
+    return F.embedding_bag(codes.flatten(0, 1), table, mode="mean").unflatten(0, codes.shape[:2])
+
+
+class PatchEmbedding(Embedding):
+    """The patch embedding of NPP: `mean_embedding` with the token embedding as its only parameter."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return mean_embedding(codes, self.weight)
+
+
+class ClassEmbedding(nn.Module):
+    """Embeds labels[B] in [0, num_classes] as [B, dim]; num_classes is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+def rotary_table(grid: int, head_dim: int, device: torch.device | str = "cpu", patch_side: int = 1) -> Tensor:
+    """Return cos and sin of the RoPE angles as float32 [grid*grid, head_dim/2, 2]; row i is input position i.
+
+    Row 0, the class position, is zero as in the published code, so q and k of that position are zero. Row i > 0 encodes
+    patch i - 1: its grid row in the first half of the features, its grid column in the second (LlamaGen, base 10000).
+    A grid row or column g counts as (g + 0.5) * patch_side - 0.5. With `patch_side` 1 this is g itself; with the side p
+    of the patches it is the patch's center in units of codes.
+    """
+    quarter = head_dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) * 2 / (head_dim // 2))
+    centers = (torch.arange(grid, dtype=torch.float32, device=device) + 0.5) * patch_side - 0.5
+    angles = centers[:, None] * frequencies
+    rows = angles[:, None, :].expand(grid, grid, quarter)
+    columns = angles[None, :, :].expand(grid, grid, quarter)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([torch.zeros_like(table[:1]), table[:-1]])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x[B, N, H, D], neighbouring features as pairs, by table[N, D/2, 2]; computed in float32, in x's dtype.
+
+    Eager code multiplies complex numbers, in one pass over x; products and sums of strided halves take eight. Inductor
+    fuses the latter into one pass but has no kernels for complex numbers (torch 2.15).
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), table[:, None].unbind(-1)
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table)[:, None])
+    return rotated.flatten(-2).type_as(x)
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of earlier positions, [B, G, positions, D] per layer, and the `rotary_table` of all positions."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    rotary: Tensor
+
+
+class Attention(nn.Module):
+    """Self-attention, x[B, N, dim] -> [B, N, dim]; with `n_kv_heads` < `n_heads`, query heads share keys and values."""
+
+    def __init__(
+        self, dim: int, n_heads: int, n_kv_heads: int, choice: str, attention_dropout: float, residual_dropout: float
+    ):
+        super().__init__()
+        check_attention(choice)
+        self.heads, self.kv_heads, self.head_dim = n_heads, n_kv_heads, dim // n_heads
+        self.choice, self.attention_dropout = choice, attention_dropout
+        self.wqkv = Linear(dim, (n_heads + 2 * n_kv_heads) * self.head_dim)
+        self.wo = Linear(dim, dim)
+        self.residual_dropout = nn.Dropout(residual_dropout)
+
+    def rotated_qkv(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project x[B, N, dim] to queries [B, N, H, D], keys and values [B, N, G, D]; queries and keys are rotated."""
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        q, k, v = self.rotated_qkv(x, rotary)
+        out = causal_attention(q, k, v, self.choice, self.attention_dropout if self.training else 0.0)
+        return self.residual_dropout(self.wo(out.flatten(2)))
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+        """Return the output [B, 1, dim] of one position with query q[B, 1, H, D] over keys and values[B, G, L, D].
+
+        The boolean seen[L] marks the entries to attend to; None means all.
+        """
+        q = q.transpose(1, 2)
+        if seen is None:
+            out = F.scaled_dot_product_attention(q, keys, values, enable_gqa=self.heads != self.kv_heads)
+        else:
+            out = masked_attention(q, keys, values, seen)
+        return self.wo(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -102,15 +247,33 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class ClassEmbedding(nn.Module):
-    """Embeds labels[B] in [0, num_classes] as [B, dim]; num_classes is the null class of classifier-free guidance."""
+SAVED_BY_SELECTIVE = {
+    "aten.mm.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "flash_attn._flash_attn_forward.default",
+}
+"""Operations whose results the mode `selective` saves: matrix products and attention, nearly all FLOPs of a block."""
 
-    def __init__(self, num_classes: int, dim: int):
-        super().__init__()
-        self.embedding_table = Embedding(num_classes + 1, dim)
 
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)
+def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if str(operation) in SAVED_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpointed(mode: str, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return block(*inputs), with the activations saved for the backward pass that `mode` names; it recomputes others.
+
+    "none" saves all of them, "selective" the results of `SAVED_BY_SELECTIVE`, "block" only the block's inputs. Dropout
+    masks are recomputed too, so results and gradients do not depend on the mode.
+    """
+    if mode == "none":
+        return block(*inputs)
+    if mode == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(block, *inputs, use_reentrant=False)
 
 
 class Head(nn.Module):

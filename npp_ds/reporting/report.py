@@ -1,20 +1,22 @@
-"""The report of runs: one HTML file with everything in it, a plot, and the closing tables on the terminal."""
+"""Documents about runs: the report, one HTML file with everything in it, and the model card of an exported folder."""
 
 import base64
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from markupsafe import Markup, escape
 from PIL import Image
 
+from npp_ds import __version__
 from npp_ds.errors import UserError
-from npp_ds.reporting.curves import panels, plot_data
-from npp_ds.reporting.plot import plot_run
+from npp_ds.reporting.plot import panels, plot_data, plot_run
 from npp_ds.reporting.summary import (
     LIKELIHOOD_PLOT,
     PAGE_FILE,
@@ -27,10 +29,13 @@ from npp_ds.reporting.summary import (
     stage_rows,
     summarize,
 )
-from npp_ds.sampling.folder import GRID_FILE, tiled
+from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record, tiled
 from npp_ds.training.metrics import events_named
-from npp_ds.utils.files import check_writable, explain_os_errors, write_atomic, write_text_atomic
+from npp_ds.utils.files import check_writable, explain_os_errors, read_object, write_atomic, write_text_atomic
 from npp_ds.utils.format import counted, format_duration
+
+if TYPE_CHECKING:
+    from npp_ds.checkpoint.open import Weights
 
 COMPARISON_FILE = "comparison.html"
 SHOWN_SIDES, SHOWN_IMAGES, SHOWN_PER_ROW = (8, 4, 2, 1), 4, 2
@@ -348,3 +353,44 @@ def _patch_pictures(run: RunData) -> list[Picture]:
         what = f"patch side {side}: {counted(positions, 'position')} {codes_each}"
         pictures.append(picture(png.getvalue(), what, f"images of the data, {what}"))
     return pictures
+
+
+CARD_SECTIONS = ("model", "schedule", "optimizer", "precision", "seed")
+"""What the card shows of a run's config: all that describes the training, and no path."""
+
+
+def model_card(weights: "Weights", folder: str, has_tokenizer: bool) -> dict[str, bytes]:
+    """Return the model card of an exported folder: what the weights are, what they cost, how they were evaluated.
+
+    The result is {file name: content}: README.md for the folder of that name, samples.png for a run with samples.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    run = read_run(weights.path) if weights.config else None
+    newest = newest_record(weights.path / "samples", RECORD_FILE) if run else None
+    grid = newest.parent / GRID_FILE if newest else None
+    pictures = {"samples.png": grid.read_bytes()} if grid and grid.is_file() else {}
+    summary = summarize(run, weights.name) if run and run.lines else None
+    templates = Environment(loader=PackageLoader("npp_ds.reporting", "."), keep_trailing_newline=True)
+    text = templates.get_template("model_card.md.j2").render(
+        weights=weights,
+        version=__version__,
+        folder=folder,
+        has_tokenizer=has_tokenizer,
+        has_samples=bool(pictures),
+        classes=json.dumps(list(weights.class_names[:2]) or [0, 1], ensure_ascii=False),
+        cfg_scale=(read_object(newest) if newest else {}).get("cfg_scale", 2 if weights.has_null_class else 1),
+        summary=summary,
+        columns=STAGE_COLUMNS,
+        rows=stage_rows(summary) if summary else (),
+        results=result_rows(summary) if summary else (),
+        recipe=_recipe(weights),
+    )
+    return {"README.md": text.encode(), **pictures}
+
+
+def _recipe(weights: "Weights") -> str:
+    if weights.config is None:
+        return ""
+    content = weights.config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump({name: content[name] for name in CARD_SECTIONS}, sort_keys=False)

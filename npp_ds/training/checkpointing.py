@@ -34,11 +34,12 @@ class Checkpointing(Hook):
         saver: CheckpointSaver,
         nonfinite: NonFinitePolicy,
         data_fingerprint: str,
+        resumed_from: CheckpointRecord | None,
     ):
         self.config, self.schedule, self.processes, self.log = config, schedule, processes, log
         self.saver, self.nonfinite, self.data_fingerprint = saver, nonfinite, data_fingerprint
         self.zero_stage = zero_stage_of(config)  # once: the settings file may change or go while the run trains
-        self.last_saved: int | None = None
+        self.last_saved = resumed_from.step if resumed_from else None
 
     def is_due(self, stage: Stage, done: int) -> bool:
         every = self.config.checkpoint.every

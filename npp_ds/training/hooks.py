@@ -7,6 +7,7 @@ lease, written checkpoint). The host reads it while the next step is computed, o
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,6 @@ from npp_ds.distributed.process_group import Processes
 from npp_ds.training.engine import StepResult, TrainingEngine
 from npp_ds.training.lease import Lease
 from npp_ds.training.preemption import StopRequests
-from npp_ds.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Context:
 
     engine: TrainingEngine
     results: StepResults
-    watchdog: Watchdog
+    progress: Event
     stage: Stage
     done: int
     already_logged: Logged = frozenset()
@@ -150,7 +150,7 @@ class Context:
 
         Called by all ranks together, before each batch of work that takes seconds.
         """
-        self.watchdog.beat()
+        self.progress.set()
         if self.results.agree_to_stop():
             raise StopAgreed
 

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from npp_ds.checkpoint.folders import CheckpointRecord
 from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StepBatch
@@ -100,9 +101,10 @@ class NonFinitePolicy:
     `excluded_steps` are left out for good, `rollbacks` counts the returns to a checkpoint; both are in checkpoints.
     """
 
-    def __init__(self, config: RunConfig, processes: Processes, log: RunLog, excluded_steps: list[int], rollbacks: int):
+    def __init__(self, config: RunConfig, processes: Processes, log: RunLog, resumed_from: CheckpointRecord | None):
         self.policy, self.processes, self.log = config.watch.on_nonfinite, processes, log
-        self.excluded_steps, self.rollbacks = set(excluded_steps), rollbacks
+        self.excluded_steps = set(resumed_from.excluded_steps if resumed_from else ())
+        self.rollbacks = resumed_from.rollbacks if resumed_from else 0
 
     @property
     def rolls_back(self) -> bool:

@@ -2,16 +2,17 @@
 
 import logging
 import os
-from collections.abc import Generator
-from itertools import count
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
 from npp_ds.config.schema import RunConfig
+from npp_ds.data.loader import StageLoader, StepBatch
 from npp_ds.distributed.process_group import Processes
 from npp_ds.training.run_log import RunLog
 from npp_ds.utils.files import write_atomic, write_text_atomic
@@ -37,30 +38,41 @@ class StepProfiler:
         if self._steps and not self._on_gpu:  # else the profiler's library warns that there is no GPU
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._first = self._number = 0  # steps of this start: its first one, and that in progress
+        self._profiler: profile
 
-    def around(self, batches: Generator[Any, None, None], first_step: int) -> Generator[Any, None, None]:
-        """Yield the batches of the steps after `first_step` steps; a step lasts until the next batch is asked for.
+    @contextmanager
+    def profiling(self, first_step: int) -> Iterator[None]:
+        """Profile the batches of `around` inside the block, which trains from the step after `first_step` steps.
 
-        Closing it closes `batches`, and writes the trace when that is before the last step to profile.
+        A block that ends before the last step to profile writes the trace so far.
         """
-        self._first = first_step + 1
+        if not self._steps:
+            yield
+            return
+        self._first = self._number = first_step + 1
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-        profiler = profile(activities=activities, schedule=self._action, on_trace_ready=self._write_or_warn)
+        self._profiler = profile(activities=activities, schedule=self._action, on_trace_ready=self._write_or_warn)
+        with self._log.clock.paused():
+            self._profiler.start()
         try:
-            for number in count(self._first):
-                self._number = number
-                with self._log.clock.paused():
-                    profiler.start() if number == self._first else profiler.step()
-                with record_function(f"step {number}"):
-                    with record_function("data"):
-                        batch = next(batches, None)
-                    if batch is None:
-                        return
-                    yield batch
+            yield
         finally:
             with self._log.clock.paused():
-                profiler.stop()
-            batches.close()
+                self._profiler.stop()
+
+    def around(self, loader: StageLoader) -> Iterator[StepBatch]:
+        """Yield the batches of a loader; a step lasts until the next batch is asked for."""
+        return self._profiled(loader) if self._steps else loader
+
+    def _profiled(self, loader: StageLoader) -> Iterator[StepBatch]:
+        while len(loader):
+            with record_function(f"step {self._number}"):
+                with record_function("data"):
+                    batch = next(loader)
+                yield batch
+            with self._log.clock.paused():
+                self._profiler.step()
+            self._number += 1
 
     def _action(self, index: int) -> ProfilerAction:
         """Return what the profiler does in a step, counted from 0 in this start."""

@@ -10,6 +10,8 @@ from npp_ds.checkpoint.open import Weights
 from npp_ds.checkpoint.saver import CheckpointSaver
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
+from npp_ds.data.loader import StageLoader, StageManager
+from npp_ds.data.store import stage_sets
 from npp_ds.distributed.process_group import Processes, join_processes, leave_processes
 from npp_ds.training import run_folder
 from npp_ds.training.checkpointing import Checkpointing
@@ -22,7 +24,6 @@ from npp_ds.training.preemption import Preempted, StopRequests
 from npp_ds.training.preflight import fitting_schedule, initial_weights
 from npp_ds.training.profiler import StepProfiler
 from npp_ds.training.run_log import RunLog
-from npp_ds.training.stages import StageManager, stage_data
 from npp_ds.training.validation import Validation
 from npp_ds.training.watchdog import Watchdog
 from npp_ds.utils.screen import show_logs
@@ -62,7 +63,7 @@ class Trainer:
 
         # Schedule, data, run folder, and the checkpoint to resume from
         self.schedule: Schedule = processes.on_first(fitting_schedule, config, processes.world_size)
-        self.train_store, val_store = processes.on_all(stage_data, config)
+        self.train_store, val_store = processes.on_all(stage_sets, config.data)
         fingerprint = self.train_store.manifest.fingerprint()
         self.lease: Lease | None = None
         token: str = processes.on_first(self._take_run_folder)
@@ -89,17 +90,15 @@ class Trainer:
 
         # The engine and what stands around it
         self.engine = TrainingEngine(config, self.schedule.stages[0], processes)
-        self.stages = StageManager(config, self.schedule, self.train_store, self.engine, processes)
+        self.stages = StageManager(config, self.schedule, self.train_store, processes)
         self.profiler = StepProfiler(config, processes, log)
         self.watchdog = Watchdog(config.directory / "stalled.txt", processes.rank, config.watch.stall_seconds)
         folder, asynchronous = config.directory / "checkpoints", config.checkpoint.asynchronous
-        saver = CheckpointSaver(folder, processes, token, self.lease, self.watchdog, asynchronous)
+        saver = CheckpointSaver(folder, processes, token, self.lease, self.watchdog.progress, asynchronous)
         self._resources.callback(saver.close)
         self.results = StepResults(processes, self.stop, self.lease, saver)
-        excluded, rollbacks = (record.excluded_steps, record.rollbacks) if record else ([], 0)
-        self.nonfinite = NonFinitePolicy(config, processes, log, excluded, rollbacks)
-        self.checkpoints = Checkpointing(config, self.schedule, processes, log, saver, self.nonfinite, fingerprint)
-        self.checkpoints.last_saved = record.step if record else None
+        self.nonfinite = policy = NonFinitePolicy(config, processes, log, record)
+        self.checkpoints = Checkpointing(config, self.schedule, processes, log, saver, policy, fingerprint, record)
         self.loss_checks = LossChecks(config, processes, log)
         self.hooks: list[Hook] = [self.checkpoints, log, self.loss_checks, self.validation, self.evaluation]
 
@@ -134,39 +133,40 @@ class Trainer:
         if hooks := self._unfinished_hooks():
             self._run_hooks(hooks, self._stage_before(step), step, self.already_logged)
         while step < self.schedule.total_steps:
-            step = self._train_from(step)
+            with self.profiler.profiling(step), closing(self.stages.loaders(step)) as loaders:
+                for loader in loaders:
+                    step = self._train_stage(loader)
+                    if step < loader.stage.end_step:
+                        break  # rolled back
 
-    def _train_from(self, first_step: int) -> int:
-        """Train to the last step, or to one that rolls back; return the step to continue with."""
-        self.loss_checks.reset()
-        due_at, batches = first_step, self.stages.batches(first_step)
-        if self.config.profile.steps:
-            batches = self.profiler.around(batches, first_step)
-        with closing(batches):
-            for stage, batch in batches:
-                self.watchdog.beat()
-                if batch.step == stage.start_step:
-                    self.log.begin_stage(stage)
-                if batch.step >= due_at:
-                    due_at = next_due(self.hooks, stage, batch.step)
+    def _train_stage(self, loader: StageLoader) -> int:
+        """Train to the end of a stage, or to a step that rolls back; return the number of steps that are then done."""
+        stage, due_at = loader.stage, 0
+        self.engine.set_stage(stage)
+        for batch in self.profiler.around(loader):
+            self.watchdog.progress.set()
+            if batch.step == stage.start_step:
+                self.log.begin_stage(stage)
+            if batch.step >= due_at:
+                due_at = next_due(self.hooks, stage, batch.step)
+            result = None
+            if batch.step not in self.nonfinite.excluded_steps:
+                result = self.engine.step(batch.step, batch.micro_batches, stage.learning_rate(batch.step))
+            if result and not result.was_applied:
+                self._follow_steps()
+                self.checkpoints.settle()
+                facts = self.nonfinite.exclude(stage, batch, result)
+                if self.nonfinite.rolls_back:
+                    return self._roll_back(batch.step, facts)
                 result = None
-                if batch.step not in self.nonfinite.excluded_steps:
-                    result = self.engine.step(batch.step, batch.micro_batches, stage.learning_rate(batch.step))
-                if result and not result.was_applied:
-                    self._follow_steps()
-                    self.checkpoints.settle()
-                    facts = self.nonfinite.exclude(stage, batch, result)
-                    if self.nonfinite.rolls_back:
-                        return self._roll_back(batch.step, facts)
-                    result = None
-                self.results.add(stage, batch, result, self.stages.wait_seconds)
-                done = batch.step + 1
-                self._follow_steps(leave=0 if done == due_at else 1)
-                if self.results.must_stop:
-                    self._save_and_end(stage, done)
-                if done == due_at:
-                    self._run_hooks([hook for hook in self.hooks if hook.is_due(stage, done)], stage, done)
-        return self.schedule.total_steps
+            self.results.add(stage, batch, result, self.stages.wait_seconds)
+            done = batch.step + 1
+            self._follow_steps(leave=0 if done == due_at else 1)
+            if self.results.must_stop:
+                self._save_and_end(stage, done)
+            if done == due_at:
+                self._run_hooks([hook for hook in self.hooks if hook.is_due(stage, done)], stage, done)
+        return stage.end_step
 
     def _follow_steps(self, leave: int = 0) -> None:
         """Wait for the results of the steps in progress but the last `leave`, and show them to the hooks."""
@@ -174,11 +174,10 @@ class Trainer:
             if step.checkpoint_is_written:
                 self.checkpoints.settle()
             for hook in self.hooks:
-                if type(hook).after_step is not Hook.after_step:
-                    hook.after_step(step)
+                hook.after_step(step)
 
     def _run_hooks(self, hooks: list[Hook], stage: Stage, done: int, already_logged: Logged = frozenset()) -> None:
-        context = Context(self.engine, self.results, self.watchdog, stage, done, already_logged)
+        context = Context(self.engine, self.results, self.watchdog.progress, stage, done, already_logged)
         with self.log.clock.paused():
             try:
                 for hook in hooks:
@@ -207,6 +206,7 @@ class Trainer:
             folder, record = self.processes.on_first(self.checkpoints.newest)
             self._load(folder, record)
             self.processes.on_first(self.log.rewind, record.step)
+        self.loss_checks.reset()
         self.log.write("rollback", record.step, failed_step=failed_step, rollbacks=self.nonfinite.rollbacks, **facts)
         excluded = ", ".join(map(str, sorted(self.nonfinite.excluded_steps)))
         logger.info(f"rolled back to {folder.name} (rollback {self.nonfinite.rollbacks}); excluded steps: {excluded}")

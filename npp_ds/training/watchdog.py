@@ -23,7 +23,7 @@ APPEND_WHAT_ARRIVES = 'trap "" TERM INT HUP; IFS= read -r line && { printf "%s\\
 
 
 class Watchdog:
-    """End this process when nothing has called `beat` for `seconds`, after writing the stacks of all its threads.
+    """End this process when nothing has set `progress` for `seconds`, after writing the stacks of all its threads.
 
     All ranks wait for one that stalls, so all their watchdogs notice it within a tick. Each appends to the file at
     `path` and leaves the others time to do so before it ends. A process whose interpreter is locked, or that was
@@ -38,14 +38,11 @@ class Watchdog:
         self.tick = min(seconds / 16, 1.0)  # seconds between two checks
         self.slack = min(seconds / 4, 2.0)  # by which faulthandler's thread comes later than ours
         self.grace = min(seconds / 2, 10.0)  # more than tick and slack: for ranks that notice later
-        self._beaten = self._patient = False
+        self.progress = threading.Event()  # set by the run, cleared by the thread that watches
+        self._patient = False
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._writer: subprocess.Popen[bytes] | None = None
-
-    def beat(self) -> None:
-        """Report progress."""
-        self._beaten = True
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -54,7 +51,8 @@ class Watchdog:
         try:
             yield
         finally:
-            self._beaten, self._patient = True, False
+            self.progress.set()
+            self._patient = False
 
     def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
@@ -95,8 +93,9 @@ class Watchdog:
         quiet = 0.0
         while not self._closed.wait(self.tick):
             quiet += self.tick
-            if self._beaten or self._patient:
-                self._beaten, quiet = False, 0.0
+            if self.progress.is_set() or self._patient:
+                self.progress.clear()
+                quiet = 0.0
             if quiet >= self.seconds:
                 self._end(quiet)
             self._arm(self.seconds - quiet)  # every tick: ticks are counted and may drift from the clock

@@ -141,9 +141,8 @@ class Blocked:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 import torch
-from npp_ds.model.loss import patch_cross_entropy
-from npp_ds.model.patches import group, mean_embedding
-from npp_ds.model import ModelConfig, Transformer
+from npp_ds.model import ModelConfig, Transformer, mean_embedding, patch_cross_entropy
+from npp_ds.model.patches import group
 model = Transformer(ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=8, grid_size=2, num_classes=2))
 loss = model(group(torch.zeros(1, 4, dtype=torch.int64), 2), torch.zeros(1, dtype=torch.int64))
 assert abs(loss.item() - torch.tensor(8.).log().item()) < 1e-6

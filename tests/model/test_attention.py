@@ -15,9 +15,8 @@ from npp_ds.model.attention import (
     check_attention,
     chosen_kernel,
     missing_requirement,
-    rotary_table,
-    rotate,
 )
+from npp_ds.model.transformer import rotary_table, rotate
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from npp_ds.config.schema import ModelSection
 from npp_ds.model import ModelConfig, attention
-from npp_ds.model.attention import rotary_table
-from npp_ds.model.transformer import Block
+from npp_ds.model.transformer import Block, rotary_table
 from npp_ds.planning.memory import block_bytes
 
 ROOT = Path(__file__).parents[2]

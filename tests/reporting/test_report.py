@@ -19,8 +19,7 @@ from rich.console import Console
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
-from npp_ds.reporting.curves import MOST_POINTS, axis_knots, binned, panels, plot_data
-from npp_ds.reporting.plot import plot_run
+from npp_ds.reporting.plot import MOST_POINTS, axis_knots, binned, panels, plot_data, plot_run
 from npp_ds.reporting.report import picture, report_runs, with_terms
 from npp_ds.reporting.summary import RunData, RunSummary, print_summary, read_run, summarize
 from npp_ds.training.metrics import read_events, stages_begun

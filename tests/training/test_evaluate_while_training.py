@@ -158,25 +158,25 @@ def test_an_evaluation_draws_no_random_number_of_any_library(pair, folder, tmp_p
 
 
 def _asked_in_an_evaluation(processes: Processes, config, at: int) -> tuple[int, int, int]:
-    """(step after which the run stopped, batches before that, beats of the watchdog)."""
+    """(step after which the run stopped, batches before that, reports of progress)."""
     trainer = Trainer(config, processes)
-    batches, beats, in_last_batch = [0], [0], [0]
-    check_stop, beat = Context.check_stop, trainer.watchdog.beat
+    batches, reports, in_last_batch = [0], [0], [0]
+    check_stop, set_progress = Context.check_stop, trainer.watchdog.progress.set
 
     def counted(context):
         batches[0] += 1
-        beats[0] = 0
+        reports[0] = 0
         trainer.stop.requested = "SIGTERM" if batches[0] >= at and processes.rank == 1 else None
         try:
             check_stop(context)
         finally:
-            in_last_batch[0] = beats[0]
+            in_last_batch[0] = reports[0]
 
-    def counted_beat():
-        beats[0] += 1
-        beat()
+    def counted_set():
+        reports[0] += 1
+        set_progress()
 
-    trainer.watchdog.beat = counted_beat
+    trainer.watchdog.progress.set = counted_set
     try:
         with patch.object(Context, "check_stop", counted):
             trainer.run()
@@ -195,7 +195,7 @@ def test_a_signal_in_an_evaluation_is_answered_at_its_next_batch_and_the_next_st
     pair.run(run, config_of(folder, tmp_path / "undisturbed", {"every": 4}, **keys))
     config = config_of(folder, tmp_path / "run", {"every": 4}, **keys)
     stopped = pair.run(_asked_in_an_evaluation, config, 3)
-    assert stopped == [(4, 3, 1)] * 2, "at the third batch after step 4, with a beat before it"
+    assert stopped == [(4, 3, 1)] * 2, "at the third batch after step 4, with a report of progress before it"
     assert not evaluations_of(tmp_path / "run")
     pair.run(run, config)
     assert [e["step"] for e in evaluations_of(tmp_path / "run")] == [4, 8, 12]

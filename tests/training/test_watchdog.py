@@ -27,7 +27,7 @@ def culprit():
 with Watchdog(sys.argv[1], rank, seconds) as watchdog:
     for _ in range(steps):
         time.sleep(seconds / 10)
-        watchdog.beat()
+        watchdog.progress.set()
     culprit()
 print("went on", flush=True)
 """
@@ -155,7 +155,7 @@ def test_a_file_system_that_stands_still_does_not_keep_the_process(program, tmp_
 def test_no_seconds_is_off(tmp_path, seconds):
     before = threading.active_count()
     with Watchdog(tmp_path / "stalled.txt", 0, seconds) as watchdog:
-        watchdog.beat()
+        watchdog.progress.set()
         assert threading.active_count() == before and not any(tmp_path.iterdir())
     watchdog.close()
 
