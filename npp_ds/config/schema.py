@@ -107,7 +107,9 @@ class DataSection(Section):
         "warning; sizes must fit in any case",
     )
     cache_dir: str | None = _free(
-        None, "folder on each node for the unpacked shards; null: /dev/shm if they fit there, else ~/.cache/npp_ds"
+        None,
+        "folder on each node for the unpacked shards; null: /dev/shm if they take at most half of its free space, else "
+        "~/.cache/npp_ds",
     )
     class_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
 
@@ -170,7 +172,9 @@ class ScheduleSection(Section):
 
 class OptimizerSection(Section):
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of each stage")
-    final_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the last step of each stage")
+    final_learning_rate: float = Field(
+        1e-5, ge=0, description="learning rate at the last step of each stage; unused with decay_fraction 0"
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's first and second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.05, ge=0, description="for tensors with two or more dimensions; others have none")

@@ -125,7 +125,8 @@ def _table(plan: Plan, results: Results, number: int) -> list[str]:
     part = plan.parts[number]
     baseline = part.get("baseline", "")
     arms = [*([baseline] if baseline and baseline not in part["arms"] else []), *part["arms"]]
-    columns = ["arm", "keys of", "batch", "peak", "updates", "FLOPs", "nats, mean", "nats, by seed", "difference", ""]
+    columns = ["arm", "settings of", "batch", "peak rate", "updates", "FLOPs"]
+    columns += ["nats, mean", "nats, by seed", "difference", ""]
     optional = {"test_nats": "test nats", "frechet_distance": "Frechet distance", "class_agreement": "class agreement"}
     optional = {k: v for k, v in optional.items() if any(k in r for arm in arms for r in results.get(arm, {}).values())}
     seconds = read_seconds(plan)
