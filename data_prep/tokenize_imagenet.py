@@ -105,7 +105,7 @@ def encode_images(options: argparse.Namespace) -> None:
     from npp_ds.tokenizer.sources import open_source
 
     started = time.monotonic()
-    place = read_environment()
+    process = read_environment()
     settings = EncodeSettings(
         split=options.split,
         image_size=options.image_size,
@@ -114,22 +114,22 @@ def encode_images(options: argparse.Namespace) -> None:
         samples_per_shard=options.samples_per_shard,
         crop_batch_size=options.batch_size,
         max_skipped=options.max_skipped,
-        device=choose_device(options.device, place.local_rank),
+        device=choose_device(options.device, process.local_rank),
         precision=options.precision,
         workers=default_workers() if options.workers is None else options.workers,
     )
     source = open_source(options.images, options.split, options.class_list, options.source, options.labels)
     encoding = Encoding(source, load_tokenizer(options.tokenizer).to(settings.device), options.out, settings)
     if options.dry_run:
-        if place.rank == 0:
-            say_at_the_end(f"{options.out}, not written: {estimate(encoding, place.world_size)}{remarks(source)}")
+        if process.rank == 0:
+            say_at_the_end(f"{options.out}, not written: {estimate(encoding, process.world_size)}{remarks(source)}")
         return
-    encoded = encoding.run(place.rank, place.world_size)
+    encoded = encoding.run(process.rank, process.world_size)
     manifest = encoding.finish()
     if manifest is not None:
         report(manifest, source, options.out, encoded, time.monotonic() - started)
     else:
-        say_at_the_end(f"process {place.rank} is done ({encoded} images); others are still encoding")
+        say_at_the_end(f"process {process.rank} is done ({encoded} images); others are still encoding")
 
 
 def say_at_the_end(text: str) -> None:

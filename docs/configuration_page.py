@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from npp_ds.config.fields import is_free, section_of
+from npp_ds.config.fields import may_change_on_resume, section_of
 from npp_ds.config.schema import RunConfig
 
 INTRODUCTION = """\
@@ -40,23 +40,23 @@ def reference() -> str:
     top = {name: field for name, field in fields.items() if name not in sections}
     parts = [INTRODUCTION, _part("The run", None, "", top)]
     for name, section in sections.items():
-        free = is_free(fields[name])
-        parts.append(_part(f"`{name}`", section, f"{name}.", section.model_fields, free))
+        changeable = may_change_on_resume(fields[name])
+        parts.append(_part(f"`{name}`", section, f"{name}.", section.model_fields, changeable))
         for key, field in section.model_fields.items():
             if inner := section_of(field.annotation):
-                parts.append(_part(f"`{name}.{key}`", inner, f"{name}.{key}.N.", inner.model_fields, free))
+                parts.append(_part(f"`{name}.{key}`", inner, f"{name}.{key}.N.", inner.model_fields, changeable))
     return "\n".join(parts)
 
 
 def _part(
-    title: str, section: type[BaseModel] | None, prefix: str, fields: dict[str, FieldInfo], free: bool = False
+    title: str, section: type[BaseModel] | None, prefix: str, fields: dict[str, FieldInfo], changeable: bool = False
 ) -> str:
-    """Return the heading, the section's docstring and the table of its keys; with `free` all of them may change."""
+    """Return the heading, the section's docstring and the table of its keys; if `changeable`, all may change."""
     text = section.__dict__.get("__doc__") if section else None
     about = f"{inspect.cleandoc(text)}\n\n" if text else ""
     rows = [
         f"| `{prefix}{name}` | {_type(field.annotation)}{_bounds(field)} | {_default(field)} | "
-        f"{'yes' if free or is_free(field) else 'no'} | {_escaped(field.description or '')} |\n"
+        f"{'yes' if changeable or may_change_on_resume(field) else 'no'} | {_escaped(field.description or '')} |\n"
         for name, field in fields.items()
     ]
     return f"## {title}\n\n{about}| key | value | default | resume | meaning |\n|---|---|---|---|---|\n{''.join(rows)}"

@@ -46,23 +46,23 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
             yield from keys_of(inner, f"{prefix}{name}." if inner is field.annotation else f"{prefix}{name}.N.")
 
 
-def is_free(field: FieldInfo) -> bool:
+def may_change_on_resume(field: FieldInfo) -> bool:
     """Return whether a key may differ between the starts of a run."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("free"))
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("may_change_on_resume"))
 
 
-def bound_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+def fixed_keys(section: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a section that must not change: a missing one with its default, an unknown one unchanged."""
     fields = section.model_fields
-    bound = {name: value for name, value in values.items() if name not in fields}
+    fixed = {name: value for name, value in values.items() if name not in fields}
     for name, field in fields.items():
-        if is_free(field) or (name not in values and field.is_required()):
+        if may_change_on_resume(field) or (name not in values and field.is_required()):
             continue
         value = values[name] if name in values else to_jsonable_python(field.default)
         inner = section_of(field.annotation)
         if inner and isinstance(value, dict):
-            value = bound_keys(inner, value)
+            value = fixed_keys(inner, value)
         elif inner and isinstance(value, list):
-            value = [bound_keys(inner, item) for item in value]
-        bound[name] = value
-    return bound
+            value = [fixed_keys(inner, item) for item in value]
+        fixed[name] = value
+    return fixed

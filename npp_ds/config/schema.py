@@ -1,6 +1,6 @@
 """The config keys of a run with their types, bounds and descriptions. `npp_ds.config.load` loads and checks a config.
 
-Keys declared with `_free` may change when a run is resumed. A checkpoint stores the others to compare them one by one.
+Keys declared with `_changeable` may change on resume. A checkpoint stores the others to compare them one by one.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from npp_ds.config.fields import Section, bound_keys
+from npp_ds.config.fields import Section, fixed_keys
 from npp_ds.config.schedule import Schedule, StageEntry, build_schedule, coarse_batch_factor, stage_ends
 from npp_ds.sizes import SIZES, parameter_count, training_flops
 from npp_ds.utils.records import differences
@@ -27,9 +27,9 @@ MOST_PROFILED_STEPS = 100
 """A trace is in memory until its last step, with tens of thousands of events per step."""
 
 
-def _free(default: Any, description: str, **bounds: Any) -> Any:
+def _changeable(default: Any, description: str, **bounds: Any) -> Any:
     """Return the field of a key that may differ between the starts of a run; with default `...`, it is required."""
-    return Field(default, description=description, json_schema_extra={"free": True}, **bounds)
+    return Field(default, description=description, json_schema_extra={"may_change_on_resume": True}, **bounds)
 
 
 class ModelSection(Section):
@@ -52,16 +52,18 @@ class ModelSection(Section):
     residual_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the attention projection")
     ffn_dropout: float = Field(0.1, ge=0, lt=1, description="dropout after the feed-forward layer")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention weights")
-    attention: Literal["auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"] = _free(
-        "auto",
-        "attention kernel; sdpa: PyTorch's choice; auto: flash-attn if it is installed and can run, else sdpa",
+    attention: Literal["auto", "flash_attn", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math"] = (
+        _changeable(
+            "auto",
+            "attention kernel; sdpa: PyTorch's choice; auto: flash-attn if it is installed and can run, else sdpa",
+        )
     )
     coarse_positions: Literal["paper", "centers"] = Field(
         "paper",
         description="rotary positions of patches with side p > 1: 0, 1, 2, .. along each axis (paper), or the patches' "
         "centers in units of codes, (i + 0.5) * p - 0.5 (centers); at side 1 both are the same",
     )
-    activation_checkpointing: Literal["none", "selective", "block"] = _free(
+    activation_checkpointing: Literal["none", "selective", "block"] = _changeable(
         "none",
         "activations that the backward pass recomputes to save memory, with equal results: none, all but those of "
         "products and attention (selective), or those of whole blocks (block)",
@@ -95,18 +97,18 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    train: str = _free(
+    train: str = _changeable(
         ...,
         "code shards to train on: a folder ($VARIABLES in it are expanded on each node), its URL, or a pipe: command",
     )
-    val: str | None = _free(None, "held-out code shards, given in the same way; null: no validation")
-    tokenizer: str | None = _free(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
-    allow_mismatch: bool = _free(
+    val: str | None = _changeable(None, "held-out code shards, given in the same way; null: no validation")
+    tokenizer: str | None = _changeable(None, "tokenizer that decodes samples: a shipped name or a checkpoint file")
+    allow_mismatch: bool = _changeable(
         False,
         "accept weights of init_from, and data.val, of another tokenizer or other classes than data.train, with a "
         "warning; sizes must fit in any case",
     )
-    cache_dir: str | None = _free(
+    cache_dir: str | None = _changeable(
         None,
         "folder on each node for the unpacked shards; null: /dev/shm if they take at most half of its free space, else "
         "~/.cache/npp_ds",
@@ -121,7 +123,7 @@ class StageSection(Section):
     epochs: float | None = Field(None, gt=0, description="length in epochs; set this or steps")
     steps: int | None = Field(None, gt=0, description="length in optimizer steps; set this or epochs")
     batch_size: int | None = Field(None, ge=1, description="images per optimizer step over all processes")
-    micro_batch_size: int | None = _free(None, "largest number of images per forward pass and process", ge=1)
+    micro_batch_size: int | None = _changeable(None, "largest number of images per forward pass and process", ge=1)
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
     final_learning_rate: float | None = Field(None, ge=0, description="learning rate at the stage's last step")
     warmup_epochs: float | None = Field(None, ge=0, description="length of the linear warm-up in epochs")
@@ -145,7 +147,7 @@ class ScheduleSection(Section):
         None, min_length=1, description="explicit table of stages, instead of epochs, patch_sides and ratio"
     )
     batch_size: int = Field(256, ge=1, description="images per optimizer step over all processes")
-    micro_batch_size: int | None = _free(
+    micro_batch_size: int | None = _changeable(
         None,
         "largest number of images per forward pass and process; the run uses the largest divisor of "
         "batch_size / processes up to it; null: batch_size / processes",
@@ -185,10 +187,10 @@ class OptimizerSection(Section):
 
 
 class ValidationSection(Section):
-    every: int = _free(1000, "optimizer steps between validations; 0: only at the end of each stage", ge=0)
-    batch_size: int = _free(64, "images per forward pass and process", ge=1)
-    limit: int | None = _free(None, "number of images to validate on; null: all", ge=1)
-    weights: Literal["raw", "ema", "both"] = _free("raw", "the trained weights, their moving average, or both")
+    every: int = _changeable(1000, "optimizer steps between validations; 0: only at the end of each stage", ge=0)
+    batch_size: int = _changeable(64, "images per forward pass and process", ge=1)
+    limit: int | None = _changeable(None, "number of images to validate on; null: all", ge=1)
+    weights: Literal["raw", "ema", "both"] = _changeable("raw", "the trained weights, their moving average, or both")
 
 
 class EvaluateSection(Section):
@@ -197,17 +199,23 @@ class EvaluateSection(Section):
     For its duration, each device holds a copy of the weights, in float32 with precision fp32, else in bfloat16.
     """
 
-    every: int = _free(0, "optimizer steps between evaluations; also at the run's last step; 0: no evaluations", ge=0)
-    reference: str | None = _free(
+    every: int = _changeable(
+        0, "optimizer steps between evaluations; also at the run's last step; 0: no evaluations", ge=0
+    )
+    reference: str | None = _changeable(
         None, "statistics of real images: an .npz of `npp evaluate --make-reference` or ADM; sets the feature extractor"
     )
-    inception_weights: str | None = _free(None, "file of Inception's weights; null: torch-fidelity downloads them")
-    images: int = _free(1000, "images to sample, cycling through the classes; best a multiple of their number", ge=2)
-    batch_size: int = _free(50, "images sampled at a time; the processes take batches in turn", ge=1)
-    cfg_scale: float = _free(1.5, "scale of classifier-free guidance; 1: no guidance", ge=0)
-    seed: int = _free(0, "image i has the same class and random numbers in each evaluation", ge=0, lt=2**63)
-    weights: Literal["raw", "ema"] = _free("raw", "sample with the trained weights or their moving average")
-    max_share: float = _free(
+    inception_weights: str | None = _changeable(
+        None, "file of Inception's weights; null: torch-fidelity downloads them"
+    )
+    images: int = _changeable(
+        1000, "images to sample, cycling through the classes; best a multiple of their number", ge=2
+    )
+    batch_size: int = _changeable(50, "images sampled at a time; the processes take batches in turn", ge=1)
+    cfg_scale: float = _changeable(1.5, "scale of classifier-free guidance; 1: no guidance", ge=0)
+    seed: int = _changeable(0, "image i has the same class and random numbers in each evaluation", ge=0, lt=2**63)
+    weights: Literal["raw", "ema"] = _changeable("raw", "sample with the trained weights or their moving average")
+    max_share: float = _changeable(
         0.05,
         "largest ratio of an evaluation's duration to the training time until the next, which is postponed to a later "
         "multiple of `every` if necessary, except at the run's last step",
@@ -216,37 +224,39 @@ class EvaluateSection(Section):
 
 
 class CheckpointSection(Section):
-    every: int = _free(1000, "optimizer steps between checkpoints; 0: only at the end of each stage", ge=0)
-    keep_last: int = _free(3, "newest checkpoints to keep, in addition to those at the end of each stage", ge=1)
-    keep_every: int = _free(0, "also keep checkpoints of steps that are multiples of this; 0: none", ge=0)
-    asynchronous: bool = _free(
+    every: int = _changeable(1000, "optimizer steps between checkpoints; 0: only at the end of each stage", ge=0)
+    keep_last: int = _changeable(3, "newest checkpoints to keep, in addition to those at the end of each stage", ge=1)
+    keep_every: int = _changeable(0, "also keep checkpoints of steps that are multiples of this; 0: none", ge=0)
+    asynchronous: bool = _changeable(
         False, "copy to host memory, then write in a thread during training; needs the memory for the copy"
     )
 
 
 class WatchSection(Section):
-    on_nonfinite: Literal["stop", "skip", "rollback"] = _free(
+    on_nonfinite: Literal["stop", "skip", "rollback"] = _changeable(
         "stop",
         "a step whose loss or gradient norm is not finite never changes the weights; then end the run (stop), exclude "
         "the step for good (skip), or also return to the newest checkpoint (rollback; the third one ends the run)",
     )
-    spike_window: int = _free(100, "previous losses of the stage to compare a loss with; 0: no spike warnings", ge=0)
-    spike_threshold: float = _free(8.0, "standard deviations above their mean that make a loss a spike", gt=0)
-    stall_seconds: float = _free(
+    spike_window: int = _changeable(
+        100, "previous losses of the stage to compare a loss with; 0: no spike warnings", ge=0
+    )
+    spike_threshold: float = _changeable(8.0, "standard deviations above their mean that make a loss a spike", gt=0)
+    stall_seconds: float = _changeable(
         900.0, "seconds without a step after which a process writes its stacks to stalled.txt and exits; 0: never", ge=0
     )
 
 
 class LoggingSection(Section):
-    every: int = _free(10, "optimizer steps between lines in metrics.jsonl and on the screen", ge=1)
-    monitors: list[Literal["tensorboard", "wandb", "csv"]] = _free(
+    every: int = _changeable(10, "optimizer steps between lines in metrics.jsonl and on the screen", ge=1)
+    monitors: list[Literal["tensorboard", "wandb", "csv"]] = _changeable(
         [], "further outputs of the metrics, through DeepSpeed's monitor"
     )
-    samples: bool = _free(False, "write the ids and crops of each step's images to sample_log.jsonl")
+    samples: bool = _changeable(False, "write the ids and crops of each step's images to sample_log.jsonl")
 
 
 class ProfileSection(Section):
-    steps: str | None = _free(
+    steps: str | None = _changeable(
         None,
         "optimizer steps to profile, such as 10-12, counted from 1 as in metrics.jsonl; the trace of torch.profiler is "
         "written to profile/ in the run folder; null: none",
@@ -272,21 +282,21 @@ class ProfileSection(Section):
 
 
 class DeepSpeedSection(Section):
-    config: str = _free("zero2", "name of a file in ds_configs/ (zero1, zero2, zero3, ..) or path of a JSON file")
+    config: str = _changeable("zero2", "name of a file in ds_configs/ (zero1, zero2, zero3, ..) or path of a JSON file")
 
 
 class PerformanceSection(Section):
     """Faster ways to compute the same. Losses agree to rounding with those of a run without them, not bit for bit."""
 
-    compile: bool = _free(
+    compile: bool = _changeable(
         False, "compile the transformer's blocks for each stage's shape, during its first step; not with ZeRO-3"
     )
-    cuda_graphs: bool = _free(
+    cuda_graphs: bool = _changeable(
         False,
         "capture the forward and backward pass of a micro-batch as CUDA graphs in each stage, for short steps that are "
         "limited by kernel launches; needs memory for a second set of gradients; only on GPUs, not with ZeRO-3",
     )
-    loss_kernel: Literal["torch", "triton"] = _free(
+    loss_kernel: Literal["torch", "triton"] = _changeable(
         "torch",
         "implementation of the patch loss of a chunk's logits; torch: PyTorch's operations; triton: one kernel that "
         "replaces the logits by their gradient, only on GPUs and not yet measured there",
@@ -294,8 +304,8 @@ class PerformanceSection(Section):
 
 
 class RunConfig(Section):
-    name: str = _free("run", "name of the run in logs and images", pattern=r"^\w[\w.-]*$")
-    run_dir: str | None = _free(None, "folder of the run; null: runs/<name>")
+    name: str = _changeable("run", "name of the run in logs and images", pattern=r"^\w[\w.-]*$")
+    run_dir: str | None = _changeable(None, "folder of the run; null: runs/<name>")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights, data order, crops and dropout")
     init_from: str | None = Field(
         None,
@@ -311,12 +321,12 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     validation: ValidationSection = ValidationSection()
-    evaluate: EvaluateSection = Field(EvaluateSection(), json_schema_extra={"free": True})
+    evaluate: EvaluateSection = Field(EvaluateSection(), json_schema_extra={"may_change_on_resume": True})
     checkpoint: CheckpointSection = CheckpointSection()
     watch: WatchSection = WatchSection()
     logging: LoggingSection = LoggingSection()
-    profile: ProfileSection = Field(ProfileSection(), json_schema_extra={"free": True})
-    performance: PerformanceSection = Field(PerformanceSection(), json_schema_extra={"free": True})
+    profile: ProfileSection = Field(ProfileSection(), json_schema_extra={"may_change_on_resume": True})
+    performance: PerformanceSection = Field(PerformanceSection(), json_schema_extra={"may_change_on_resume": True})
 
     @property
     def directory(self) -> Path:
@@ -327,11 +337,11 @@ class RunConfig(Section):
 
     def hash(self) -> str:
         """Return the SHA-256, in hexadecimal, of the keys that must not change when the run is resumed."""
-        return hashlib.sha256(json.dumps(self.bound_keys(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.fixed_keys(), sort_keys=True).encode()).hexdigest()
 
-    def bound_keys(self) -> dict[str, Any]:
+    def fixed_keys(self) -> dict[str, Any]:
         """Return the keys that must not change when the run is resumed, as JSON values."""
-        return bound_keys(type(self), self.model_dump(mode="json"))
+        return fixed_keys(type(self), self.model_dump(mode="json"))
 
     def differences_from(self, saved: dict[str, Any]) -> list[str]:
         """Return a text for each key that must not change and has another value in the `saved` config.
@@ -339,9 +349,9 @@ class RunConfig(Section):
         A key that `saved` lacks, because an earlier version wrote it, has its default value. Keys that may change, and
         those that have no effect on the stages that `saved` lists, are ignored.
         """
-        found = bound_keys(type(self), saved)
+        found = fixed_keys(type(self), saved)
         drop_replaced_by_stages(found)
-        return list(differences(found, self.bound_keys()))
+        return list(differences(found, self.fixed_keys()))
 
     def stage_table(self) -> list[StageEntry]:
         """Return the stages, with the values that they inherit from the schedule and the optimizer."""

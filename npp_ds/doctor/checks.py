@@ -83,12 +83,12 @@ class Context:
 class Result:
     """What a check found on one process; `detail` also says what to do, unless the state is OK.
 
-    `common` must be the same on all processes. `lasting` says that another start would find the same.
+    `common` must be the same on all processes. `permanent`: whether the failure would recur on another start.
     """
 
     detail: str
     state: str = OK
-    lasting: bool = False
+    permanent: bool = False
     common: str | None = None
 
 
@@ -96,27 +96,27 @@ class Result:
 class Check:
     """A row of the table. `find` returns None if this process has nothing to check.
 
-    `differing` is the state of the row if `Result.common` differs. `lasting` marks checks of settings and data, whose
+    `differing` is the state of the row if `Result.common` differs. `permanent` marks checks of settings and data, whose
     failures do not depend on the machine or on this start.
     """
 
     name: str
     find: Callable[[Context], Result | None]
     differing: str = FAILURE
-    lasting: bool = False
+    permanent: bool = False
 
     def run(self, context: Context) -> Result | None:
         """Return what `find` returns. Any exception is a failure, so that the other processes do not wait in vain.
 
-        Only a UserError can be lasting: another exception (a lost connection, for example) may not occur again.
+        Only a UserError can be permanent: another exception (a lost connection, for example) may not occur again.
         """
         try:
             result = self.find(context)
         except UserError as error:
-            return Result(str(error), FAILURE, self.lasting or error.on_all_ranks)
+            return Result(str(error), FAILURE, self.permanent or error.on_all_ranks)
         except Exception as error:
             return Result(str(as_user_error(error) or f"{type(error).__name__}: {error}"), FAILURE)
-        return replace(result, lasting=True) if self.lasting and result and result.state == FAILURE else result
+        return replace(result, permanent=True) if self.permanent and result and result.state == FAILURE else result
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Row:
     detail: str
     node: str = ""
     rank: int = 0
-    lasting: bool = False
+    permanent: bool = False
 
     @property
     def text(self) -> str:
@@ -139,16 +139,16 @@ class Row:
 def row_of(check: Check, results: Sequence[Result | None], nodes: Sequence[str]) -> Row | None:
     """Return the row of a check from its results and nodes by rank: the first process with the worst state counts.
 
-    Of failures a lasting one counts first. None if no process had anything to check.
+    Of failures a permanent one counts first. None if no process had anything to check.
     """
     found = [(rank, result) for rank, result in enumerate(results) if result is not None]
     if not found:
         return None
     first_rank, first = found[0]
-    rank, worst = max(found, key=lambda item: (_SEVERITY.index(item[1].state), item[1].lasting))
+    rank, worst = max(found, key=lambda item: (_SEVERITY.index(item[1].state), item[1].permanent))
     odd = next(((rank, result.common) for rank, result in found if result.common != first.common), None)
     if worst.state == OK and odd:
         rank = odd[0]
         detail = f"{odd[1]}, but {first.common} on {nodes[first_rank]}; make it the same on all nodes"
-        worst = Result(detail, check.differing, check.lasting)
-    return Row(check.name, worst.state, " ".join(worst.detail.split()), nodes[rank], rank, worst.lasting)
+        worst = Result(detail, check.differing, check.permanent)
+    return Row(check.name, worst.state, " ".join(worst.detail.split()), nodes[rank], rank, worst.permanent)

@@ -162,7 +162,7 @@ class TrialSteps:
             f"out of memory ({total}) at patch side {stage.patch_side} with {stage.micro_batch_size} images at a time; "
             f"lower schedule.micro_batch_size, set deepspeed.config=zero3, use more processes or a smaller model",
             FAILURE,
-            lasting=True,
+            permanent=True,
         )
 
     def _build(self, stage: Stage) -> Result:

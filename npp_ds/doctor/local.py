@@ -109,7 +109,7 @@ def world_size(context: Context) -> Result:
         return Result(f"{found}, as srun started them")
     text = f"{found}, but SLURM says {' and '.join(wrong)}"
     advice = "start one task per GPU with srun and set neither RANK nor WORLD_SIZE by hand"
-    return Result(f"{text}; {advice}", FAILURE, lasting=True)
+    return Result(f"{text}; {advice}", FAILURE, permanent=True)
 
 
 def cores(context: Context) -> Result:
@@ -281,9 +281,9 @@ CHECKS = (
     Check("cores", cores),
 )
 CHECKS_OF_RUN = (
-    Check("settings", settings, lasting=True),
-    Check("weights", weights, lasting=True),
-    Check("shards", shards, lasting=True),
+    Check("settings", settings, permanent=True),
+    Check("weights", weights, permanent=True),
+    Check("shards", shards, permanent=True),
     Check("staging", staging),
-    Check("checkpoints", checkpoint_space, lasting=True),
+    Check("checkpoints", checkpoint_space, permanent=True),
 )

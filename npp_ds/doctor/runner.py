@@ -74,7 +74,7 @@ def run_doctor(request: Request) -> int:
         with _exit_after(CONNECT_TIMEOUT_SECONDS, request.as_json):
             processes = join_processes(timedelta(seconds=CHECK_TIMEOUT_SECONDS))
     except UserError as error:
-        _report_alone(str(error), request.as_json, lasting=True)
+        _report_alone(str(error), request.as_json, permanent=True)
         return USER_ERROR
     except RuntimeError as error:
         _report_alone(_why_not_joined(error), request.as_json)
@@ -170,7 +170,7 @@ class Runner:
     def _local_checks(self) -> list[Check]:
         if not self.request.names_run:
             return list(local.CHECKS)
-        config = Check("config", self._read_config, lasting=True)
+        config = Check("config", self._read_config, permanent=True)
         return [*local.CHECKS, config, *(_with_config(check) for check in local.CHECKS_OF_RUN)]
 
     def _read_config(self, context: Context) -> None:
@@ -236,7 +236,7 @@ def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> in
     elif not as_json:
         verdict = f"{counted(len(warnings), 'warning')}, nothing that stops a run" if warnings else "all well"
         say(f"{verdict}: {counted(processes, 'process')} on {counted(nodes, 'node')}")
-    return 0 if not failures else USER_ERROR if any(row.lasting for row in failures) else RETRYABLE
+    return 0 if not failures else USER_ERROR if any(row.permanent for row in failures) else RETRYABLE
 
 
 def _print_table(rows: Sequence[Row]) -> None:
@@ -256,17 +256,17 @@ def _print_table(rows: Sequence[Row]) -> None:
 
 def _print_error(failures: Sequence[Row]) -> None:
     """Print one line: the first of the failures that decide the exit code."""
-    first, more = min(failures, key=lambda row: not row.lasting), len(failures) - 1
+    first, more = min(failures, key=lambda row: not row.permanent), len(failures) - 1
     others = f" (and {counted(more, 'more failure')} above)" if more else ""
     sys.stdout.flush()
     text = f"error: host {first.node} (rank {first.rank}): {first.name}: {first.detail}{others}"
     say(text, to_stderr=True)
 
 
-def _report_alone(reason: str, as_json: bool, lasting: bool = False) -> None:
+def _report_alone(reason: str, as_json: bool, permanent: bool = False) -> None:
     """Print a failure on a process that cannot reach the others."""
     process = read_environment()
-    row = Row("processes", FAILURE, reason, host_name(), process.rank, lasting)
+    row = Row("processes", FAILURE, reason, host_name(), process.rank, permanent)
     if process.rank == 0:
         _print([row], process.world_size, 1, as_json)
     else:

@@ -246,7 +246,8 @@ def evaluate_images(
     """Return a dict for JSON with the metrics and everything that they depend on.
 
     The metrics are `frechet_distance` (FID with Inception), `spatial_frechet_distance` (sFID) if the reference has
-    spatial statistics, `inception_score`, `precision`, `recall`, and `class_agreement` if the extractor judges classes.
+    spatial statistics, `inception_score`, `precision`, `recall`, and `class_agreement` if the extractor predicts
+    classes.
     """
     measured = measure(images, extractor, progress=progress)
     return {

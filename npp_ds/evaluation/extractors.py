@@ -38,14 +38,14 @@ class Extractor(Protocol):
     """A network that maps images to features.
 
     `sha256` is that of its weights; `standard` says whether these are the weights that published results use.
-    `judges_classes` says whether its class numbers are those of the data set, so predictions compare with labels.
+    `predicts_classes` says whether its class numbers are those of the data set, so predictions compare with labels.
     """
 
     name: str
     sha256: str
     standard: bool
     feature_dim: int
-    judges_classes: bool
+    predicts_classes: bool
     batch_size: int
 
     def __call__(self, images: np.ndarray) -> Features:
@@ -59,7 +59,7 @@ class Measurement:
 
     `sha256` is that of the pixels of all images in order. `pool` and `spatial` are statistics of all images, `features`
     [M, d] the pool features of the kept images in order. `predicted` int64 [N] holds the likeliest classes if the
-    extractor judges them, `probabilities` [N, C] the class probabilities if they are scored.
+    extractor predicts them, `probabilities` [N, C] the class probabilities if they are scored.
     """
 
     count: int
@@ -97,7 +97,7 @@ def measure(
         if found.spatial is not None:
             spatial.add(found.spatial)
         if found.probabilities is not None:
-            if extractor.judges_classes:
+            if extractor.predicts_classes:
                 predicted.append(found.probabilities.argmax(-1))
             if keep is None:
                 probabilities.append(found.probabilities)
@@ -174,7 +174,7 @@ class ClassifierExtractor:
 
     standard = True
     feature_dim = Classifier.num_features
-    judges_classes = True
+    predicts_classes = True
     batch_size = 256
 
     def __init__(self, device: str | torch.device = "cpu", path: Path = SHIPPED):
@@ -273,7 +273,7 @@ class Inception:
 
     name = INCEPTION
     feature_dim = 2048
-    judges_classes = False
+    predicts_classes = False
     batch_size = 64
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu"):

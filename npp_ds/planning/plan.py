@@ -84,7 +84,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Lever:
+class BatchScaling:
     """The run's time with this schedule.coarse_batch_scale; `time_cost` is relative to next-token training."""
 
     coarse_batch_scale: int
@@ -138,7 +138,7 @@ class Plan:
     next_token_flops: float
     bandwidth: float
     networks: list[Network]
-    levers: list[Lever]
+    batch_scalings: list[BatchScaling]
 
     @property
     def warnings(self) -> list[str]:
@@ -203,7 +203,7 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, 
         days=days,
         gpu_hours=gpu_hours,
         networks=sorted(_networks(fit, count, mfus), key=lambda n: (n.days, n.communication_seconds)),
-        levers=list(_levers(config, fit, own, count, mfus)),
+        batch_scalings=list(_batch_scalings(config, fit, own, count, mfus)),
     )
 
 
@@ -320,7 +320,9 @@ def _time(fit: _Fit, settings: Settings, stages: tuple[Stage, ...], mfus: Mfus) 
     return hours / 24, hours * fit.gpus, hours * 3600 / (steps * next_token.step_seconds)
 
 
-def _levers(config: RunConfig, fit: _Fit, settings: Settings, images: int, mfus: Mfus) -> Iterator[Lever]:
+def _batch_scalings(
+    config: RunConfig, fit: _Fit, settings: Settings, images: int, mfus: Mfus
+) -> Iterator[BatchScaling]:
     """Yield the time without and with larger coarse batches, if the schedule has coarse stages."""
     if config.schedule.stages is not None or max(config.schedule.patch_sides) == 1:
         return
@@ -330,7 +332,7 @@ def _levers(config: RunConfig, fit: _Fit, settings: Settings, images: int, mfus:
         if problems_of(other, fit.gpus, images):
             continue
         days, gpu_hours, time_cost = _time(fit, settings, other.build_schedule(images, fit.gpus).stages, mfus)
-        yield Lever(scale, time_cost, days, gpu_hours)
+        yield BatchScaling(scale, time_cost, days, gpu_hours)
 
 
 def _networks(fit: _Fit, images: int, mfus: Mfus) -> Iterator[Network]:

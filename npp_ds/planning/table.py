@@ -120,11 +120,11 @@ def notes(plan: Plan) -> list[str]:
     ]
     if plan.gpus > 1:
         lines += network_notes(plan)
-    if len(plan.levers) > 1:
+    if len(plan.batch_scalings) > 1:
         each = [
             f"{v.coarse_batch_scale} takes {duration(24 * v.days)}, {v.gpu_hours:,.0f} GPU-hours, "
             f"time_cost {v.time_cost:.3f}"
-            for v in plan.levers
+            for v in plan.batch_scalings
         ]
         lines.append(f"schedule.coarse_batch_scale (docs/planning.md): {'; '.join(each)}")
     lines.append(

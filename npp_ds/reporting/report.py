@@ -196,7 +196,7 @@ def _evaluation_rows(run: RunData) -> list[tuple[str, ...]]:
 EVALUATION_COLUMNS = ("step", "patch side", "Frechet distance", "images", "CFG", "weights")
 
 
-def unlike(runs: Sequence[RunData]) -> list[str]:
+def caveats(runs: Sequence[RunData]) -> list[str]:
     """Return why figures of these runs are not comparable, as sentences."""
     kinds: list[tuple[str, Callable[[RunData], Any]]] = [
         ("The runs are validated on different images: do not compare their likelihoods.", lambda r: r.config.data.val),
@@ -251,7 +251,7 @@ def page(
         tiles=tiles(summaries[0]) if len(runs) == 1 else [],
         about=side_by_side([about_rows(run) for run in runs]),
         results=side_by_side([result_rows(summary) for summary in summaries]),
-        unlike=unlike(runs),
+        caveats=caveats(runs),
         panels=shown,
         plot_data=plot_data(runs, shown),
         patches=patches,

@@ -34,11 +34,11 @@ EXTENSIONS = {
 """Pillow's names of the formats that are taken, with their extensions. Pillow opens no other format: for some of them,
 such as EPS, it starts other programs."""
 OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # format: feature of Pillow's build
-LITTER = {
+SYSTEM_FILES = {
     "@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "$recycle.bin", "recycler",
     "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
-"""Names, in small letters, of files and folders that systems leave anywhere. Names that begin with a dot count too."""
+"""Names, in lower case, of files and folders that operating systems create. Names that begin with a dot count too."""
 CLASSES_FILE = "classes.txt"
 WORDNET_ID = re.compile(r"n\d{8}")
 CLASS_LIST = Path(__file__).parent.parent / "assets" / "imagenet_classes.txt"
@@ -66,18 +66,19 @@ def formats() -> tuple[str, ...]:
 
 @cache
 def extensions() -> frozenset[str]:
-    """Return the extensions of images, in small letters and without a dot."""
+    """Return the extensions of images, in lower case and without a dot."""
     return frozenset(extension for name in formats() for extension in EXTENSIONS[name].split())
 
 
 def extension_of(name: str) -> str:
-    """Return the extension of a file name in small letters, without the dot."""
+    """Return the extension of a file name in lower case, without the dot."""
     return os.path.splitext(name)[1][1:].lower()
 
 
-def is_litter(path: str) -> bool:
-    """Return whether a part of a relative path is hidden, or a name of LITTER."""
-    return any(part.lower() in LITTER or (part[:1] == "." and part not in (".", "..")) for part in path.split("/"))
+def is_hidden_or_system(path: str) -> bool:
+    """Return whether a part of a relative path is hidden, or a name of SYSTEM_FILES."""
+    parts = path.split("/")
+    return any(part.lower() in SYSTEM_FILES or (part[:1] == "." and part not in (".", "..")) for part in parts)
 
 
 def is_image(name: str, read: Callable[[], bytes], passed_over: PassedOver) -> bool:
@@ -158,7 +159,7 @@ def image_files(root: Path, folder: str, passed_over: PassedOver) -> list[tuple[
                 raise UserError(f"{path}: the same folder as {first}; remove the link, or keep one of the two")
             seen[identity] = path
             for entry in entries:
-                if is_litter(entry.name):
+                if is_hidden_or_system(entry.name):
                     passed_over[HIDDEN] += 1
                 elif _is_folder(entry):
                     waiting.append((*parts, entry.name))
@@ -175,7 +176,7 @@ def class_folders(root: Path, passed_over: PassedOver) -> list[str]:
     names = []
     with explain_os_errors(root, "make the folder readable"), os.scandir(root) as entries:
         for entry in entries:
-            if is_litter(entry.name):
+            if is_hidden_or_system(entry.name):
                 passed_over[HIDDEN] += 1
             elif _is_folder(entry):
                 names.append(entry.name)

@@ -32,8 +32,8 @@ from npp_ds.tokenizer.listing import (
     extensions,
     ids_of_images,
     image_files,
+    is_hidden_or_system,
     is_image,
-    is_litter,
     log_passed_over,
     read_class_list,
     shortened,
@@ -391,7 +391,7 @@ def _open_tar(path: Path) -> Iterator[BinaryIO]:
 
 def _files_in(file: BinaryIO, passed_over: PassedOver) -> Iterator[tarfile.TarInfo]:
     for member in tar_members(file):
-        if is_litter(member.name):
+        if is_hidden_or_system(member.name):
             passed_over[HIDDEN] += 1
         elif not member.isdir():
             yield member

@@ -64,7 +64,7 @@ class Checkpointing(Hook):
             zero_stage=self.zero_stage,
             precision=self.config.precision,
             config_hash=self.config.hash(),
-            config=self.config.bound_keys(),
+            config=self.config.fixed_keys(),
             data_fingerprint=self.data_fingerprint,
             optimizer_steps=partitions.optimizer_steps,
             kinds=list(state),

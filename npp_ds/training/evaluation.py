@@ -49,7 +49,7 @@ class Result(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """All that turns codes into a distance: tokenizer and extractor on this process's device, and the real images."""
 
     tokenizer: VQModel
@@ -57,7 +57,7 @@ class Judge:
     reference: Reference
 
 
-def load_judge(config: RunConfig, made_by: TokenizerInfo, device: torch.device) -> Judge:
+def load_evaluator(config: RunConfig, made_by: TokenizerInfo, device: torch.device) -> Evaluator:
     """Load tokenizer, extractor and reference; `made_by` made the run's codes.
 
     One black image takes the whole way, so that what would refuse samples refuses it now. Raises UserError with
@@ -69,11 +69,11 @@ def load_judge(config: RunConfig, made_by: TokenizerInfo, device: torch.device) 
     with _collected("evaluate", problems):
         extractor, reference = _extractor_and_reference(config.evaluate, device)
     if not problems:
-        judge = Judge(tokenizer.to(device), extractor, reference)
-        problems = _misfits(judge, config.model.grid_size, device)
+        evaluator = Evaluator(tokenizer.to(device), extractor, reference)
+        problems = _misfits(evaluator, config.model.grid_size, device)
     if problems:
         raise UserError("\n".join(problems))
-    return judge
+    return evaluator
 
 
 @contextmanager
@@ -97,14 +97,15 @@ def _extractor_and_reference(settings: EvaluateSection, device: torch.device) ->
     return extractor, load_reference(path, extractor, with_features=False)
 
 
-def _misfits(judge: Judge, grid_size: int, device: torch.device) -> list[str]:
+def _misfits(evaluator: Evaluator, grid_size: int, device: torch.device) -> list[str]:
     codes = torch.zeros(1, grid_size**2, dtype=torch.int64, device=device)
-    size = list(judge.tokenizer.decode(codes).shape[-2:])
-    wanted = judge.reference.source.image_size
+    size = list(evaluator.tokenizer.decode(codes).shape[-2:])
+    wanted = evaluator.reference.source.image_size
     if wanted is not None and wanted != size:
-        return [f"evaluate.reference: {judge.reference.path} is of {wanted} pixels, samples of this run have {size}"]
+        path = evaluator.reference.path
+        return [f"evaluate.reference: {path} is of {wanted} pixels, samples of this run have {size}"]
     try:
-        judge.extractor(np.zeros((1, *size, 3), np.uint8))
+        evaluator.extractor(np.zeros((1, *size, 3), np.uint8))
     except UserError as error:
         return [f"evaluate.reference: {error}"]
     return []
@@ -149,13 +150,13 @@ class Evaluation(Hook):
         self._pictures = config.directory / "samples" / "during"
         self._dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         self._made_by = made_by
-        self._judge: Judge | None = None
+        self._evaluator: Evaluator | None = None
         self._budget = Budget(self.settings.max_share, None)
 
     def load(self) -> None:
         """Load what judges samples, if there is to be any. Called by all ranks together; raises UserError on all."""
         if self.settings.every:
-            self._judge = self.processes.on_all(load_judge, self.config, self._made_by, self.processes.device)
+            self._evaluator = self.processes.on_all(load_evaluator, self.config, self._made_by, self.processes.device)
             self._budget = Budget(self.settings.max_share, self.log.last_logged(EVALUATION))
 
     def is_due(self, stage: Stage, done: int, already_logged: Logged = frozenset()) -> bool:
@@ -197,9 +198,9 @@ class Evaluation(Hook):
 
     def _moments(self, model: Transformer, context: Context) -> Moments:
         """Return the moments of the features of this process's share of the images, about the mean of the real ones."""
-        s, judge = self.settings, self._judge
-        assert judge is not None  # `load` has been called
-        moments = Moments(center=judge.reference.pool[0])
+        s, evaluator = self.settings, self._evaluator
+        assert evaluator is not None  # `load` has been called
+        moments = Moments(center=evaluator.reference.pool[0])
         options = Options(seed=s.seed, cfg_scale=s.cfg_scale, patch_side=context.stage.patch_side)
         classes = range(self.config.model.num_classes)
         sample = partial(sample_images, batch_size=s.batch_size, capture=worth_capturing(model, s.images, s.batch_size))
@@ -209,15 +210,15 @@ class Evaluation(Hook):
             indices = np.arange(first, min(first + s.batch_size, s.images))
             if len(indices):
                 labels = labels_of(indices, classes, "balanced", s.seed)
-                images = sample(model, judge.tokenizer.decode, labels, indices, options)
-                moments.add(judge.extractor(images).pool)
+                images = sample(model, evaluator.tokenizer.decode, labels, indices, options)
+                moments.add(evaluator.extractor(images).pool)
             if first == 0:
                 self._show(images[:SHOWN], context.done)
         return moments
 
     def _distance(self, moments: Moments) -> float:
-        assert self._judge is not None
-        return frechet_distance(*moments.statistics(), *self._judge.reference.pool)
+        assert self._evaluator is not None
+        return frechet_distance(*moments.statistics(), *self._evaluator.reference.pool)
 
     def _show(self, images: np.ndarray, done: int) -> None:
         """Write one picture of some images and send it to the monitors; a full disk is no reason to stop."""

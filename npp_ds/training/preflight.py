@@ -18,7 +18,7 @@ from npp_ds.model.attention import check_attention
 from npp_ds.sizes import ffn_hidden
 from npp_ds.tokenizer.loading import check_tokenizer
 from npp_ds.training.deepspeed_config import check_monitors, engine_settings
-from npp_ds.training.evaluation import load_judge
+from npp_ds.training.evaluation import load_evaluator
 from npp_ds.training.performance import check_performance
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def fitting_schedule(config: RunConfig, world_size: int) -> Schedule:
         where = f"data.val ({config.data.val})"
         problems += _meaning_problems(where, meaning_mismatches(val.coding, train.coding), config)
     if config.evaluate.every:  # this loads the tokenizer, too
-        problems += _refusals(lambda: load_judge(config, train.tokenizer, torch.device("cpu")))
+        problems += _refusals(lambda: load_evaluator(config, train.tokenizer, torch.device("cpu")))
     elif tokenizer := config.data.tokenizer:
         problems += [f"data.tokenizer: {p}" for p in _refusals(lambda: check_tokenizer(train.tokenizer, tokenizer))]
     if problems:

@@ -338,7 +338,7 @@ def test_the_resolved_config_reads_back_as_itself():
 
 
 def test_settings_differ_in_what_is_trained_and_not_in_how_it_is_run():
-    saved = load_config("b_256").bound_keys()
+    saved = load_config("b_256").fixed_keys()
     for free in (
         "data.train=elsewhere",
         "schedule.micro_batch_size=2",
@@ -355,7 +355,7 @@ def test_settings_differ_in_what_is_trained_and_not_in_how_it_is_run():
 
 def test_a_key_that_a_saved_config_lacks_has_its_default():
     stages = "schedule.stages=[{patch_side: 2, epochs: 3}, {patch_side: 1, epochs: 3}]"
-    saved = load_config("b_256", overrides=[stages]).bound_keys()
+    saved = load_config("b_256", overrides=[stages]).fixed_keys()
     del saved["optimizer"]["eps"], saved["schedule"]["stages"][1]["warmup_epochs"], saved["init_from"]
     del saved["model"]["coarse_positions"], saved["schedule"]["stages"][0]["dropout_scale"]
     assert not load_config("b_256", overrides=[stages]).differences_from(saved)
@@ -371,13 +371,13 @@ def test_one_stage_more_is_a_difference():
     one, two = (
         "schedule.stages=[" + stages + "{patch_side: 1, epochs: 3}]" for stages in ("", "{patch_side: 2, epochs: 3}, ")
     )
-    saved = load_config("b_256", overrides=[one]).bound_keys()
+    saved = load_config("b_256", overrides=[one]).fixed_keys()
     (found,) = load_config("b_256", overrides=[two]).differences_from(saved)
     assert found.startswith("schedule.stages: it has ")
 
 
 def test_a_saved_key_that_is_unknown_now_is_a_difference():
-    saved = load_config("b_256").bound_keys()
+    saved = load_config("b_256").fixed_keys()
     saved["optimizer"]["momentum"] = 0.5
     assert load_config("b_256").differences_from(saved) == ["optimizer.momentum: it has 0.5, asked for None"]
 
@@ -387,7 +387,7 @@ def test_steps_to_profile_are_one_or_a_range(given, numbers):
     config = load_config("b_256", overrides=[f"profile.steps={given}"])
     assert list(config.profile.numbers()) == numbers
     assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
-    assert "profile" not in config.bound_keys(), "runs from before this key go on"
+    assert "profile" not in config.fixed_keys(), "runs from before this key go on"
 
 
 @pytest.mark.parametrize("given", ["12-10", "0", "0-3", "-4", "10-", "true", "1.5", "[1,2]", "1-101", "ten"])

@@ -333,7 +333,7 @@ def test_tasks_of_slurm_that_are_not_all_there_are_a_failure(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     assert world_size(alone(nodes=("n0", "n1"))).state == OK
     one_node = world_size(alone(nodes=("n0", "n0")))
-    assert (one_node.state, one_node.lasting) == (FAILURE, True)
+    assert (one_node.state, one_node.permanent) == (FAILURE, True)
     assert one_node.detail.startswith("2 processes on 1 node, but SLURM says 2 nodes")
     one = world_size(alone())
     assert one.detail.startswith("1 process on 1 node, but SLURM says 2 tasks and 2 nodes")
@@ -440,7 +440,7 @@ def test_weights_to_start_from_are_read(shards, tmp_path):
     state["norm.weight"][3] = torch.nan
     torch.save({"model": state}, config.init_from)
     found = CHECK_WEIGHTS.run(alone(config))
-    assert (found.state, found.lasting) == (FAILURE, True)
+    assert (found.state, found.permanent) == (FAILURE, True)
     assert f"{config.init_from}: norm.weight: 1 of 32 values are NaN" in found.detail
 
 
@@ -471,8 +471,8 @@ def test_a_row_is_ok_or_shows_the_first_process_with_the_worst_result():
     assert _row(None, Result("fine"), Result("good")).detail == "fine"
     bad = _row(Result("fine"), Result("slow", WARNING), Result("gone", FAILURE), Result("lost", FAILURE))
     assert (bad.state, bad.text, bad.detail, bad.node, bad.rank) == (FAILURE, "n1: gone", "gone", "n1", 2)
-    lasting = _row(Result("gone", FAILURE), Result("wrong", FAILURE, lasting=True))
-    assert (lasting.detail, lasting.rank, lasting.lasting) == ("wrong", 1, True)
+    permanent = _row(Result("gone", FAILURE), Result("wrong", FAILURE, permanent=True))
+    assert (permanent.detail, permanent.rank, permanent.permanent) == ("wrong", 1, True)
     odd = _row(*(Result("", common=v) for v in ("2.1", "2.1", "2.6")))
     assert (odd.state, odd.rank, odd.detail) == (FAILURE, 2, "2.6, but 2.1 on n0; make it the same on all nodes")
 

@@ -135,7 +135,7 @@ def test_one_pass_keeps_evenly_spaced_features_and_hashes_the_pixels(images, tmp
 
 
 class Wordy(Projection):
-    """Judges 4000 classes: image i of a set shows class i."""
+    """Predicts 4000 classes: image i of a set shows class i."""
 
     def __call__(self, images):
         first, found = self.seen, super().__call__(images)

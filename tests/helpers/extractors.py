@@ -19,7 +19,7 @@ class Projection:
     """A fixed random projection of small images: far from trivial features. Bright images are class 1."""
 
     name, sha256, standard = "projection", "0" * 64, True
-    feature_dim, judges_classes, batch_size = 24, True, 16
+    feature_dim, predicts_classes, batch_size = 24, True, 16
 
     def __init__(self, size: int = 8):
         self.matrix = (np.random.default_rng(0).standard_normal((3 * size**2, 24)) / 50).astype(np.float32)

@@ -150,17 +150,17 @@ def test_activation_checkpointing_lowers_the_expected_memory(mode):
     assert less.peak < plain.peak
 
 
-def test_the_lever_shows_the_time_with_and_without_larger_coarse_batches():
+def test_the_plan_shows_the_time_with_and_without_larger_coarse_batches():
     plan = plan_of("xxl_256", gpus=32)
-    without, with_it = plan.levers
+    without, with_it = plan.batch_scalings
     assert (without.coarse_batch_scale, with_it.coarse_batch_scale) == (1, 4)
     assert without.days == plan.days
     asked = plan_of("xxl_256", "schedule.coarse_batch_scale=4", gpus=32)
-    assert asked.days == with_it.days == asked.levers[1].days
+    assert asked.days == with_it.days == asked.batch_scalings[1].days
     assert asked.stages[0].batch_size == 1024
     assert plan.stages[0].limit == "communication"
     assert with_it.days < without.days
-    assert plan_of("ntp_xxl_256").levers == []
+    assert plan_of("ntp_xxl_256").batch_scalings == []
 
 
 def test_the_time_saved_is_that_of_the_flops_only_where_compute_limits():
@@ -171,7 +171,7 @@ def test_the_time_saved_is_that_of_the_flops_only_where_compute_limits():
     coarse, fine = many.stages
     next_token_hours = (coarse.steps + fine.steps) * fine.step_seconds / 3600
     assert many.time_cost == pytest.approx((coarse.hours + fine.hours) / next_token_hours)
-    assert many.time_cost > 0.8 > 0.63 > many.levers[1].time_cost
+    assert many.time_cost > 0.8 > 0.63 > many.batch_scalings[1].time_cost
     assert plan_of("ntp_xxl_256").time_cost == pytest.approx(1)
 
 
@@ -405,7 +405,7 @@ def documented_row(recipe: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def documented_lever(scale: int) -> list[str]:
+def documented_batch_scaling(scale: int) -> list[str]:
     """The rows of the table on larger coarse batches."""
     plan = plan_of(
         "xxl_256", "schedule.patch_sides=[8,4,2,1]", f"schedule.coarse_batch_scale={scale}", gpus=32, mfu=0.4
@@ -428,7 +428,7 @@ def documented_limit(gpus: int) -> str:
         f"{coarse.compute_seconds * 1e3:.1f}",
         f"{fine.compute_seconds * 1e3:.1f}",
         f"{fine.communication_seconds * 1e3:.1f}",
-        *(f"{lever.time_cost:.3f}" for lever in plan.levers),
+        *(f"{scaling.time_cost:.3f}" for scaling in plan.batch_scalings),
         f"{less.stages[-1].communication_seconds * 1e3:.1f}",
         f"{less.time_cost:.3f}",
     ]
@@ -437,7 +437,7 @@ def documented_limit(gpus: int) -> str:
 
 def test_the_documented_tables_are_what_the_command_says():
     rows = [documented_row(name) for name in recipe_names() if name != "quickstart"]
-    rows += [*documented_lever(1), *documented_lever(16), *map(documented_limit, (8, 16, 32, 64))]
+    rows += [*documented_batch_scaling(1), *documented_batch_scaling(16), *map(documented_limit, (8, 16, 32, 64))]
     text = DOCUMENTED.read_text()
     missing = [row for row in rows if row not in text]
     assert not missing, "\n".join(rows)

@@ -49,7 +49,7 @@ def test_a_run_of_format_2_ends_like_its_undisturbed_twin(pair, folder):
 def test_a_run_without_a_later_key_resumes_and_another_value_than_its_default_is_refused(pair, folder):
     newest = folders.folder_of(folder / "run/checkpoints", STEP)
     config, record = config_in(folder), read_record(newest)
-    saved = config.bound_keys()
+    saved = config.fixed_keys()
     del saved["optimizer"]["eps"]
     write_record(newest, replace(record, config=saved, format=folders.FORMAT))
     (folder / "run/config.yaml").unlink()

@@ -288,8 +288,8 @@ def test_config_problems_name_the_key(folder, tmp_path):
 def test_evaluating_is_no_part_of_what_a_run_is(folder, tmp_path):
     """Runs from before these keys go on, and any of them may change when a run is resumed."""
     plain, evaluated = (config_of(folder, tmp_path, {"every": every, "images": 7 + every}) for every in (0, 5))
-    assert not evaluated.differences_from(plain.bound_keys())
-    assert "evaluate" not in plain.bound_keys()
+    assert not evaluated.differences_from(plain.fixed_keys())
+    assert "evaluate" not in plain.fixed_keys()
 
 
 def test_a_distance_needs_two_images():
