@@ -56,7 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "in --out; for a new one as many as fit half of the free memory, at most 256)")  # fmt: skip
     add("--workers", type=int, metavar="N", help="processes that decode images, for each process that encodes; 0: none "
         f"(the processor cores that are available to it, at most {MOST_WORKERS})")  # fmt: skip
-    add("--max-skipped", type=float, default=0.001, metavar="FRACTION", help="of unreadable images (%(default)s)")
+    add("--max-skipped", type=float, default=0.001, metavar="FRACTION", help="largest accepted fraction of unreadable "
+        "images (%(default)s)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     add(
         "--dry-run", action="store_true", help="write nothing; print images, shards, bytes and hours at a measured rate"
@@ -141,7 +142,7 @@ def say_at_the_end(text: str) -> None:
 
 
 def remarks(source: "Source") -> str:
-    """Return what the closing line says of classes without images and of files that were passed over."""
+    """Return what the closing line says of classes without images and of files that were ignored."""
     from npp_ds.tokenizer.listing import passed_over_text, some
 
     empty = source.classes_without_images

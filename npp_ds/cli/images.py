@@ -37,7 +37,9 @@ def sample(
     temperature: Annotated[float, typer.Option(help="0: always the most likely code")] = 1.0,
     top_k: Annotated[int, typer.Option(help="sample from this many most likely codes; 0: from all")] = 0,
     top_p: Annotated[float, typer.Option(help="sample from the most likely codes of this total probability")] = 1.0,
-    seed: Annotated[int, typer.Option(help="image i does not depend on batch size and number of images")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="random seed; image i does not depend on batch size or number of images")
+    ] = 0,
     step: Annotated[int | None, typer.Option(help="checkpoint; default: the newest complete one")] = None,
     weights: WeightsKind = "raw",
     heads: Heads = None,
@@ -112,9 +114,9 @@ def _run_sampling(job: "Sampling", process: ProcessInfo) -> None:
         say(f"process {process.rank} is done ({sampled} images); other processes are still running")
         return
     step = "" if record["checkpoint_step"] is None else f" of step {record['checkpoint_step']}"
-    rate = (
-        f"this process drew {sampled} at {job.images_per_second:.3g} images/s" if sampled else "nothing was left to do"
-    )
+    rate = "nothing was left to do"
+    if sampled:
+        rate = f"this process sampled {sampled} at {job.images_per_second:.3g} images/s"
     repeated = record["repeated_images"]
     say(
         f"{record['count']} images{step} in {job.out}: {rate}; "
@@ -133,7 +135,7 @@ def demo(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Serve a page to this machine alone that samples the model: class, guidance, seed. The extra `demo` installs it.
+    """Serve a page to this machine only, to sample by class, guidance and seed. Needs pip install 'npp_ds[demo]'.
 
     Example: npp demo runs/quickstart
     """
@@ -168,7 +170,7 @@ def evaluate(
         Path | None, typer.Option(help="evaluate a folder of `npp sample`, an .npz, or a folder of images")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="the result (of a sweep: its folder); default: beside the samples")
+        Path | None, typer.Option(help="the result (with --sweep: its folder); default: beside the samples")
     ] = None,
     extractor: Annotated[
         str, typer.Option(help="inception, fashion_mnist (the shipped classifier), or auto: that of the reference")
@@ -178,7 +180,7 @@ def evaluate(
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(help="centre-crop the reference's encoded images to this; of a sweep: samples' size"),
+        typer.Option(help="centre-crop the reference's encoded images to this; with --sweep: samples' size"),
     ] = None,
     make_reference: Annotated[
         Path | None, typer.Option(help="only write the reference's statistics to this .npz")
@@ -186,27 +188,31 @@ def evaluate(
     check: Annotated[bool, typer.Option("--check", help="only check that reference and extractor fit the run")] = False,
     reconstruction: Annotated[
         str | None,
-        typer.Option(help="evaluate --tokenizer itself: these images, encoded and decoded; against them, by default"),
+        typer.Option(
+            help="evaluate --tokenizer on these images: reconstructions against --reference, by default against the "
+            "originals"
+        ),
     ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(help="sample and evaluate for each of cfg=1.5,1.75,2.0, checkpoint=1000,2000 or checkpoint=all"),
     ] = None,
-    per_class: Annotated[int | None, typer.Option(help="of a sweep: images per class; default: 10")] = None,
-    labels: Annotated[str, typer.Option(help="of a sweep: balanced or random")] = "balanced",
-    cfg_scale: Annotated[float, typer.Option(help="of a sweep over checkpoints")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of a sweep")] = 0,
-    step: Annotated[int | None, typer.Option(help="of a sweep over cfg: checkpoint; default: the newest")] = None,
-    weights: Annotated[str, typer.Option(help="of a sweep: raw or ema")] = "raw",
+    per_class: Annotated[int | None, typer.Option(help="with --sweep: images per class; default: 10")] = None,
+    labels: Annotated[str, typer.Option(help="with --sweep: balanced or random")] = "balanced",
+    cfg_scale: Annotated[float, typer.Option(help="with --sweep over checkpoints: scale of guidance")] = 1.0,
+    seed: Annotated[int, typer.Option(help="with --sweep: random seed")] = 0,
+    step: Annotated[int | None, typer.Option(help="with --sweep over cfg: checkpoint; default: the newest")] = None,
+    weights: Annotated[str, typer.Option(help="with --sweep: raw or ema")] = "raw",
     patch_side: Annotated[
         int | None,
-        typer.Option(min=1, help="of a sweep: of the samples; default: that of each checkpoint's stage"),
+        typer.Option(min=1, help="with --sweep: patch side of the samples; default: that of each checkpoint's stage"),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="of a reconstruction, or of a sweep (default: that of the run): name or file")
+        str | None,
+        typer.Option(help="tokenizer for --reconstruction or --sweep: name or file (--sweep default: the run's)"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="of a sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="of a sweep: images decoded at a time")] = 64,
+    dtype: Annotated[str, typer.Option(help="with --sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="with --sweep: images decoded at a time")] = 64,
 ) -> None:
     """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement.
 

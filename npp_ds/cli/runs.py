@@ -64,7 +64,7 @@ def doctor(
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option(help="a shipped recipe; default: check only the machine")] = None,
     config: ConfigFile = None,
-    step: Annotated[bool, typer.Option("--step", help="also train a step at each patch side")] = False,
+    step: Annotated[bool, typer.Option("--step", help="also train two steps at each patch side")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Check machine, processes and run in seconds, by hand or first in a job: what is wrong, where, what to do.

@@ -33,7 +33,7 @@ def _model_problems(config: RunConfig) -> list[str]:
     dim, heads = m.shape()["dim"], m.shape()["n_heads"]
     if dim % (4 * heads):
         problems.append(
-            f"model.dim: {dim} is no multiple of 4 x n_heads = {4 * heads}, which 2-D rotary positions need; "
+            f"model.dim: {dim} is not a multiple of 4 x n_heads = {4 * heads}, which 2-D rotary positions need; "
             f"try dim {max(1, round(dim / (4 * heads))) * 4 * heads}"
         )
     if m.n_kv_heads and heads % m.n_kv_heads:
@@ -54,9 +54,11 @@ def _stage_problems(config: RunConfig) -> list[str]:
     for i, side in enumerate(sides):
         if side not in divisors:
             at = f"{key}.{i}" + (".patch_side" if s.stages else "")
-            problems.append(f"{at}: side {side} does not cut a {grid}x{grid} grid evenly; use one of {divisors}")
+            problems.append(f"{at}: side {side} does not divide the {grid}x{grid} grid; use one of {divisors}")
     if any(a <= b for a, b in pairwise(sides)):
-        problems.append(f"{key}: sides {sides} must fall from stage to stage, coarse to fine; sort them, use each once")
+        problems.append(
+            f"{key}: sides {sides} must decrease from stage to stage, coarse to fine; sort them, use each once"
+        )
     if sides[-1] != 1 and s.end_at_patch_side_one:
         problems.append(
             f"{key}: the last stage has side {sides[-1]}, so the model would never learn plain tokens; "
@@ -127,7 +129,7 @@ def _evaluate_problems(config: RunConfig) -> list[str]:
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
     return [
-        f"schedule.batch_size: {batch_size} ({where}) is no multiple of {world_size} processes; use "
+        f"schedule.batch_size: {batch_size} ({where}) is not a multiple of {world_size} processes; use "
         f"{max(1, round(batch_size / world_size)) * world_size}, or another number of processes"
         for batch_size, where in _grouped([stage.batch_size for stage in config.stage_table()]).items()
         if batch_size % world_size
@@ -150,7 +152,8 @@ def _length_problems(config: RunConfig, num_samples: int) -> list[str]:
             continue
         if steps == 0:
             problems.append(
-                f"schedule: {epochs} epochs of {num_samples // batch_size} steps ({where}) are no step at all; use more"
+                f"schedule: {epochs} epochs of {num_samples // batch_size} steps ({where}) are less than one step; "
+                "use more"
             )
         elif warmup > steps:
             problems.append(

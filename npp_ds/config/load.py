@@ -128,7 +128,8 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index) if self._depth <= MOST_LEVELS else None
         self._depth -= 1
         if node is None or (is_alias and node not in self._values):
-            what = f"nested more than {MOST_LEVELS} levels deep" if node is None else "an alias stands in what it names"
+            too_deep = f"nested more than {MOST_LEVELS} levels deep"
+            what = too_deep if node is None else "a YAML alias refers to a node that contains it"
             raise ConstructorError(problem=what, problem_mark=mark)
         if not is_alias:
             parts = node.value if isinstance(node, yaml.CollectionNode) else []

@@ -234,7 +234,7 @@ def _print(rows: Sequence[Row], processes: int, nodes: int, as_json: bool) -> in
     if failures:
         _print_error(failures)
     elif not as_json:
-        verdict = f"{counted(len(warnings), 'warning')}, nothing that stops a run" if warnings else "all well"
+        verdict = f"{counted(len(warnings), 'warning')}, nothing that stops a run" if warnings else "all checks passed"
         say(f"{verdict}: {counted(processes, 'process')} on {counted(nodes, 'node')}")
     return 0 if not failures else USER_ERROR if any(row.permanent for row in failures) else RETRYABLE
 

@@ -288,7 +288,7 @@ class Encoding:
         return self.source.items[start : start + self.settings.samples_per_shard]
 
     def _check_folder(self) -> None:
-        """Raise UserError for shards of other settings. Without a batch size of its own, take that of the folder."""
+        """Raise UserError for shards made with other settings. Take the folder's batch size if none is given."""
         wanted = self.identity
         del wanted["crops"]["names"]  # they follow from scheme and ranges
         if self._adopts_batch:

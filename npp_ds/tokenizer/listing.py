@@ -1,6 +1,6 @@
 """What is an image and what is a class: the one place that decides it, for folders, for tars and for lists of names.
 
-All other files are passed over and counted by reason. ImageNet-1K's class list is shipped; its validation images carry
+All other files are ignored and counted by reason. ImageNet-1K's class list is shipped; its validation images carry
 no class, so their labels are in another file. Needs no torch.
 """
 
@@ -53,7 +53,7 @@ PREFIX_BYTES = 32
 MOST_REASONS = 20
 
 PassedOver = Counter[str]
-"""Number of files or folders that were passed over, by reason."""
+"""Number of files or folders that were ignored, by reason."""
 
 
 @cache
@@ -102,13 +102,13 @@ def shortened(passed_over: PassedOver) -> dict[str, int]:
 
 
 def passed_over_text(passed_over: Mapping[str, int]) -> str:
-    """Return text such as "passed over: 2 (hidden or left by a system), 1 (not an image: .txt)", "" for none."""
+    """Return text such as "ignored: 2 (hidden or left by a system), 1 (not an image: .txt)", "" for none."""
     reasons = ", ".join(f"{count} ({reason})" for reason, count in passed_over.items())
-    return reasons and f"passed over: {reasons}"
+    return reasons and f"ignored: {reasons}"
 
 
 def log_passed_over(where: str, passed_over: Mapping[str, int]) -> None:
-    """Log what was passed over, if anything was."""
+    """Log what was ignored, if anything was."""
     if text := passed_over_text(passed_over):
         logger.info(f"{where}: {text}")
 

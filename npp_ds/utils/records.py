@@ -35,9 +35,9 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
         if isinstance(left, dict) and isinstance(right, dict):
             yield from differences(left, right, f"{prefix}{name}.")
         elif left != right and isinstance(left, list) and isinstance(right, list):
-            yield f"{prefix}{name}: it has {_shortened(left, right)}, asked for {_shortened(right, left)}"
+            yield f"{prefix}{name}: found {_shortened(left, right)}, requested {_shortened(right, left)}"
         elif left != right:
-            yield f"{prefix}{name}: it has {left!r}, asked for {right!r}"
+            yield f"{prefix}{name}: found {left!r}, requested {right!r}"
 
 
 def check_same_settings(out: Path, files: Sequence[Path], wanted: dict[str, Any], what: str) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def check_same_settings(out: Path, files: Sequence[Path], wanted: dict[str, Any]
             raise UserError(f"{file}: damaged ({error}); remove {out} and rerun the same command") from None
         if different := list(differences(_wanted_of(found, wanted), wanted)):
             raise UserError(
-                f"{out}: holds {what} of other settings ({'; '.join(different)}); choose another folder with --out, or "
-                "remove that one"
+                f"{out}: holds {what} made with other settings ({'; '.join(different)}); choose another folder with "
+                "--out, or remove that one"
             )
         return found
     return {}

@@ -128,7 +128,7 @@ def test_a_resume_needs_no_file_and_ends_like_an_uninterrupted_run(pair, shards,
     fresh = tiny_config(shards, tmp_path / "fresh", **keys)
     assert "init_from: " in (told := pair.run(error_of, fresh)[0]) and "start.safetensors: not found" in told
     other = tiny_config(shards, tmp_path / "run", **{**keys, "init_from": str(source)})
-    assert f"init_from: it has '{tmp_path}/start.safetensors', asked for '{source}'" in pair.run(error_of, other)[0]
+    assert f"init_from: found '{tmp_path}/start.safetensors', requested '{source}'" in pair.run(error_of, other)[0]
 
 
 def test_a_second_start_without_a_checkpoint_logs_its_own_weights_only(pair, shards, source, tmp_path):

@@ -51,9 +51,9 @@ def test_every_problem_is_reported_at_once_with_key_value_expectation_and_fix(tm
         "data.class_dropout: found 2, expected less than or equal to 1 (share of labels replaced by the null class)",
         "schedule.epochs: found 'x', expected integer",
         "nonsense: expected key=value",
-        "schedule.patch_sides.0: side 4 does not cut a 6x6 grid evenly; use one of [1, 2, 3, 6]",
+        "schedule.patch_sides.0: side 4 does not divide the 6x6 grid; use one of [1, 2, 3, 6]",
         "optimizer.betas: the first is 2.0, expected at least 0 and below 1",
-        "schedule.batch_size: 7 (every stage) is no multiple of 2 processes; use 8",
+        "schedule.batch_size: 7 (every stage) is not a multiple of 2 processes; use 8",
     ):
         assert expected in text, text
 
@@ -62,10 +62,10 @@ def test_every_problem_is_reported_at_once_with_key_value_expectation_and_fix(tm
     "schedule, expected",
     [
         ({"epochs": 3, "patch_sides": [8, 4, 2, 1]}, "leave stage 0 (side 8) empty"),
-        ({"patch_sides": [2, 4, 1]}, "sides [2, 4, 1] must fall from stage to stage"),
-        ({"patch_sides": [2, 2, 1]}, "must fall from stage to stage"),
+        ({"patch_sides": [2, 4, 1]}, "sides [2, 4, 1] must decrease from stage to stage"),
+        ({"patch_sides": [2, 2, 1]}, "must decrease from stage to stage"),
         ({"patch_sides": [4, 2]}, "the last stage has side 2"),
-        ({"patch_sides": [3, 1]}, "side 3 does not cut a 16x16 grid evenly"),
+        ({"patch_sides": [3, 1]}, "side 3 does not divide the 16x16 grid"),
         ({"stages": [{"patch_side": 1}]}, "neither of epochs and steps given; give exactly one"),
         ({"stages": [{"patch_side": 1, "epochs": 1, "steps": 2}]}, "both of epochs and steps given"),
         ({"stages": [{"patch_side": 1, "epochs": 0}]}, "schedule.stages.0.epochs: found 0, expected greater than 0"),
@@ -99,7 +99,7 @@ def test_stages_that_do_not_fit_the_number_of_images_are_refused():
     [
         ({"size": "B", "dim": 64}, "model.size: B fixes dim, n_layers and n_heads, found also model.dim"),
         ({"dim": 64}, "model: n_layers, n_heads missing"),
-        ({"dim": 100, "n_layers": 1, "n_heads": 8}, "model.dim: 100 is no multiple of 4 x n_heads = 32"),
+        ({"dim": 100, "n_layers": 1, "n_heads": 8}, "model.dim: 100 is not a multiple of 4 x n_heads = 32"),
         ({"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 3}, "model.n_kv_heads: 3 does not divide n_heads 4"),
         ({"size": "XXXL"}, "model.size: found 'XXXL', expected 'B', 'L', 'XL', '1B', 'XXL' or '2B'"),
     ],
@@ -110,7 +110,7 @@ def test_impossible_models_are_refused(tmp_path, model, expected):
 
 def test_batches_must_factor_into_processes(tmp_path):
     text = complaint(tmp_path, {**MINIMAL, "schedule": {"batch_size": 250}}, world_size=8)
-    assert "schedule.batch_size: 250 (every stage) is no multiple of 8 processes; use 248" in text
+    assert "schedule.batch_size: 250 (every stage) is not a multiple of 8 processes; use 248" in text
 
 
 @pytest.mark.parametrize("world_size, expected", [(1, 32), (8, 32), (16, 16), (64, 4)])
@@ -237,7 +237,7 @@ def test_a_run_that_was_started_with_such_keys_can_be_read_and_resumed(tmp_path)
             "line 6: more than 10,000",
         ),
         ("seed: [" + "1," * 20_000 + "]", "line 1: more than 10,000 values"),
-        ("seed: &a [*a]", "line 1: an alias stands in what it names"),
+        ("seed: &a [*a]", "line 1: a YAML alias refers to a node that contains it"),
         ("name: \0", "unacceptable character #x0000"),
         ("seed: 0100", "line 1: 0100 would be octal; write it without the zero, or quote it"),
         ("seed: -0_17", "line 1: -0_17 would be octal"),
@@ -350,7 +350,7 @@ def test_settings_differ_in_what_is_trained_and_not_in_how_it_is_run():
         assert not load_config("b_256", overrides=[free]).differences_from(saved), free
     for bound in ("seed=1", "schedule.batch_size=512", "optimizer.weight_decay=0.1", "model.size=L", "precision=fp32"):
         (found,) = load_config("b_256", overrides=[bound]).differences_from(saved)
-        assert found.startswith(f"{bound.split('=')[0]}: it has "), found
+        assert found.startswith(f"{bound.split('=')[0]}: found "), found
 
 
 def test_a_key_that_a_saved_config_lacks_has_its_default():
@@ -361,9 +361,9 @@ def test_a_key_that_a_saved_config_lacks_has_its_default():
     assert not load_config("b_256", overrides=[stages]).differences_from(saved)
     changed = [stages, "optimizer.eps=1e-6", "schedule.stages.1.warmup_epochs=2", "model.coarse_positions=centers"]
     assert load_config("b_256", overrides=changed).differences_from(saved) == [
-        "model.coarse_positions: it has 'paper', asked for 'centers'",
-        "optimizer.eps: it has 1e-08, asked for 1e-06",
-        "schedule.stages.1.warmup_epochs: it has None, asked for 2.0",
+        "model.coarse_positions: found 'paper', requested 'centers'",
+        "optimizer.eps: found 1e-08, requested 1e-06",
+        "schedule.stages.1.warmup_epochs: found None, requested 2.0",
     ]
 
 
@@ -373,13 +373,13 @@ def test_one_stage_more_is_a_difference():
     )
     saved = load_config("b_256", overrides=[one]).fixed_keys()
     (found,) = load_config("b_256", overrides=[two]).differences_from(saved)
-    assert found.startswith("schedule.stages: it has ")
+    assert found.startswith("schedule.stages: found ")
 
 
 def test_a_saved_key_that_is_unknown_now_is_a_difference():
     saved = load_config("b_256").fixed_keys()
     saved["optimizer"]["momentum"] = 0.5
-    assert load_config("b_256").differences_from(saved) == ["optimizer.momentum: it has 0.5, asked for None"]
+    assert load_config("b_256").differences_from(saved) == ["optimizer.momentum: found 0.5, requested None"]
 
 
 @pytest.mark.parametrize("given, numbers", [("10-12", [10, 11, 12]), ("7", [7]), ("3-3", [3]), ("null", [])])

@@ -91,7 +91,7 @@ def alone(config=None, nodes=("n0",), device="cpu") -> Context:
 def test_the_first_process_reports_that_all_is_well_and_nothing_stays_behind(pair, config_file, tmp_path):
     (code, out, err), other = pair.run(checked, file=config_file)
     assert (code, err) == (0, "")
-    assert out.endswith("all well: 2 processes on 2 nodes\n")
+    assert out.endswith("all checks passed: 2 processes on 2 nodes\n")
     assert other == (0, "", "")
     rows = rows_of(out)
     assert {state for state, _ in rows.values()} == {OK}
@@ -174,7 +174,7 @@ def test_a_world_size_that_does_not_divide_the_batch_is_reported_once(pair, conf
     (code, _, err), other = pair.run(checked, "schedule.batch_size=15", file=config_file)
     assert (code, other) == (2, (2, "", ""))
     assert err == (
-        "error: host n0 (rank 0): settings: schedule.batch_size: 15 (every stage) is no multiple of 2 processes; "
+        "error: host n0 (rank 0): settings: schedule.batch_size: 15 (every stage) is not a multiple of 2 processes; "
         "use 16, or another number of processes\n"
     )
 

@@ -180,8 +180,8 @@ def deep(folder: Path) -> None:
 TAR_LITTER = [("._x.png", b"mac"), ("__MACOSX/y.cls", b"7"), ("x.png", PNG), ("x.cls", b"0"), ("README", b"hi")]
 OPTIONAL = [("avif", "AVIF", "avif"), ("jp2", "JPEG2000", "jpg_2000"), ("webp", "WEBP", "webp")]
 TAKEN: dict[str, tuple[Callable[[Path], object], int, int, str]] = {
-    "litter at every depth": (litter, 2, 0, "passed over: 11 (hidden or left by a system)"),
-    "litter in a tar": (shard(*TAR_LITTER), 1, 0, "passed over: 2 (hidden or left by a system), 1 (sample without"),
+    "litter at every depth": (litter, 2, 0, "ignored: 11 (hidden or left by a system)"),
+    "litter in a tar": (shard(*TAR_LITTER), 1, 0, "ignored: 2 (hidden or left by a system), 1 (sample without"),
     "other names of images": (
         other_names,
         2 + 6 + sum(features.check(feature) for _, _, feature in OPTIONAL) + 2,

@@ -54,7 +54,7 @@ def test_a_run_without_a_later_key_resumes_and_another_value_than_its_default_is
     write_record(newest, replace(record, config=saved, format=folders.FORMAT))
     (folder / "run/config.yaml").unlink()
     other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"eps": 1e-6})})
-    assert "optimizer.eps: it has 1e-08, asked for 1e-06" in pair.run(error_of, other)[0]
+    assert "optimizer.eps: found 1e-08, requested 1e-06" in pair.run(error_of, other)[0]
     assert pair.run(error_of, config)[0] == "no error"
 
 

@@ -129,7 +129,7 @@ def test_elastic_does_not_mean_that_a_batch_is_changed_silently(pools, shards, t
     config = tiny_config(shards, tmp_path / "run", **KEYS)
     pools[2].run(run_and_stop_after, config, 5)
     told = pools[3].run(error_of, config)
-    assert "schedule.batch_size: 16 (every stage) is no multiple of 3 processes; use 15" in told[0]
+    assert "schedule.batch_size: 16 (every stage) is not a multiple of 3 processes; use 15" in told[0]
     assert metrics_of(tmp_path / "run")[-1]["step"] == 5, "a refused start changes nothing"
 
 

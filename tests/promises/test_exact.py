@@ -145,7 +145,7 @@ def test_other_shards_or_settings_under_a_checkpoint_are_refused(pair, shards, t
     assert "trained on other shards than those in data.train" in pair.run(error_of, moved)[0]
     (tmp_path / "run" / "config.yaml").unlink()
     other = tiny_config(shards, tmp_path / "run", seed=5)
-    assert "saved by a run with other settings (seed: it has 0, asked for 5)" in pair.run(error_of, other)[0]
+    assert "saved by a run with other settings (seed: found 0, requested 5)" in pair.run(error_of, other)[0]
 
 
 def test_a_run_folder_with_other_settings_is_refused_and_the_difference_shown(pair, shards, tmp_path):
@@ -153,4 +153,4 @@ def test_a_run_folder_with_other_settings_is_refused_and_the_difference_shown(pa
     pair.run(run_and_stop_after, config, 3)
     other = tiny_config(shards, tmp_path / "run", optimizer={"learning_rate": 1e-3})
     told = pair.run(error_of, other)
-    assert "optimizer.learning_rate: it has 0.003, asked for 0.001" in told[0]
+    assert "optimizer.learning_rate: found 0.003, requested 0.001" in told[0]

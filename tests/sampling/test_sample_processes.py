@@ -193,7 +193,7 @@ def test_the_command_samples_explains_errors_and_reports_when_nothing_is_left_to
     first = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--patch-side", "2", "--image-size", "24")
     assert first.returncode == 0, first.stderr
     out = run_dir / "samples/step-00000120-cfg-1-seed-0-8-images-patch-side-2-classes-2-0-24-pixels"
-    assert f"8 images of step 120 in {out}: this process drew 8 at" in first.stdout
+    assert f"8 images of step 120 in {out}: this process sampled 8 at" in first.stdout
     assert "from a stage of patch side 1 and are sampled at 2; sample them with --patch-side 1" in first.stderr
     images, labels, record = load_samples(out)
     assert images.shape == (8, 24, 24, 3) and labels.tolist() == [2, 0] * 4 and record["dtype"] == "fp32"
@@ -201,7 +201,7 @@ def test_the_command_samples_explains_errors_and_reports_when_nothing_is_left_to
     again = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--patch-side", "2", "--image-size", "24")
     assert again.returncode == 0 and "nothing was left to do" in again.stdout
     other = npp(str(run_dir), "--classes", "2,0", "--per-class", "4", "--out", str(out))
-    assert other.returncode == 2 and "patch_side: it has 2, asked for 1" in other.stderr
+    assert other.returncode == 2 and "patch_side: found 2, requested 1" in other.stderr
     uneven = npp(str(run_dir), "--count", "50")
     assert uneven.returncode == 2 and "cannot be divided evenly among 3 classes; use 51 or 48" in uneven.stderr
 

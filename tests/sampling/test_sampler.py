@@ -318,19 +318,19 @@ def test_a_folder_with_samples_or_parts_of_other_settings_is_refused_with_the_di
         with pytest.raises(KeyboardInterrupt):
             job.run(progress=lambda done, total: raise_(KeyboardInterrupt))
     changes = {
-        "seed: it has 0, asked for 1": {"options": Options(seed=1)},
-        "cfg_scale: it has 1.0, asked for 2.5": {"options": Options(cfg_scale=2.5)},
-        "count: it has 12, asked for 15": {"count": 15},
-        r"classes: it has \[0, 1, 2\], asked for \[0, 2\]": {"classes": [0, 2]},
-        r"image_size: it has \[16, 16\], asked for \[24, 24\]": {"image_size": 24},
-        "dtype: it has 'fp32', asked for 'bf16'": {"dtype": "bf16"},
-        "labels: it has 'balanced', asked for 'random'": {"labels": "random"},
+        "seed: found 0, requested 1": {"options": Options(seed=1)},
+        "cfg_scale: found 1.0, requested 2.5": {"options": Options(cfg_scale=2.5)},
+        "count: found 12, requested 15": {"count": 15},
+        r"classes: found \[0, 1, 2\], requested \[0, 2\]": {"classes": [0, 2]},
+        r"image_size: found \[16, 16\], requested \[24, 24\]": {"image_size": 24},
+        "dtype: found 'fp32', requested 'bf16'": {"dtype": "bf16"},
+        "labels: found 'balanced', requested 'random'": {"labels": "random"},
     }
     for text, change in changes.items():
-        with pytest.raises(UserError, match=f"holds samples of other settings.*{text}"):
+        with pytest.raises(UserError, match=f"holds samples made with other settings.*{text}"):
             Sampling(weights, tokenizer, twelve(**change), tmp_path)
     other = replace(weights, fingerprinted=weights.path / "config.yaml")
-    with pytest.raises(UserError, match=f"weights_sha256: it has '{weights.sha256}', asked for '{other.sha256}'"):
+    with pytest.raises(UserError, match=f"weights_sha256: found '{weights.sha256}', requested '{other.sha256}'"):
         Sampling(other, tokenizer, twelve(), tmp_path)
     Sampling(weights, tokenizer, twelve(), tmp_path, batch_size=7)
     if finished:
@@ -338,7 +338,7 @@ def test_a_folder_with_samples_or_parts_of_other_settings_is_refused_with_the_di
         with pytest.raises(UserError, match=r"holds samples\.npz but no record"):
             Sampling(weights, tokenizer, twelve(), tmp_path)
     else:
-        with pytest.raises(UserError, match="part_size: it has 5, asked for 6"):
+        with pytest.raises(UserError, match="part_size: found 5, requested 6"):
             Sampling(weights, tokenizer, twelve(part_size=6), tmp_path)
 
 

@@ -103,7 +103,8 @@ def test_an_interrupted_import_resumes_with_the_same_bytes_and_reads_finished_sh
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     run(*line, "--out", tmp_path / "out")
     assert sorted(seen) == list(range(8, 30)) and content(tmp_path / "out") == content(tmp_path / "whole")
-    with pytest.raises(UserError, match=r"holds shards of other settings .*num_classes: it has 1000, asked for 10"):
+    message = r"holds shards made with other settings .*num_classes: found 1000, requested 10"
+    with pytest.raises(UserError, match=message):
         run(*line, "--out", tmp_path / "out", "--num-classes", 10)
 
 

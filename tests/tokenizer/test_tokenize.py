@@ -176,7 +176,7 @@ def test_a_folder_made_with_other_settings_is_refused_with_the_difference(
         encoding(image_shards, tmp_path / "out", tokenizer_file).run()
     before = digests(tmp_path / "out")
     code, stderr = command(*arguments(image_shards, tmp_path / "out", tokenizer_file, crops="center"))
-    assert code == 2 and "crops.scheme: it has 'center-flip', asked for 'center'" in stderr
+    assert code == 2 and "crops.scheme: found 'center-flip', requested 'center'" in stderr
     assert len(stderr.splitlines()) == 1 and digests(tmp_path / "out") == before
 
 
@@ -323,12 +323,12 @@ def test_wrong_arguments_give_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"samples-per-shard": 20}, "source.samples_per_shard: it has 16, asked for 20"),
-        ({"batch-size": 20}, "source.crops_per_batch: it has 10, asked for 20"),
-        ({"precision": "bf16"}, "tokenizer.precision: it has 'fp32', asked for 'bf16'"),
-        ({"image-size": 36}, "grid_size: it has 8, asked for 9; image_size: it has 32, asked for 36"),
-        ({"tokenizer": None}, "tokenizer.sha256: it has '"),
-        ({"class-list": None}, "class_names: it has 10 entries, number 3 on: ['Dress', 'Coat', 'Sandal'], asked for"),
+        ({"samples-per-shard": 20}, "source.samples_per_shard: found 16, requested 20"),
+        ({"batch-size": 20}, "source.crops_per_batch: found 10, requested 20"),
+        ({"precision": "bf16"}, "tokenizer.precision: found 'fp32', requested 'bf16'"),
+        ({"image-size": 36}, "grid_size: found 8, requested 9; image_size: found 32, requested 36"),
+        ({"tokenizer": None}, "tokenizer.sha256: found '"),
+        ({"class-list": None}, "class_names: found 10 entries, number 3 on: ['Dress', 'Coat', 'Sandal'], requested"),
     ],
 )
 def test_each_setting_that_changes_the_set_is_named_when_it_differs(
