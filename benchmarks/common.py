@@ -102,6 +102,7 @@ def rates_in_turn(ways: Mapping[str, Callable[[], int]], repeats: int, gpu: bool
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return {"median", "lowest", "highest"} of the values."""
     return {"median": median(values), "lowest": min(values), "highest": max(values)}
 
 

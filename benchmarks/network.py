@@ -1,4 +1,6 @@
-"""Measure what a step sends between nodes and when, and the time of a schedule on a network as scarce as a cluster's.
+"""Measure what a step sends between nodes and when, and the time of a schedule on a network as slow as a cluster's.
+
+The network is slowed until its speed, relative to compute, is that of a cluster.
 
     python -m benchmarks.network --out benchmarks/results          # as root, about 12 minutes on two idle cores
 
@@ -41,7 +43,7 @@ SCHEDULES = {"two levels": (0.5, 0.5, 0, 0), "four levels": (0.5, 0.25, 0.125, 0
 GPUS = (8, 16, 32, 64)
 MFU = 0.4
 BUCKETS = (200_000_000, 50_000_000)
-"""Elements of a bucket whose effect on the overlap is shown: the shipped settings' before, and now."""
+"""Elements of a bucket whose effect on the overlap is shown: 200M, and 50M as shipped."""
 OVERLAP_LAYERS = 24
 TURNS = 3
 TRACED_STEPS = 3
@@ -254,7 +256,8 @@ class Emulated:
 def ratio_of_cluster(gpus: int) -> float:
     """Return communication over compute of a step at side 1 of XXL on so many H100s, with all-reduced gradients.
 
-    The plan assumes an MFU of 40 %, and that each parameter costs 12 bytes: the cluster before this change.
+    The plan assumes an MFU of 40 %. A step sends 12 bytes per parameter: in float32, the gradient twice and the weight
+    once.
     """
     config = RunConfig.model_validate({"model": {"size": "XXL"}, "data": {"train": "unused"}})
     gpu = find_gpu("h100", None, None, None)

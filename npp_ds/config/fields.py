@@ -14,7 +14,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would read as 0 or 1."""
+        """Reject booleans for numeric keys; pydantic would read them as 0 or 1."""
         several = isinstance(value, list)
         is_true_or_false = any(isinstance(item, bool) for item in (value if several else [value]))
         if is_true_or_false and {int, float} & _types_in(cls.model_fields[info.field_name or ""].annotation):

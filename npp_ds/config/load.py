@@ -110,7 +110,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without what reads as something else than it shows: keys given twice, numbers of base 8 or 60.
+    """A safe YAML loader that rejects ambiguous input: duplicate keys, octal and base-60 numbers.
 
     Nesting and the number of values, with each alias counted as what it stands for, are limited: a file of ten lines
     can otherwise stand for a billion values, on which whatever copies, compares or prints them spends hours.

@@ -85,7 +85,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, eps 1e-5, computed in float32."""
+    """Root-mean-square norm, eps 1e-5, computed in float32; x[..., dim] -> the same shape."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -200,7 +200,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+    """SwiGLU, x[B, N, dim] -> [B, N, dim]: w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
@@ -214,7 +214,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream x[B, N, dim] -> [B, N, dim]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -159,7 +159,7 @@ class Plan:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values, with what follows from them and the tables show."""
+        """Return the plan as JSON values, including the derived values that the tables show."""
         stages = [
             {**asdict(s), "share": s.flops / self.flops, "limit": s.limit, "step_seconds": s.step_seconds}
             for s in self.stages

@@ -46,6 +46,8 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
+    """Two 3x3 convolutions, each after a norm and SiLU, added to a shortcut; x[B, C_in, H, W] -> [B, C_out, H, W]."""
+
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
         self.norm1 = _norm(in_channels, groups)
@@ -62,7 +64,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention over all positions of the feature map."""
+    """Single-head attention over all positions of the feature map, x[B, C, H, W] -> the same shape."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -80,6 +82,8 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A convolution of stride 2, x[B, C, H, W] -> [B, C, H/2, W/2]."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -89,6 +93,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour upsampling and a convolution, x[B, C, H, W] -> [B, C, 2H, 2W]."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -98,7 +104,10 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, each followed by attention if asked for, then the change of resolution if there is one."""
+    """Residual blocks, each followed by attention if `attention`, then the change of resolution if there is one.
+
+    x[B, C_in, H, W] -> [B, C_out, H', W'] with H' and W' half, the same or twice H and W.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, attention: bool):
         super().__init__()

@@ -60,7 +60,7 @@ class Evaluator:
 def load_evaluator(config: RunConfig, made_by: TokenizerInfo, device: torch.device) -> Evaluator:
     """Load tokenizer, extractor and reference; `made_by` made the run's codes.
 
-    One black image takes the whole way, so that what would refuse samples refuses it now. Raises UserError with
+    A black image is passed through all of them, so that errors appear before training. Raises UserError with
     everything that is missing or does not fit, one line each.
     """
     problems: list[str] = []
@@ -154,7 +154,7 @@ class Evaluation(Hook):
         self._budget = Budget(self.settings.max_share, None)
 
     def load(self) -> None:
-        """Load what judges samples, if there is to be any. Called by all ranks together; raises UserError on all."""
+        """Load tokenizer, extractor and reference if `every` is set. All ranks call this; raises UserError on all."""
         if self.settings.every:
             self._evaluator = self.processes.on_all(load_evaluator, self.config, self._made_by, self.processes.device)
             self._budget = Budget(self.settings.max_share, self.log.last_logged(EVALUATION))

@@ -1,6 +1,6 @@
 """Results of steps in progress, and the hooks that the training loop calls around steps.
 
-The host does not wait for the device. After every step all ranks begin one small all-reduce (loss, wish to stop, lost
+The host does not wait for the device. After every step all ranks begin one small all-reduce (loss, stop request, lost
 lease, written checkpoint). The host reads it while the next step is computed, or at once where a hook is due.
 """
 
@@ -135,7 +135,7 @@ class StopAgreed(Exception):
 class Context:
     """The state between two steps: `done` steps are done, the last of them in `stage`.
 
-    `already_logged` is empty but at the start of a resumed run.
+    `already_logged` is empty except at the start of a resumed run.
     """
 
     engine: TrainingEngine

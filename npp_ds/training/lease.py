@@ -80,7 +80,7 @@ class Owner:
 def this_process(
     token: str, heartbeat_seconds: float, host: str | None, job_id: str | None, restart_count: int | None
 ) -> Owner:
-    """Return this process as an owner; the system and SLURM's variables give what is None."""
+    """Return this process as an owner; None values are taken from the system and SLURM's variables."""
     return Owner(
         token=token,
         host=host or socket.gethostname(),
@@ -151,7 +151,9 @@ class Lease:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         pause = min(0.5, self.heartbeat_seconds / 2)
-        watched, quiet = None, 0.0  # `quiet` counts looks, not the clock: while we are suspended nobody is silent
+        # `quiet` counts polls, not wall-clock time: time during which this process is suspended must not count as the
+        # owner's silence.
+        watched, quiet = None, 0.0
         while True:
             owner = self._read()
             if owner is None or watched is None or owner.token != watched.token:
@@ -203,7 +205,7 @@ class Lease:
         return max(self.stale_seconds, 6 * min(owner.heartbeat_seconds, SLOWEST_HEARTBEAT))
 
     def _reason_to_take(self, owner: Owner | None, quiet: float) -> str | None:
-        """Return why the folder may be taken, empty when nobody needs to know; None when it may not."""
+        """Return why the folder may be taken: an empty text if no message is needed; None if it may not be taken."""
         us = self._us
         if owner is None or owner.released or owner.token == us.token:
             return ""

@@ -44,7 +44,7 @@ class SpikeRule:
         self._losses: deque[float] = deque(maxlen=window)
 
     def observe(self, stage: int, loss: float) -> Spike | None:
-        """Return the spike that the next loss of `stage` is, or None. A loss that is not finite is ignored."""
+        """Return a `Spike` if the next loss of `stage` is one, else None. A loss that is not finite is ignored."""
         if self.window == 0 or not math.isfinite(loss):
             return None
         if stage != self._stage:

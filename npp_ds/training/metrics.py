@@ -85,7 +85,7 @@ class StepLog:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def precedes(self, line: Event, step: int) -> bool:
-        """Return whether a run that resumes after `step` steps does not write this line again."""
+        """Return whether a run that resumes after `step` steps keeps this line, because it does not write it again."""
         return line["step"] <= step
 
     def write(self, event: str, step: int, **values: Any) -> None:

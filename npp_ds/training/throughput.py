@@ -37,9 +37,9 @@ class Lap:
 class StepCosts:
     """The seconds that a step takes in each stage of a run, and so the time left (the ETA).
 
-    A stage that has training lines costs what they say: the median of the last `RECENT`, without the stage's first one,
-    which includes the warm-up. Another stage costs what the nearest such stage does, times the ratio of their FLOPs; if
-    two have lines, the line through their costs over FLOPs holds, since a part of a step does not depend on its FLOPs.
+    For a stage with training lines it is the median of the last `RECENT`, without the stage's first one, which includes
+    the warm-up. For another stage, that of the nearest such stage is scaled by the ratio of their FLOPs; with two such
+    stages a linear fit against FLOPs is used, since a part of a step does not depend on its FLOPs.
     """
 
     def __init__(self, stages: Sequence[Stage], model: ModelSection, lines: Iterable[dict[str, Any]] = ()):
@@ -103,7 +103,7 @@ def step_flops(model: ModelSection, stage: Stage, patch_side: int) -> int:
 class Clock:
     """Count seconds of training (without validation, evaluation and saving).
 
-    Whoever trains adds its `steps` and `images` of the current lap.
+    The training loop adds its `steps` and `images` of the current lap.
     """
 
     def __init__(self, elapsed_before: float):

@@ -88,7 +88,7 @@ class Trainer:
         self._end_if_asked()
         self.evaluation.load()
 
-        # The engine and what stands around it
+        # The engine and the objects that use it
         self.engine = TrainingEngine(config, self.schedule.stages[0], processes)
         self.stages = StageManager(config, self.schedule, self.train_store, processes)
         self.profiler = StepProfiler(config, processes, log)
@@ -186,7 +186,7 @@ class Trainer:
                 self._save_and_end(stage, done)
 
     def _unfinished_hooks(self) -> list[Hook]:
-        """Return what an earlier start had to log after the checkpoint to resume from, and was ended before it.
+        """Return the hooks that were due at the checkpoint's step and that an earlier start did not finish.
 
         Weights that a run starts from are validated, too: what is wrong with them, or with the data, shows there.
         """

@@ -36,8 +36,9 @@ class Watchdog:
         """Off when `seconds` is 0 or less."""
         self.path, self.rank, self.seconds = Path(path), rank, seconds
         self.tick = min(seconds / 16, 1.0)  # seconds between two checks
-        self.slack = min(seconds / 4, 2.0)  # by which faulthandler's thread comes later than ours
-        self.grace = min(seconds / 2, 10.0)  # more than tick and slack: for ranks that notice later
+        self.slack = min(seconds / 4, 2.0)  # seconds by which faulthandler's timeout is later than ours
+        # Seconds to wait for the stacks of ranks that notice later; more than tick + slack
+        self.grace = min(seconds / 2, 10.0)
         self.progress = threading.Event()  # set by the run, cleared by the thread that watches
         self._patient = False
         self._closed = threading.Event()
