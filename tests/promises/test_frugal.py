@@ -3,6 +3,8 @@
 import os
 import random
 import re
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -30,10 +32,10 @@ def _anonymous_memory_over_rebuilds(processes: Processes, config, rounds: int) -
     measured = []
     for _ in range(rounds):
         for stage in trainer.schedule.stages:
-            batches = trainer.stages.batches(stage.start_step)
-            for _, (stage_of_batch, batch) in zip(range(2), batches, strict=False):
-                trainer.engine.step(batch.step, batch.micro_batches, stage_of_batch.learning_rate(batch.step))
-            batches.close()
+            trainer.engine.set_stage(stage)
+            with closing(trainer.stages.loaders(stage.start_step)) as loaders:
+                for batch in islice(next(loaders), 2):
+                    trainer.engine.step(batch.step, batch.micro_batches, stage.learning_rate(batch.step))
         measured.append(_anonymous_memory())
     trainer.close()
     return measured

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from npp_ds.config.schema import ModelSection
-from npp_ds.model import ModelConfig, attention
+from npp_ds.model import ModelConfig, transformer
 from npp_ds.model.transformer import Block, rotary_table
 from npp_ds.planning.memory import block_bytes
 
@@ -61,7 +61,7 @@ def test_a_block_keeps_what_is_expected_on_a_cpu(precision, dtype):
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_a_block_keeps_what_is_expected_on_a_gpu(precision, dtype, monkeypatch):
     """On stand-ins for a GPU's tensors, whose operations are chosen as on a GPU and hold no data."""
-    monkeypatch.setattr(attention, "causal_attention", fused_attention)
+    monkeypatch.setattr(transformer, "causal_attention", fused_attention)
     with FakeTensorMode():
         found = saved_per_position("cuda", dtype)
     assert found == pytest.approx(block_bytes(MODEL, precision, "cuda"), rel=0.01)

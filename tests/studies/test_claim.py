@@ -97,6 +97,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_runs_stay(tmp_path):
     rng = np.random.default_rng(0)
@@ -111,7 +112,7 @@ def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for part in ("1", "seconds"):
         call = [*command, f"--part={part}"]
-        found = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        found = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         assert found.returncode == 0, found.stderr[-3000:]
     plan = Plan(paths["results"], paths["plan"])
     run_part(plan, 1, ["--no-run-is-left"], jobs=2)
