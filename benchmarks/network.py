@@ -334,19 +334,20 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['settings']} | {how} | {row['precision']} | {row['accumulation']} | {row['nodes']} | {done} "
             f"| {row['gloo_bytes']:.2f} | {row['nccl_bytes']:.2f} |"
         )
-    lines += [
-        "",
-        "# What can be sent during the backward pass",
-        "",
-        "Share of the gradients' elements whose reduction ZeRO-2 starts before the last gradient is computed, in a "
-        f"trace of one micro-batch; a model of {OVERLAP_LAYERS} layers of width {m['dim']} whose buckets hold as large "
-        "a share of its parameters as in the named size. The rest is sent after the backward pass.",
-        "",
-        f"| size | {' | '.join(f'buckets of {bucket / 1e6:,.0f}M' for bucket in BUCKETS)} |",
-        "|" + "---|" * (1 + len(BUCKETS)),
-    ]
-    by_size = {size: [r["early_share"] for r in result["overlap"] if r["size"] == size] for size in SIZES}
-    lines += [f"| {size} | {' | '.join(f'{share:.0%}' for share in shares)} |" for size, shares in by_size.items()]
+    if result["overlap"]:
+        lines += [
+            "",
+            "# What can be sent during the backward pass",
+            "",
+            "Share of the gradients' elements whose reduction ZeRO-2 starts before the last gradient is computed, in a "
+            f"trace of one micro-batch; a model of {OVERLAP_LAYERS} layers of width {m['dim']} whose buckets hold as "
+            "large a share of its parameters as in the named size. The rest is sent after the backward pass.",
+            "",
+            f"| size | {' | '.join(f'buckets of {bucket / 1e6:,.0f}M' for bucket in BUCKETS)} |",
+            "|" + "---|" * (1 + len(BUCKETS)),
+        ]
+        by_size = {size: [r["early_share"] for r in result["overlap"] if r["size"] == size] for size in SIZES}
+        lines += [f"| {size} | {' | '.join(f'{share:.0%}' for share in shares)} |" for size, shares in by_size.items()]
     lines += ["", *bounds(result)]
     if result["schedules"]:
         lines += [
@@ -380,15 +381,17 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    args = parsed(command_line(__doc__, fast="without the times of schedules"))
+    args = parsed(command_line(__doc__, fast="only what the ratios compare: two nodes, one micro-batch, ZeRO-2"))
     if reason := why_no_nodes():
         give_up(f"python -m benchmarks.network: {reason}")
     with Nodes(2) as nodes:
-        found = [traced(nodes, way) for way in TRACED]
-        early = overlap(nodes)
+        compared = [way for way in TRACED if way.accumulation == 1 and way.settings.startswith("zero2")]
+        found = [traced(nodes, way) for way in (compared if args.fast else TRACED)]
+        early = [] if args.fast else overlap(nodes)
         schedules = [] if args.fast else emulate(nodes)
-    with Nodes(4) as nodes:
-        found += [traced(nodes, way) for way in TRACED if way.accumulation == 1 and way.settings != "zero1"]
+    if not args.fast:
+        with Nodes(4) as nodes:
+            found += [traced(nodes, way) for way in TRACED if way.accumulation == 1 and way.settings != "zero1"]
     sent = {
         (row["settings"], row["precision"], row["all_reduced"]): row["nccl_bytes"]
         for row in found
