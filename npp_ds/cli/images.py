@@ -135,7 +135,7 @@ def demo(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 on a GPU")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Serve a page to this machine only, to sample by class, guidance and seed. Needs pip install 'npp_ds[demo]'.
+    """Serve a page to this machine only, to sample by class, guidance and seed. Needs the extra `demo`.
 
     Example: npp demo runs/quickstart
     """
