@@ -28,7 +28,11 @@ interval; negative is better. "Better" and "worse" mean that the interval exclud
 {margin} nats, "undecided" none of these. Losses are nats per code at patch side 1 on {validation:,} validation images,
 in part 4 also on the test images. Models have {layers} layers of width {dim} and train on {train:,} images of 32x32
 pixels, as 8x8 codes. Frechet distance and class agreement use a small classifier of such images: they compare with no
-published figure.
+published figure. The guidance scale is that with the best distance of a sweep.
+
+One thing was changed after the first seed of part 2, and losses do not depend on it: the largest scale of the planned
+sweep, 3, was the best for next-token training, so a sweep now goes on, by 1.5 times a step, while its largest is the
+best. The runs that had finished were sampled again.
 """
 
 

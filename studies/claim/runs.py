@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from studies.claim.plan import Plan, Run
 CPU_FILE = "cpu_seconds.json"
 SAMPLE_BATCH = 250
 POLL_SECONDS = 1.0
+SWEEP_FACTOR = 1.5
 SHOWN = 40
 
 
@@ -119,12 +120,20 @@ def _measured(plan: Plan, run: Run, images: Path, out: Path, run_dir: Path) -> d
     def judged(count: int, seed: int, cfg: float) -> tuple[dict[str, Any], np.ndarray]:
         return _judged(model, tokenizer, extractor, real, count, Options(seed=seed, cfg_scale=cfg, patch_side=side))
 
-    sweep = [judged(s["sweep_images"], s["sweep_seed"], cfg)[0] for cfg in s["cfg_scales"]]
-    best = min(sweep, key=lambda result: result["frechet_distance"])["cfg_scale"]
-    final, shown = judged(s["images"], s["seed"], best)
+    sweep = sweep_of(lambda cfg: judged(s["sweep_images"], s["sweep_seed"], cfg)[0], s["cfg_scales"])
+    best = min(sweep, key=lambda result: result["frechet_distance"])
+    final, shown = judged(s["images"], s["seed"], best["cfg_scale"])
     if run.seed == part["seeds"][0]:
         write_atomic(plan.results / f"{run.name}.png", lambda file: tiled(shown, 10).save(file, "PNG"))
     return {**found, "sweep": sweep, **final}
+
+
+def sweep_of(measure: Callable[[float], dict[str, Any]], scales: Sequence[float]) -> list[dict[str, Any]]:
+    """Return what `measure` finds at each guidance scale, and at larger ones while the largest is the best."""
+    found = [measure(scale) for scale in scales]
+    while min(found, key=lambda result: result["frechet_distance"]) is found[-1]:
+        found.append(measure(SWEEP_FACTOR * found[-1]["cfg_scale"]))
+    return found
 
 
 def _judged(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from studies.claim.page import interval, verdict  # noqa: E402
 from studies.claim.plan import Plan  # noqa: E402
-from studies.claim.runs import run_part  # noqa: E402
+from studies.claim.runs import run_part, sweep_of  # noqa: E402
 from studies.claim.seconds import read_seconds  # noqa: E402
 
 
@@ -79,6 +79,14 @@ def test_intervals_are_those_of_students_t_and_decide_as_planned():
     assert verdict(0.0, 0.03, 0.02) == "undecided"
 
 
+def test_a_sweep_goes_on_while_its_largest_scale_is_the_best():
+    def measure(scale):
+        return {"cfg_scale": scale, "frechet_distance": abs(scale - 5)}
+
+    assert [found["cfg_scale"] for found in sweep_of(measure, [1.0, 2.0, 3.0])] == [1.0, 2.0, 3.0, 4.5, 6.75]
+    assert len(sweep_of(measure, [4.0, 5.0, 7.0])) == 3
+
+
 TINY = {
     "margin": 0.02,
     "data": {"train": 40, "validation": 10, "image_size": 32, "tokenizer": str(TOKENIZERS["fashion_mnist"]),
@@ -119,7 +127,8 @@ def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_
     results = {run.arm: plan.result(run) for run in plan.runs(1)}
     for result in results.values():
         assert result["curve"][-1]["flops"] == result["flops"] and 0 < result["test_nats"] < 7
-        assert result["cfg_scale"] in (1.0, 2.0) and result["frechet_distance"] > 0 and result["cpu_seconds"] > 0
+        assert result["cfg_scale"] < result["sweep"][-1]["cfg_scale"]
+        assert result["frechet_distance"] > 0 and result["cpu_seconds"] > 0
     assert results["centers"]["chosen"] == "next" and results["centers"]["updates"] > results["next"]["updates"]
     page = (tmp_path / "docs/study.md").read_text()
     assert min(read_seconds(plan).values()) > 0 and len(read_seconds(plan)) == 2
