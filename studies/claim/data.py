@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from npp_ds.data.manifest import MANIFEST_NAME
 from npp_ds.errors import UserError
-from npp_ds.evaluation.extractors import ClassifierExtractor
+from npp_ds.evaluation.extractors import Extractor
 from npp_ds.evaluation.metrics import Moments, Statistics
 from npp_ds.tokenizer import load_tokenizer
 from npp_ds.tokenizer.encode import EncodeSettings, Encoding
@@ -40,13 +41,15 @@ def encode(plan: Plan, images: Path, codes: Path) -> None:
     if all((codes / name / MANIFEST_NAME).is_file() for name in ("train", "validation", "test")):
         return
     tokenizer, data = load_tokenizer(plan.tokenizer), plan.keys["data"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, source in parts_of(images, data["train"], data["validation"]):
-        encoding = Encoding(source, tokenizer, codes / name, EncodeSettings(split=name, image_size=data["image_size"]))
+        settings = EncodeSettings(split=name, image_size=data["image_size"], device=device)
+        encoding = Encoding(source, tokenizer, codes / name, settings)
         encoding.run()
         encoding.finish()
 
 
-def real_statistics(images: Path, image_size: int, out: Path, extractor: ClassifierExtractor) -> Statistics:
+def real_statistics(images: Path, image_size: int, out: Path, extractor: Extractor) -> Statistics:
     """Return mean and covariance of the features of all images in `images`/train, kept in a file in `out`."""
     path = out / STATISTICS_FILE
     if path.is_file():

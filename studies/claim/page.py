@@ -11,6 +11,7 @@ from npp_ds.utils.files import write_atomic, write_text_atomic
 from studies.claim.plan import Plan
 from studies.claim.seconds import key_of, read_seconds
 
+SIDE_BY_SIDE = 2
 STUDENT_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)  # of 1, 2, .. degrees of freedom
 COLORS = ("#4878a8", "#d1773a", "#5a9a5a", "#8d6aa8", "#b0413e", "#6b6b6b")
 QUESTIONS = (  # arm of part 4, and what its difference from the baseline decides
@@ -23,17 +24,17 @@ HEAD = """# Does next patch prediction help? A study on small natural images
 Two questions. **A**, the paper's claim: with equal epochs, at about 0.6 of the cost, next patch prediction is no worse
 than next-token training. **B**: with equal FLOPs it is better. Next-token training is tuned first.
 
-The plan, `studies/claim/plan.yaml`, was fixed before the first run. Differences are paired by seed, with a 95 % t
+The plan, `studies/claim/{plan}`, was fixed before the first run. Differences are paired by seed, with a 95 % t
 interval; negative is better. "Better" and "worse" mean that the interval excludes 0, "no worse" that it ends below
-{margin} nats, "undecided" none of these. Losses are nats per code at patch side 1 on {validation:,} validation images,
-in part 4 also on the test images. Models have {layers} layers of width {dim} and train on {train:,} images of 32x32
-pixels, as 8x8 codes. Frechet distance and class agreement use a small classifier of such images: they compare with no
-published figure. The guidance scale is that with the best distance of a sweep.
-
-One thing was changed after the first seed of part 2, and losses do not depend on it: the largest scale of the planned
-sweep, 3, was the best for next-token training, so a sweep now goes on, by 1.5 times a step, while its largest is the
-best. The runs that had finished were sampled again.
+{margin} nats, "undecided" none of these; the loss decides, the Frechet distance is reported beside it. Losses are nats
+per code at patch side 1 on {validation:,} validation images, in part 4 also on the test images. Models have {n_layers}
+layers of width {dim} and train on {train:,} images of {image_size}x{image_size} pixels, as {grid_size}x{grid_size}
+codes. {features} The guidance scale is that with the best distance of a sweep.
 """
+OF_A_CLASSIFIER = (
+    "Frechet distance and class agreement use a small classifier of such images: compare them with no other."
+)
+OF_INCEPTION = "Frechet distances are those of Inception's features to the training images."
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -74,10 +75,11 @@ def compared(results: Results, arm: str, baseline: str, key: str) -> tuple[float
 def write_page(plan: Plan, path: Path) -> None:
     """Write the page, and its pictures to images/ beside it."""
     results, keys = results_of(plan), plan.keys
-    text = [
-        HEAD.format(**keys["data"], margin=keys["margin"], layers=keys["model"]["n_layers"], dim=keys["model"]["dim"])
-    ]
-    text += ["## What holds\n", *_statements(plan, results)]
+    features = OF_A_CLASSIFIER if plan.classifier else OF_INCEPTION
+    names = {**keys["data"], **keys["model"], "margin": keys["margin"], "plan": plan.path.name, "features": features}
+    text = [HEAD.format(**names), "## What holds\n", *_statements(plan, results)]
+    if (notes := plan.path.with_name(f"{plan.path.stem}_notes.md")).is_file():
+        text.append("\n" + notes.read_text().rstrip())
     for number, part in plan.parts.items():
         runs = plan.runs(number)
         finished = sum(run.seed in results.get(run.arm, {}) for run in runs)
@@ -88,16 +90,12 @@ def write_page(plan: Plan, path: Path) -> None:
         if finished < len(runs):
             text.append(f"{finished} of {len(runs)} runs have finished.\n")
         text += _table(plan, results, number)
-        picture = path.parent / "images" / f"study_part_{number}.png"
+        picture = path.parent / "images" / f"{path.stem}_part_{number}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         arms = [arm for arm in part["arms"] if arm in results]
         write_atomic(picture, partial(_plot, plan=plan, results=results, arms=arms))
         text.append(f"\n![Loss over the course of training](images/{picture.name})")
-        for arm in arms:
-            samples = plan.results / f"{number}-{arm}-seed{part['seeds'][0]}.png"
-            if samples.is_file():
-                copyfile(samples, picture.parent / f"study_{samples.stem}.png")
-                text.append(f"\nSamples of {arm}, the classes in turn:\n\n![{arm}](images/study_{samples.stem}.png)")
+        text += _samples(plan, number, arms, picture)
     text += ["\n## Commands\n", "```", "python -m studies.claim --images IMAGES --out study --part 1    # then 2, 3, 4"]
     text += [
         "python -m studies.claim --images IMAGES --out study --part seconds",
@@ -111,6 +109,23 @@ def write_page(plan: Plan, path: Path) -> None:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, "\n".join(text) + "\n")
+
+
+def _samples(plan: Plan, number: int, arms: Sequence[str], picture: Path) -> list[str]:
+    """Copy the first samples of the arms beside `picture`; return a table that shows them side by side."""
+    seed, shown = plan.parts[number]["seeds"][0], {}
+    for arm in arms:
+        if (samples := plan.results / f"{number}-{arm}-seed{seed}.png").is_file():
+            shown[arm] = picture.with_name(f"{picture.stem}_{arm}.png")
+            copyfile(samples, shown[arm])
+    if not shown:
+        return []
+    pictures = [f"![samples of {arm}](images/{file.name})" for arm, file in shown.items()]
+    lines = [f"\nSamples with seed {seed}, the classes in turn from left to right:\n"]
+    for row in range(0, len(shown), SIDE_BY_SIDE):
+        cells = list(shown)[row : row + SIDE_BY_SIDE], pictures[row : row + SIDE_BY_SIDE]
+        lines += [f"| {' | '.join(cells[0])} |", "|" + "---|" * len(cells[0]), f"| {' | '.join(cells[1])} |", ""]
+    return lines[:-1]
 
 
 def _statements(plan: Plan, results: Results) -> list[str]:
@@ -152,7 +167,7 @@ def _table(plan: Plan, results: Results, number: int) -> list[str]:
             ", ".join(f"{r['nats']:.4f}" for r in runs),
             f"{difference[0]:+.4f} ± {difference[1]:.4f}" if difference else "",
             verdict(*difference, plan.keys["margin"]) if difference else "",
-            *(_mean_of(runs, key) for key in optional),
+            *(_mean_of(runs, key) + _paired(results, arm, baseline, key) for key in optional),
             f"{mean(r['cpu_seconds'] for r in runs):.0f}",
             *([_idle_seconds(runs[0], seconds)] if seconds else []),
         ]
@@ -165,6 +180,11 @@ def _mean_of(runs: list[dict[str, Any]], key: str) -> str:
     if not values:
         return ""
     return f"{mean(values):.1%}" if key == "class_agreement" else f"{mean(values):.4g}"
+
+
+def _paired(results: Results, arm: str, baseline: str, key: str) -> str:
+    found = compared(results, arm, baseline, key) if key in ("frechet_distance", "test_nats") else None
+    return f" ({found[0]:+.3g} ± {found[1]:.2g})" if found else ""
 
 
 def _idle_seconds(result: dict[str, Any], seconds: dict[str, float]) -> str:

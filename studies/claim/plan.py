@@ -37,10 +37,12 @@ class Plan:
     """The plan in a file, and the results in a folder, one JSON file a run."""
 
     def __init__(self, results: Path, path: Path = PLAN):
-        self.results, self.sha256 = results, sha256(path)
+        self.results, self.path, self.sha256 = results, path, sha256(path)
         self.keys: dict[str, Any] = yaml.safe_load(path.read_text())
         self.parts: dict[int, dict[str, Any]] = self.keys["parts"]
-        self.tokenizer, self.classifier = (path.parent / self.keys["data"][k] for k in ("tokenizer", "classifier"))
+        data = self.keys["data"]
+        self.tokenizer = path.parent / data["tokenizer"]
+        self.classifier = path.parent / data["classifier"] if "classifier" in data else None
         self.part_of = {arm: number for number, part in self.parts.items() for arm in part["arms"]}
 
     def runs(self, part: int) -> list[Run]:
@@ -159,7 +161,7 @@ class Plan:
                 "name": run.name,
                 "run_dir": str(run_dir),
                 "seed": run.seed,
-                "precision": "fp32",
+                "precision": self.keys["training"].get("precision", "fp32"),
                 "model": {
                     **self.keys["model"],
                     **dict.fromkeys(DROPOUT, rate),

@@ -18,7 +18,7 @@ import torch
 import npp_ds
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.errors import UserError
-from npp_ds.evaluation.extractors import ClassifierExtractor
+from npp_ds.evaluation.extractors import ClassifierExtractor, Extractor, Inception
 from npp_ds.evaluation.likelihood import likelihood_of
 from npp_ds.evaluation.metrics import Moments, class_agreement, frechet_distance
 from npp_ds.model import Transformer
@@ -35,6 +35,8 @@ from studies.claim.data import real_statistics
 from studies.claim.plan import Plan, Run
 
 CPU_FILE = "cpu_seconds.json"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 SAMPLE_BATCH = 250
 POLL_SECONDS = 1.0
 SWEEP_FACTOR = 1.5
@@ -73,7 +75,7 @@ def make_run(plan: Plan, run: Run, images: Path, out: Path) -> None:
         "tokenizer_sha256": sha256(plan.tokenizer),
         "torch": torch.__version__,
         "npp_ds": npp_ds.__version__,
-        "machine": f"{platform.machine()}, 1 thread",
+        "machine": torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, 1 thread",
         "load_average": round(os.getloadavg()[0], 1),
     }
     write_json_atomic(plan.file(run), result)
@@ -106,16 +108,16 @@ def _interpolated(points: Sequence[tuple[int, int]], step: int) -> float:
 
 def _measured(plan: Plan, run: Run, images: Path, out: Path, run_dir: Path) -> dict[str, Any]:
     """Return test loss and sample quality, where the plan asks for them."""
-    part, found = plan.parts[run.part], {}
+    part, found, device = plan.parts[run.part], {}, DEVICE
     weights = open_weights(run_dir)
     if part.get("test"):
-        found["test_nats"] = likelihood_of(weights, out / "codes" / "test", device="cpu")["nats_per_code"]
+        found["test_nats"] = likelihood_of(weights, out / "codes" / "test", device=device)["nats_per_code"]
     if not part.get("samples", True):
         return found
-    s, tokenizer = plan.keys["samples"], load_tokenizer(plan.tokenizer)
-    extractor = ClassifierExtractor(path=plan.classifier)
+    s, tokenizer = plan.keys["samples"], load_tokenizer(plan.tokenizer).to(device)
+    extractor = ClassifierExtractor(device, plan.classifier) if plan.classifier else Inception(device=device)
     real = real_statistics(images, plan.keys["data"]["image_size"], out, extractor)
-    model, side = build_model(weights, "cpu"), weights.patch_side or 1
+    model, side = build_model(weights, device), weights.patch_side or 1
 
     def judged(count: int, seed: int, cfg: float) -> tuple[dict[str, Any], np.ndarray]:
         return _judged(model, tokenizer, extractor, real, count, Options(seed=seed, cfg_scale=cfg, patch_side=side))
@@ -139,28 +141,32 @@ def sweep_of(measure: Callable[[float], dict[str, Any]], scales: Sequence[float]
 def _judged(
     model: Transformer,
     tokenizer: VQModel,
-    extractor: ClassifierExtractor,
+    extractor: Extractor,
     real: tuple[np.ndarray, np.ndarray],
     count: int,
     options: Options,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the quality of `count` samples, with labels in turn, and the first of them."""
+    """Return the quality of `count` samples, with labels in turn, and the first of them.
+
+    Class agreement is measured with extractors that predict the classes.
+    """
     moments, predicted, shown = Moments(center=real[0]), [], None
     labels = labels_of(np.arange(count), range(model.config.num_classes), "balanced", options.seed)
     for start in range(0, count, SAMPLE_BATCH):
         numbers = np.arange(start, min(start + SAMPLE_BATCH, count))
         pixels = sample_images(
-            model, tokenizer.decode, labels[numbers], numbers, options, batch_size=SAMPLE_BATCH, capture=False
+            model, tokenizer.decode, labels[numbers], numbers, options, batch_size=SAMPLE_BATCH, capture=CUDA
         )
         features = extractor(pixels)
         moments.add(features.pool)
-        assert features.probabilities is not None
-        predicted.append(features.probabilities.argmax(-1))
+        if extractor.predicts_classes and features.probabilities is not None:
+            predicted.append(features.probabilities.argmax(-1))
         shown = pixels[:SHOWN] if shown is None else shown
-    agreement = class_agreement(np.concatenate(predicted), labels)["class_agreement"]
-    distance = frechet_distance(*moments.statistics(), *real)
+    quality = {"cfg_scale": options.cfg_scale, "frechet_distance": frechet_distance(*moments.statistics(), *real)}
+    if predicted:
+        quality["class_agreement"] = class_agreement(np.concatenate(predicted), labels)["class_agreement"]
     assert shown is not None
-    return {"cfg_scale": options.cfg_scale, "frechet_distance": distance, "class_agreement": agreement}, shown
+    return quality, shown
 
 
 def run_part(plan: Plan, part: int, arguments: Sequence[str], jobs: int) -> None:

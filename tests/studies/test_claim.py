@@ -19,7 +19,7 @@ from npp_ds.tokenizer.loading import SHIPPED as TOKENIZERS
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from studies.claim.page import interval, verdict  # noqa: E402
-from studies.claim.plan import Plan  # noqa: E402
+from studies.claim.plan import PLAN, Plan  # noqa: E402
 from studies.claim.runs import run_part, sweep_of  # noqa: E402
 from studies.claim.seconds import read_seconds  # noqa: E402
 
@@ -29,17 +29,23 @@ def write_result(plan: Plan, run, nats: float, **values) -> None:
     plan.file(run).write_text(json.dumps({"plan_sha256": plan.sha256, "nats": nats, **values}))
 
 
-@pytest.fixture
-def plan(tmp_path):
-    """The shipped plan, with results of parts 1 to 3 in which the arms get better in their order."""
-    plan = Plan(tmp_path)
+def plan_with_results(results: Path, path: Path = PLAN) -> Plan:
+    """Return a shipped plan, with results of parts 1 to 3 in which the arms get better in their order."""
+    plan = Plan(results, path)
     runs = [run for part in (1, 2, 3) for run in plan.runs(part)]
     for number, run in enumerate(runs):
         write_result(plan, run, 5 - number / 1000)
     return plan
 
 
-def test_every_run_of_the_plan_has_a_config_that_can_be_trained(plan, tmp_path):
+@pytest.fixture
+def plan(tmp_path):
+    return plan_with_results(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plan.yaml", "plan_tiny_imagenet.yaml"])
+def test_every_run_of_a_plan_has_a_config_that_can_be_trained(name, tmp_path):
+    plan = plan_with_results(tmp_path, ROOT / "studies/claim" / name)
     runs = [run for part in plan.parts for run in plan.runs(part)]
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
