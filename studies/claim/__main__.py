@@ -4,6 +4,7 @@
 
     python -m studies.claim --images cifar10 --out study --part 1
     python -m studies.claim --images cifar10 --out study --part 2 --jobs 4
+    python -m studies.claim --images cifar10 --out study --part muon
     python -m studies.claim --images cifar10 --out study --part seconds    # on an idle machine
     python -m studies.claim --page docs/study.md
 """
@@ -19,7 +20,7 @@ from npp_ds.training.preemption import PREEMPTED, Preempted
 
 RESULTS = Path(__file__).parents[1] / "results" / "claim"
 PLAN = Path(__file__).parent / "plan.yaml"
-SECONDS = "seconds"
+MUON, SECONDS = "muon", "seconds"
 
 
 def parse() -> argparse.Namespace:
@@ -27,7 +28,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--images", type=Path, help="folder with train/<class>/ and test/<class>/")
     add("--out", type=Path, help="folder for codes and run folders")
-    add("--part", help="part of the plan to run, or 'seconds': measure seconds per step, on an idle machine")
+    add("--part", help="part of the plan to run, 'muon': compare an optimizer, or 'seconds': measure seconds per "
+        "step, on an idle machine")  # fmt: skip
     add("--jobs", type=int, default=2, help="runs at a time, with one thread each (%(default)s)")
     add("--run", help="make only the run of this name, in this process")
     add("--results", type=Path, default=RESULTS, help="folder of the results, a JSON file a run (%(default)s)")
@@ -61,6 +63,7 @@ def study(options: argparse.Namespace) -> None:
 
 def _run(plan: "Plan", options: argparse.Namespace) -> None:  # noqa: F821
     from studies.claim.data import encode
+    from studies.claim.muon import measure_muon
     from studies.claim.runs import make_run, run_part
     from studies.claim.seconds import measure_seconds
 
@@ -70,9 +73,12 @@ def _run(plan: "Plan", options: argparse.Namespace) -> None:  # noqa: F821
             raise UserError(f"--run: found {options.run}, expected one of {', '.join(known)}")
         make_run(plan, known[options.run], options.images, options.out)
         return
-    if options.part not in (SECONDS, *map(str, plan.parts)):
-        raise UserError(f"--part: found {options.part}, expected one of {SECONDS}, {', '.join(map(str, plan.parts))}")
+    if options.part not in (parts := [*map(str, plan.parts), MUON, SECONDS]):
+        raise UserError(f"--part: found {options.part}, expected one of {', '.join(parts)}")
     encode(plan, options.images, options.out / "codes")
+    if options.part == MUON:
+        measure_muon(plan, options.out, options.jobs)
+        return
     if options.part == SECONDS:
         measure_seconds(plan, options.out)
         return

@@ -7,7 +7,8 @@ from shutil import copyfile
 from statistics import mean, stdev
 from typing import IO, Any
 
-from npp_ds.utils.files import write_atomic, write_text_atomic
+from npp_ds.utils.files import read_json, write_atomic, write_text_atomic
+from studies.claim.muon import MUON_FILE
 from studies.claim.plan import Plan
 from studies.claim.seconds import key_of, read_seconds
 
@@ -96,8 +97,10 @@ def write_page(plan: Plan, path: Path) -> None:
         write_atomic(picture, partial(_plot, plan=plan, results=results, arms=arms))
         text.append(f"\n![Loss over the course of training](images/{picture.name})")
         text += _samples(plan, number, arms, picture)
+    text += _muon(plan)
     text += ["\n## Commands\n", "```", "python -m studies.claim --images IMAGES --out study --part 1    # then 2, 3, 4"]
     text += [
+        "python -m studies.claim --images IMAGES --out study --part muon",
         "python -m studies.claim --images IMAGES --out study --part seconds",
         "python -m studies.claim --page docs/study.md",
     ]
@@ -136,7 +139,10 @@ def _statements(plan: Plan, results: Results) -> list[str]:
             lines.append(f"- {question}: not decided yet; part {last} decides.")
         else:
             said = verdict(*found, plan.keys["margin"])
-            lines.append(f"- {question}: **{said}** ({found[0]:+.4f} ± {found[1]:.4f} nats on test images).")
+            line = f"- {question}: **{said}** ({found[0]:+.4f} ± {found[1]:.4f} nats on test images)"
+            if distance := compared(results, arm, plan.parts[last]["baseline"], "frechet_distance"):
+                line += f"; Frechet distance {verdict(*distance, 0)} ({distance[0]:+.3g} ± {distance[1]:.2g})"
+            lines.append(f"{line}.")
     return lines
 
 
@@ -172,6 +178,25 @@ def _table(plan: Plan, results: Results, number: int) -> list[str]:
             *([_idle_seconds(runs[0], seconds)] if seconds else []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _muon(plan: Plan) -> list[str]:
+    """Return the section on Muon, empty before it was measured."""
+    path = plan.results / MUON_FILE
+    if not path.is_file():
+        return []
+    found = read_json(path)
+    lines = [
+        "\n## Muon\n",
+        f"The settings are those of {found['settings_of']}, seed and data order included, in a bare loop. Muon updates "
+        "the matrices of the layers, AdamW the rest.\n",
+        "| optimizer | peak rate of Muon | nats | core seconds |",
+        "|---|---|---|---|",
+    ]
+    for run in found["runs"]:
+        rate = f"{run['muon_rate']:g}" if run["muon_rate"] else ""
+        lines.append(f"| {run['name']} | {rate} | {run['nats']:.4f} | {run['cpu_seconds']:.0f} |")
     return lines
 
 

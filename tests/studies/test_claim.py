@@ -15,9 +15,11 @@ from npp_ds.config.checks import problems_of
 from npp_ds.errors import UserError
 from npp_ds.evaluation.extractors import SHIPPED as CLASSIFIER
 from npp_ds.tokenizer.loading import SHIPPED as TOKENIZERS
+from npp_ds.utils.files import read_json
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+from studies.claim.muon import MUON_FILE  # noqa: E402
 from studies.claim.page import interval, verdict  # noqa: E402
 from studies.claim.plan import PLAN, Plan  # noqa: E402
 from studies.claim.runs import run_part, sweep_of  # noqa: E402
@@ -124,7 +126,7 @@ def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_
     command = [sys.executable, "-m", "studies.claim", *(f"--{name}={path}" for name, path in paths.items())]
     command.append(f"--page={tmp_path / 'docs/study.md'}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for part in ("1", "seconds"):
+    for part in ("1", "muon", "seconds"):
         call = [*command, f"--part={part}"]
         found = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         assert found.returncode == 0, found.stderr[-3000:]
@@ -138,5 +140,12 @@ def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_
     assert results["centers"]["chosen"] == "next" and results["centers"]["updates"] > results["next"]["updates"]
     page = (tmp_path / "docs/study.md").read_text()
     assert min(read_seconds(plan).values()) > 0 and len(read_seconds(plan)) == 2
-    assert "| centers |" in page and "seconds, idle" in page and f"{results['centers']['nats']:.4f}" in page
+    adamw, *muon = (run["nats"] for run in read_json(plan.results / MUON_FILE)["runs"])
+    assert adamw == pytest.approx(results["next"]["nats"], abs=1e-5) and len({adamw, *muon}) == 4
+    assert (
+        "| centers |" in page
+        and "| muon-2 |" in page
+        and "seconds, idle" in page
+        and f"{results['centers']['nats']:.4f}" in page
+    )
     assert (tmp_path / "docs/images/study_part_1.png").is_file()
