@@ -10,24 +10,41 @@ The engine computes in float32. There the rounding costs most: under bf16 autoca
 bf16, so that sending it in bf16 rounds only the sums over processes.
 """
 
+import argparse
+import os
+import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.common import machine, versions, where
-from npp_ds.training.metrics import events_named
+from npp_ds.training.metrics import events_named, read_events
 from npp_ds.utils.files import write_json_atomic, write_text_atomic
-from studies.equal_flops import command_line, train_quickstart
 
 RESULTS = Path(__file__).parent / "results" / "bf16_gradients"
 RUNS = {"quickstart": [], "longer": ["schedule.stages.2.epochs=8"]}
 SETTINGS = {"fp32": "zero2", "bf16": "zero2_bf16_gradients"}
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="folder of code shards to train on")
+    parser.add_argument("--val", required=True, help="folder of held-out code shards")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / RESULTS.name, help="folder for the run folders")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file without its extension")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for all runs")
+    return parser.parse_args()
+
+
 def train(overrides: list[str], run_dir: Path, processes: int) -> list[tuple[int, int, float]]:
-    """Train a run to its end. Return (step, patch side, nats per code) of each of its validations."""
-    found = events_named(train_quickstart(overrides, run_dir, processes), "validation")
+    """Train a run of the quickstart to its end. Return (step, patch side, nats per code) of each of its validations."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, "-m", "npp_ds", "train", "--recipe", "quickstart", f"run_dir={run_dir}", *overrides]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = events_named(read_events(run_dir / "metrics.jsonl"), "validation")
     return [(event["step"], event["patch_side"], event["nll"]) for event in found]
 
 
@@ -63,8 +80,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    args = command_line(__doc__, 4, RESULTS).parse_args()
-
+    args = parse()
     common = [f"data.train={args.train}", f"data.val={args.val}", "precision=fp32", *args.set]
     result: dict[str, Any] = {
         "seeds": args.seeds,
