@@ -2,7 +2,7 @@
 
 Muon (https://kellerjordan.github.io/posts/muon/, torch's own) updates the matrices of attention and feed-forward
 layers, AdamW the rest, with the peak rate that was best for it. Everything else, data order and dropout included, is
-that of the chosen run, so "adamw" repeats its loss.
+that of the chosen run, so "adamw" repeats it; rounding in another order makes long runs differ, by about 0.01 nats.
 """
 
 import time
