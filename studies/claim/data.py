@@ -17,6 +17,7 @@ from npp_ds.tokenizer.sources import Source, load_images, open_source
 from npp_ds.utils.files import write_atomic
 from studies.claim.plan import Plan
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATISTICS_FILE = "real_images.npz"
 
 
@@ -41,9 +42,8 @@ def encode(plan: Plan, images: Path, codes: Path) -> None:
     if all((codes / name / MANIFEST_NAME).is_file() for name in ("train", "validation", "test")):
         return
     tokenizer, data = load_tokenizer(plan.tokenizer), plan.keys["data"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, source in parts_of(images, data["train"], data["validation"]):
-        settings = EncodeSettings(split=name, image_size=data["image_size"], device=device)
+        settings = EncodeSettings(split=name, image_size=data["image_size"], device=DEVICE)
         encoding = Encoding(source, tokenizer, codes / name, settings)
         encoding.run()
         encoding.finish()

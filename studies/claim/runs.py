@@ -31,12 +31,10 @@ from npp_ds.training.metrics import events_named, read_events
 from npp_ds.training.preemption import StopRequests
 from npp_ds.training.trainer import train
 from npp_ds.utils.files import sha256, write_atomic, write_json_atomic
-from studies.claim.data import real_statistics
+from studies.claim.data import DEVICE, real_statistics
 from studies.claim.plan import Plan, Run
 
 CPU_FILE = "cpu_seconds.json"
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 SAMPLE_BATCH = 250
 POLL_SECONDS = 1.0
 SWEEP_FACTOR = 1.5
@@ -75,7 +73,7 @@ def make_run(plan: Plan, run: Run, images: Path, out: Path) -> None:
         "tokenizer_sha256": sha256(plan.tokenizer),
         "torch": torch.__version__,
         "npp_ds": npp_ds.__version__,
-        "machine": torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, 1 thread",
+        "machine": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()}, 1 thread",
         "load_average": round(os.getloadavg()[0], 1),
     }
     write_json_atomic(plan.file(run), result)
@@ -108,16 +106,16 @@ def _interpolated(points: Sequence[tuple[int, int]], step: int) -> float:
 
 def _measured(plan: Plan, run: Run, images: Path, out: Path, run_dir: Path) -> dict[str, Any]:
     """Return test loss and sample quality, where the plan asks for them."""
-    part, found, device = plan.parts[run.part], {}, DEVICE
+    part, found = plan.parts[run.part], {}
     weights = open_weights(run_dir)
     if part.get("test"):
-        found["test_nats"] = likelihood_of(weights, out / "codes" / "test", device=device)["nats_per_code"]
+        found["test_nats"] = likelihood_of(weights, out / "codes" / "test", device=DEVICE)["nats_per_code"]
     if not part.get("samples", True):
         return found
-    s, tokenizer = plan.keys["samples"], load_tokenizer(plan.tokenizer).to(device)
-    extractor = ClassifierExtractor(device, plan.classifier) if plan.classifier else Inception(device=device)
+    s, tokenizer = plan.keys["samples"], load_tokenizer(plan.tokenizer).to(DEVICE)
+    extractor = ClassifierExtractor(DEVICE, plan.classifier) if plan.classifier else Inception(device=DEVICE)
     real = real_statistics(images, plan.keys["data"]["image_size"], out, extractor)
-    model, side = build_model(weights, device), weights.patch_side or 1
+    model, side = build_model(weights, DEVICE), weights.patch_side or 1
 
     def judged(count: int, seed: int, cfg: float) -> tuple[dict[str, Any], np.ndarray]:
         return _judged(model, tokenizer, extractor, real, count, Options(seed=seed, cfg_scale=cfg, patch_side=side))
@@ -155,7 +153,13 @@ def _judged(
     for start in range(0, count, SAMPLE_BATCH):
         numbers = np.arange(start, min(start + SAMPLE_BATCH, count))
         pixels = sample_images(
-            model, tokenizer.decode, labels[numbers], numbers, options, batch_size=SAMPLE_BATCH, capture=CUDA
+            model,
+            tokenizer.decode,
+            labels[numbers],
+            numbers,
+            options,
+            batch_size=SAMPLE_BATCH,
+            capture=DEVICE == "cuda",
         )
         features = extractor(pixels)
         moments.add(features.pool)
