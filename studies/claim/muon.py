@@ -25,7 +25,7 @@ from studies.claim.plan import Plan, Run
 
 MUON_FILE = "muon.json"
 ARM = "next"  # its settings are those of the best run of part 1
-RATES = (0.5, 1.0, 2.0)  # Muon's peak rate over AdamW's; its updates are scaled to the size of AdamW's
+RATES = (0.5, 1.0, 2.0, 4.0)  # Muon's peak rate over AdamW's; its updates are scaled to the size of AdamW's
 
 
 def measure_muon(plan: Plan, out: Path, jobs: int) -> None:

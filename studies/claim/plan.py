@@ -34,12 +34,21 @@ class Run:
 
 
 class Plan:
-    """The plan in a file, and the results in a folder, one JSON file a run."""
+    """The plan in a file, and the results in a folder, one JSON file a run.
+
+    Parts that were added after the first run are in a file of their own, PLAN_added.yaml: results hold the SHA-256 of
+    the file that has their part.
+    """
 
     def __init__(self, results: Path, path: Path = PLAN):
-        self.results, self.path, self.sha256 = results, path, sha256(path)
+        self.results, self.path = results, path
         self.keys: dict[str, Any] = yaml.safe_load(path.read_text())
         self.parts: dict[int, dict[str, Any]] = self.keys["parts"]
+        self.sha256_of = dict.fromkeys(self.parts, sha256(path))
+        if (added := path.with_name(f"{path.stem}_added.yaml")).is_file():
+            later = yaml.safe_load(added.read_text())["parts"]
+            self.parts.update(later)
+            self.sha256_of.update(dict.fromkeys(later, sha256(added)))
         data = self.keys["data"]
         self.tokenizer = path.parent / data["tokenizer"]
         self.classifier = path.parent / data["classifier"] if "classifier" in data else None
@@ -63,7 +72,7 @@ class Plan:
         if not path.is_file():
             return None
         found: dict[str, Any] = json.loads(path.read_text())
-        if found["plan_sha256"] != self.sha256:
+        if found["plan_sha256"] != self.sha256_of[run.part]:
             raise UserError(f"{path}: a result of another plan than the one here; move the old results away")
         return found
 

@@ -59,7 +59,7 @@ def make_run(plan: Plan, run: Run, images: Path, out: Path) -> None:
         "part": run.part,
         "arm": run.arm,
         "seed": run.seed,
-        "plan_sha256": plan.sha256,
+        "plan_sha256": plan.sha256_of[run.part],
         "chosen": plan.chosen(run.arm),
         "keys": plan.resolved(run.arm),
         "stages": stages,

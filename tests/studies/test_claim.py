@@ -19,7 +19,7 @@ from npp_ds.utils.files import read_json
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from studies.claim.muon import MUON_FILE  # noqa: E402
+from studies.claim.muon import MUON_FILE, RATES  # noqa: E402
 from studies.claim.page import interval, verdict  # noqa: E402
 from studies.claim.plan import PLAN, Plan  # noqa: E402
 from studies.claim.runs import run_part, sweep_of  # noqa: E402
@@ -28,7 +28,7 @@ from studies.claim.seconds import read_seconds  # noqa: E402
 
 def write_result(plan: Plan, run, nats: float, **values) -> None:
     plan.file(run).parent.mkdir(parents=True, exist_ok=True)
-    plan.file(run).write_text(json.dumps({"plan_sha256": plan.sha256, "nats": nats, **values}))
+    plan.file(run).write_text(json.dumps({"plan_sha256": plan.sha256_of[run.part], "nats": nats, **values}))
 
 
 def plan_with_results(results: Path, path: Path = PLAN) -> Plan:
@@ -60,7 +60,8 @@ def test_arms_have_the_flops_updates_and_choices_that_the_plan_says(plan):
     flops, updates = {}, {}
     for arm in plan.part_of:
         flops[arm], updates[arm] = list(plan.flops(plan.stages(arm)))[-1][::-1]
-    for arm in ("centers-flops", "superposition", "next-updates", "npp-best-flops", "rising", "share-40"):
+    equal = "centers-flops superposition next-updates npp-best-flops rising share-40 paper-flops sides-4-2-1-flops"
+    for arm in equal.split():
         assert flops[arm] == pytest.approx(flops["next"], rel=0.03), arm
     assert 0.5 < flops["paper"] / flops["next"] < 0.65
     assert updates["next-updates"] == updates["centers-flops"]
@@ -76,6 +77,10 @@ def test_an_arm_waits_for_what_it_chooses_from_and_results_of_another_plan_are_r
     plan.file(tuning).write_text(json.dumps({"plan_sha256": "other", "nats": 1.0}))
     with pytest.raises(UserError, match="result of another plan"):
         plan.stages("next")
+    added = plan.runs(6)[0]
+    plan.file(added).write_text(json.dumps({"plan_sha256": plan.sha256_of[1], "nats": 1.0}))
+    with pytest.raises(UserError, match="result of another plan"):
+        plan.result(added)
 
 
 def test_intervals_are_those_of_students_t_and_decide_as_planned():
@@ -141,7 +146,7 @@ def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_
     page = (tmp_path / "docs/study.md").read_text()
     assert min(read_seconds(plan).values()) > 0 and len(read_seconds(plan)) == 2
     adamw, *muon = (run["nats"] for run in read_json(plan.results / MUON_FILE)["runs"])
-    assert adamw == pytest.approx(results["next"]["nats"], abs=1e-5) and len({adamw, *muon}) == 4
+    assert adamw == pytest.approx(results["next"]["nats"], abs=1e-5) and len({adamw, *muon}) == 1 + len(RATES)
     assert (
         "| centers |" in page
         and "| muon-2 |" in page
