@@ -5,6 +5,7 @@
     python -m studies.claim --images cifar10 --out study --part 1
     python -m studies.claim --images cifar10 --out study --part 2 --jobs 4
     python -m studies.claim --images cifar10 --out study --part muon
+    python -m studies.claim --images cifar10 --out study --part data
     python -m studies.claim --images cifar10 --out study --part seconds    # on an idle machine
     python -m studies.claim --page docs/study.md
 """
@@ -20,7 +21,6 @@ from npp_ds.training.preemption import PREEMPTED, Preempted
 
 RESULTS = Path(__file__).parents[1] / "results" / "claim"
 PLAN = Path(__file__).parent / "plan.yaml"
-MUON, SECONDS = "muon", "seconds"
 
 
 def parse() -> argparse.Namespace:
@@ -28,8 +28,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--images", type=Path, help="folder with train/<class>/ and test/<class>/")
     add("--out", type=Path, help="folder for codes and run folders")
-    add("--part", help="part of the plan to run, 'muon': compare an optimizer, or 'seconds': measure seconds per "
-        "step, on an idle machine")  # fmt: skip
+    add("--part", help="part of the plan to run; 'muon': compare an optimizer; 'seconds': measure seconds per step, on "
+        "an idle machine; 'data': measure the test images as samples are")  # fmt: skip
     add("--jobs", type=int, default=2, help="runs at a time, with one thread each (%(default)s)")
     add("--run", help="make only the run of this name, in this process")
     add("--results", type=Path, default=RESULTS, help="folder of the results, a JSON file a run (%(default)s)")
@@ -62,8 +62,9 @@ def study(options: argparse.Namespace) -> None:
 
 
 def _run(plan: "Plan", options: argparse.Namespace) -> None:  # noqa: F821
-    from studies.claim.data import encode
+    from studies.claim.data import encode, measure_data
     from studies.claim.muon import measure_muon
+    from studies.claim.plan import DATA, MUON, SECONDS
     from studies.claim.runs import make_run, run_part
     from studies.claim.seconds import measure_seconds
 
@@ -73,7 +74,7 @@ def _run(plan: "Plan", options: argparse.Namespace) -> None:  # noqa: F821
             raise UserError(f"--run: found {options.run}, expected one of {', '.join(known)}")
         make_run(plan, known[options.run], options.images, options.out)
         return
-    if options.part not in (parts := [*map(str, plan.parts), MUON, SECONDS]):
+    if options.part not in (parts := [*map(str, plan.parts), MUON, SECONDS, DATA]):
         raise UserError(f"--part: found {options.part}, expected one of {', '.join(parts)}")
     encode(plan, options.images, options.out / "codes")
     if options.part == MUON:
@@ -81,6 +82,9 @@ def _run(plan: "Plan", options: argparse.Namespace) -> None:  # noqa: F821
         return
     if options.part == SECONDS:
         measure_seconds(plan, options.out)
+        return
+    if options.part == DATA:
+        measure_data(plan, options.images, options.out)
         return
     paths = {name: str(getattr(options, name).resolve()) for name in ("images", "out", "results", "plan")}
     arguments = [word for name, value in paths.items() for word in (f"--{name}", value)]

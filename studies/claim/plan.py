@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -17,6 +18,7 @@ from npp_ds.sizes import num_positions
 from npp_ds.utils.files import sha256
 
 PLAN = Path(__file__).parent / "plan.yaml"
+MUON, SECONDS, DATA = "muon", "seconds", "data"  # parts that the study has beside those of its plan
 DROPOUT = ("token_dropout", "residual_dropout", "ffn_dropout")
 
 
@@ -46,13 +48,17 @@ class Plan:
         self.parts: dict[int, dict[str, Any]] = self.keys["parts"]
         self.sha256_of = dict.fromkeys(self.parts, sha256(path))
         if (added := path.with_name(f"{path.stem}_added.yaml")).is_file():
-            later = yaml.safe_load(added.read_text())["parts"]
+            later: dict[int, dict[str, Any]] = yaml.safe_load(added.read_text())["parts"]
             self.parts.update(later)
             self.sha256_of.update(dict.fromkeys(later, sha256(added)))
         data = self.keys["data"]
         self.tokenizer = path.parent / data["tokenizer"]
         self.classifier = path.parent / data["classifier"] if "classifier" in data else None
         self.part_of = {arm: number for number, part in self.parts.items() for arm in part["arms"]}
+
+    @cached_property
+    def _tokenizer_sha256(self) -> str | None:
+        return sha256(self.tokenizer) if self.tokenizer.is_file() else None
 
     def runs(self, part: int) -> list[Run]:
         """Return the runs of a part: all arms with its first seed, then all with its second."""
@@ -73,7 +79,9 @@ class Plan:
             return None
         found: dict[str, Any] = json.loads(path.read_text())
         if found["plan_sha256"] != self.sha256_of[run.part]:
-            raise UserError(f"{path}: a result of another plan than the one here; move the old results away")
+            raise UserError(f"{path}: a result of another plan than the one here; choose other --results")
+        if self._tokenizer_sha256 and found.get("tokenizer_sha256", self._tokenizer_sha256) != self._tokenizer_sha256:
+            raise UserError(f"{path}: a result with another tokenizer than {self.tokenizer}; choose other --results")
         return found
 
     def nats(self, arm: str) -> float | None:

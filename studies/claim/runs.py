@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 import npp_ds
 from npp_ds.checkpoint.open import open_weights
 from npp_ds.errors import UserError
-from npp_ds.evaluation.extractors import ClassifierExtractor, Extractor, Inception
+from npp_ds.evaluation.extractors import Extractor
 from npp_ds.evaluation.likelihood import likelihood_of
-from npp_ds.evaluation.metrics import Moments, class_agreement, frechet_distance
+from npp_ds.evaluation.metrics import Statistics
 from npp_ds.model import Transformer
 from npp_ds.sampling.folder import tiled
 from npp_ds.sampling.logits_processing import Options
@@ -31,11 +32,10 @@ from npp_ds.training.metrics import events_named, read_events
 from npp_ds.training.preemption import StopRequests
 from npp_ds.training.trainer import train
 from npp_ds.utils.files import sha256, write_atomic, write_json_atomic
-from studies.claim.data import DEVICE, real_statistics
+from studies.claim.data import BATCH, DEVICE, extractor_of, quality_of, real_statistics
 from studies.claim.plan import Plan, Run
 
 CPU_FILE = "cpu_seconds.json"
-SAMPLE_BATCH = 250
 POLL_SECONDS = 1.0
 SWEEP_FACTOR = 1.5
 SHOWN = 40
@@ -113,7 +113,7 @@ def _measured(plan: Plan, run: Run, images: Path, out: Path, run_dir: Path) -> d
     if not part.get("samples", True):
         return found
     s, tokenizer = plan.keys["samples"], load_tokenizer(plan.tokenizer).to(DEVICE)
-    extractor = ClassifierExtractor(DEVICE, plan.classifier) if plan.classifier else Inception(device=DEVICE)
+    extractor = extractor_of(plan)
     real = real_statistics(images, plan.keys["data"]["image_size"], out, extractor)
     model, side = build_model(weights, DEVICE), weights.patch_side or 1
 
@@ -140,37 +140,30 @@ def _judged(
     model: Transformer,
     tokenizer: VQModel,
     extractor: Extractor,
-    real: tuple[np.ndarray, np.ndarray],
+    real: Statistics,
     count: int,
     options: Options,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the quality of `count` samples, with labels in turn, and the first of them.
-
-    Class agreement is measured with extractors that predict the classes.
-    """
-    moments, predicted, shown = Moments(center=real[0]), [], None
+    """Return the quality of `count` samples, with labels in turn, and the first of them."""
     labels = labels_of(np.arange(count), range(model.config.num_classes), "balanced", options.seed)
-    for start in range(0, count, SAMPLE_BATCH):
-        numbers = np.arange(start, min(start + SAMPLE_BATCH, count))
-        pixels = sample_images(
-            model,
-            tokenizer.decode,
-            labels[numbers],
-            numbers,
-            options,
-            batch_size=SAMPLE_BATCH,
-            capture=DEVICE == "cuda",
-        )
-        features = extractor(pixels)
-        moments.add(features.pool)
-        if extractor.predicts_classes and features.probabilities is not None:
-            predicted.append(features.probabilities.argmax(-1))
-        shown = pixels[:SHOWN] if shown is None else shown
-    quality = {"cfg_scale": options.cfg_scale, "frechet_distance": frechet_distance(*moments.statistics(), *real)}
-    if predicted:
-        quality["class_agreement"] = class_agreement(np.concatenate(predicted), labels)["class_agreement"]
-    assert shown is not None
-    return quality, shown
+    shown: list[np.ndarray] = []
+
+    def batches() -> Iterator[np.ndarray]:
+        for numbers in np.split(np.arange(count), range(BATCH, count, BATCH)):
+            pixels = sample_images(
+                model,
+                tokenizer.decode,
+                labels[numbers],
+                numbers,
+                options,
+                batch_size=BATCH,
+                capture=DEVICE == "cuda",
+            )
+            shown.append(pixels[: SHOWN if not shown else 0])
+            yield pixels
+
+    quality = quality_of(batches(), labels, extractor, real)
+    return {"cfg_scale": options.cfg_scale, **quality}, shown[0]
 
 
 def run_part(plan: Plan, part: int, arguments: Sequence[str], jobs: int) -> None:
@@ -179,10 +172,13 @@ def run_part(plan: Plan, part: int, arguments: Sequence[str], jobs: int) -> None
     At SIGTERM or SIGINT the runs in progress save a checkpoint and end; the same command resumes them.
     """
     waiting = [run for run in plan.runs(part) if plan.result(run) is None]
+    if not waiting:
+        print(f"part {part}: all runs have results in {plan.results}; other --results make them again", flush=True)
     active: dict[Run, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
     stopping = False
-    with StopRequests() as stop:
+    with StopRequests() as stop, ExitStack() as at_error:
+        at_error.callback(lambda: [process.terminate() for process in active.values()])
         while waiting or active:
             for run in [run for run, process in active.items() if process.poll() is not None]:
                 finished = plan.result(run) is not None

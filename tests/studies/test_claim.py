@@ -20,10 +20,10 @@ from npp_ds.utils.files import read_json
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from studies.claim.muon import MUON_FILE, RATES  # noqa: E402
-from studies.claim.page import interval, verdict  # noqa: E402
+from studies.claim.page import interval, verdict, write_page  # noqa: E402
 from studies.claim.plan import PLAN, Plan  # noqa: E402
 from studies.claim.runs import run_part, sweep_of  # noqa: E402
-from studies.claim.seconds import read_seconds  # noqa: E402
+from studies.claim.seconds import key_of, read_seconds, timed_stages  # noqa: E402
 
 
 def write_result(plan: Plan, run, nats: float, **values) -> None:
@@ -81,6 +81,47 @@ def test_an_arm_waits_for_what_it_chooses_from_and_results_of_another_plan_are_r
     plan.file(added).write_text(json.dumps({"plan_sha256": plan.sha256_of[1], "nats": 1.0}))
     with pytest.raises(UserError, match="result of another plan"):
         plan.result(added)
+    write_result(plan, added, 1.0, tokenizer_sha256="other")
+    with pytest.raises(UserError, match="another tokenizer"):
+        plan.result(added)
+
+
+def test_the_page_compares_with_the_arms_of_other_parts_by_seed_and_decides_when_all_seeds_are_there(plan, tmp_path):
+    stages = [{"steps": 10, "batch_size": 16, "learning_rate": 1e-3, "patch_side": 1}]
+    common = {"keys": {}, "stages": stages, "chosen": None, "updates": 10, "flops": 1, "cpu_seconds": 1.0, "curve": [
+        {"step": 10, "flops": 1, "nats": 4.9}], "class_agreement": 0.5, "machine": "m", "torch": "t"}  # fmt: skip
+    runs = [run for part in plan.parts for run in plan.runs(part)]
+    nats = {"paper-confirmed": 4.69, "next": 4.8}
+    for run in runs:
+        loss = nats.get(run.arm, 4.7) + run.seed / 100
+        distance = 20.0 if run.arm == "npp-best-flops" else 10.0 + run.seed
+        write_result(plan, run, loss, test_nats=loss + 1, frechet_distance=distance, part=run.part, **common)
+    (tmp_path / "seconds.json").write_text(
+        json.dumps({"seconds_per_step": {"side 1, batch 16": 2.0}, "load_before": 0.1})
+    )
+    write_page(plan, tmp_path / "study.md")
+    page = (tmp_path / "study.md").read_text()
+    asked = "A, the paper's recipe: equal epochs, no worse than next-token training: "
+    assert f"{asked}**better** (-0.0100 ± 0.0000 nats on test images; Frechet distance +0.0 ± 0.0)." in page
+    *_, row = (line for line in page.splitlines() if line.startswith("| rising |"))
+    assert "| -0.1000 |  |" in row and row.endswith("| 20 |")  # of seed 1 alone; 10 steps of 2 seconds
+    plan.file(runs[-1]).unlink()
+    plan.file(next(run for run in runs if run.arm == "paper-confirmed")).unlink()
+    write_page(plan, tmp_path / "study.md")
+    assert f"{asked}not decided yet; part 4 decides." in (tmp_path / "study.md").read_text()
+
+
+def test_seconds_of_stages_without_dropout_are_their_own(plan):
+    result = {"keys": {"dropout": 0}, "stages": [{"patch_side": 2, "batch_size": 16}]}
+    assert [key_of(stage) for stage in timed_stages(plan, result)] == ["side 2, batch 16, no dropout"]
+    result = {
+        "keys": {},
+        "stages": [{"patch_side": 2, "batch_size": 16, "dropout_scale": 0}, {"patch_side": 1, "batch_size": 8}],
+    }
+    assert [key_of(stage) for stage in timed_stages(plan, result)] == [
+        "side 2, batch 16, no dropout",
+        "side 1, batch 8",
+    ]
 
 
 def test_intervals_are_those_of_students_t_and_decide_as_planned():
@@ -88,6 +129,7 @@ def test_intervals_are_those_of_students_t_and_decide_as_planned():
     assert (mean, half) == (pytest.approx(-0.03), pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4))
     assert verdict(mean, half, 0.02) == "better"
     assert verdict(0.03, 0.02, 0.02) == "worse"
+    assert verdict(0.01, 0.005, 0.02) == "worse, by less than the margin"
     assert verdict(0.0, 0.015, 0.02) == "no worse"
     assert verdict(0.0, 0.03, 0.02) == "undecided"
 
@@ -131,7 +173,7 @@ def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_
     command = [sys.executable, "-m", "studies.claim", *(f"--{name}={path}" for name, path in paths.items())]
     command.append(f"--page={tmp_path / 'docs/study.md'}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for part in ("1", "muon", "seconds"):
+    for part in ("1", "muon", "data", "seconds"):
         call = [*command, f"--part={part}"]
         found = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         assert found.returncode == 0, found.stderr[-3000:]
@@ -147,10 +189,7 @@ def test_the_whole_command_trains_measures_times_and_writes_a_page_and_finished_
     assert min(read_seconds(plan).values()) > 0 and len(read_seconds(plan)) == 2
     adamw, *muon = (run["nats"] for run in read_json(plan.results / MUON_FILE)["runs"])
     assert adamw == pytest.approx(results["next"]["nats"], abs=1e-5) and len({adamw, *muon}) == 1 + len(RATES)
-    assert (
-        "| centers |" in page
-        and "| muon-2 |" in page
-        and "seconds, idle" in page
-        and f"{results['centers']['nats']:.4f}" in page
-    )
+    for shown in ("| centers |", "| muon-2 |", "seconds, idle core", "| their reconstructions |", "not decided yet"):
+        assert shown in page
+    assert f"{results['centers']['test_nats']:.4f}" in page
     assert (tmp_path / "docs/images/study_part_1.png").is_file()
