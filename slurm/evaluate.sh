@@ -26,7 +26,9 @@ need REFERENCE "the reference that the samples are compared with"
 run=$1
 shift
 [[ -d $run ]] || run=$RUNS_DIR/$run
+count=(--per-class 50)
 for option; do
+  [[ $option != --count* ]] || count=()
   [[ $option != --out* ]] || fail "$option: not supported; the folder is named after the options, so that the same command resumes"
 done
 # Each checkpoint with its options has its own folder, so the same command resumes the sampling of an earlier job.
@@ -42,7 +44,7 @@ step_options=("${one_task[@]}")
 run_step "$PYTHON" -m npp_ds evaluate "$run" "${against[@]}" --check
 ((code == 0)) || finish
 step_options=()
-run_step "$PYTHON" -m npp_ds sample "$run" --per-class 50 --out "$samples" "$@"
+run_step "$PYTHON" -m npp_ds sample "$run" "${count[@]}" --out "$samples" "$@"
 ((code == 0)) || finish
 say "sampled into $samples"
 step_options=("${one_task[@]}")

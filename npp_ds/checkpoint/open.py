@@ -43,7 +43,8 @@ class Weights:
 
     `variant` is "raw", or "ema" for the moving average. `shapes` holds the shape of each parameter. `name` and `step`
     are for people; `step` is None if unknown. `fingerprinted` is the file whose SHA-256 identifies these weights.
-    Weights of a run folder have its `config` and the `patch_side` of the stage that they were last trained in.
+    `model` has attention "auto", whatever the run used: the kernel depends on the machine. `patch_side` is that of the
+    stage that they were last trained in, None if unknown. Weights of a run folder have its `config`.
     `config_hash` and `tokenizer` are None, and `class_names` is empty, if unknown. `grid_is_guessed` is true if neither
     the file nor the caller gave the grid size. `has_null_class` is false for a model that was trained without class
     dropout: the last row of its class embedding means nothing, so it cannot be guided.
@@ -64,6 +65,9 @@ class Weights:
     class_names: tuple[str, ...] = ()
     grid_is_guessed: bool = False
     has_null_class: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", self.model.model_copy(update={"attention": "auto"}))
 
     @cached_property
     def sha256(self) -> str:
@@ -113,6 +117,7 @@ class Weights:
             "source": {"sha256": self.sha256},
             "npp_ds": npp_ds.__version__,
             **({} if self.has_null_class else {"null_class": False}),
+            **({"patch_side": self.patch_side} if (self.patch_side or 1) > 1 else {}),
         }
 
     @contextmanager
@@ -283,6 +288,7 @@ class _Metadata(BaseModel):
     class_names: list[_ClassName]
     config_hash: str | None
     null_class: bool = True
+    patch_side: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _each_class_has_a_name(self) -> "_Metadata":
@@ -329,6 +335,7 @@ def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
         "tokenizer": TokenizerId(read.tokenizer.name, read.tokenizer.sha256) if read.tokenizer else None,
         "class_names": tuple(read.class_names),
         "has_null_class": read.null_class,
+        "patch_side": read.patch_side,
     }
 
 
@@ -358,7 +365,7 @@ def _check_shapes(path: Path, found: dict[str, Shape], model: ModelSection) -> d
     """Return the parameter shapes of a model, in its order. Raises UserError if the tensors of the file differ."""
     try:
         with torch.device("meta"):
-            state = Transformer(ModelConfig(**model.arguments())).state_dict()
+            state = Transformer(ModelConfig(**{**model.arguments(), "attention": "auto"})).state_dict()
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path}: no model can have its shape ({error})") from error
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}

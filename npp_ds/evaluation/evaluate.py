@@ -33,6 +33,7 @@ from npp_ds.evaluation.metrics import (
     inception_score,
     precision_recall,
 )
+from npp_ds.sampling.folder import EVALUATION_FILE
 from npp_ds.utils.files import (
     check_writable,
     explain_os_errors,
@@ -45,7 +46,6 @@ from npp_ds.utils.files import (
 from npp_ds.utils.format import utc_now
 from npp_ds.utils.records import git_commit
 
-EVALUATION_FILE = "evaluation.json"
 AUTO = "auto"
 PUBLISHED_COUNT = 50_000
 LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "GIF", "JPEG2000", "AVIF"}
@@ -341,8 +341,8 @@ def find_caveats(images: ImageSet, measured: Measurement, reference: Reference, 
         found.append(
             f"samples were read from {' and '.join(lossy)} files, which can lose detail: save samples as PNG or .npz"
         )
-    if repeated := images.record.get("repeated_images"):
-        found.append(f"{repeated} of the samples are copies of others")
+    if measured.repeated and images.kind != RECONSTRUCTION:
+        found.append(f"{measured.repeated} of the samples are copies of others")
     if extractor.name == INCEPTION:
         found += _beside_published(measured, reference, extractor, images.kind == RECONSTRUCTION)
     return found

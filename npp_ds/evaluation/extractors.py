@@ -19,6 +19,7 @@ from npp_ds.checkpoint.safetensors_io import as_weights, read_torch
 from npp_ds.errors import UserError
 from npp_ds.evaluation.images import ImageSet
 from npp_ds.evaluation.metrics import Moments, Statistics
+from npp_ds.sampling.folder import pixel_digest
 from npp_ds.utils.files import sha256, write_atomic
 
 Progress = Callable[[int, int], None]
@@ -59,7 +60,8 @@ class Measurement:
 
     `sha256` is that of the pixels of all images in order. `pool` and `spatial` are statistics of all images, `features`
     [M, d] the pool features of the kept images in order. `predicted` int64 [N] holds the likeliest classes if the
-    extractor predicts them, `probabilities` [N, C] the class probabilities if they are scored.
+    extractor predicts them, `probabilities` [N, C] the class probabilities if they are scored. `repeated` samples equal
+    an earlier one in all pixels; 0 for a reference, whose images are not compared.
     """
 
     count: int
@@ -70,6 +72,7 @@ class Measurement:
     features: np.ndarray
     predicted: np.ndarray | None
     probabilities: np.ndarray | None
+    repeated: int
 
 
 def measure(
@@ -88,6 +91,7 @@ def measure(
     kept: list[np.ndarray] = []
     predicted: list[np.ndarray] = []
     probabilities: list[np.ndarray] = []
+    distinct: set[bytes] = set()
     size = [0, 0]
     for batch in images.batches(extractor.batch_size):
         found = extractor(batch)
@@ -101,6 +105,8 @@ def measure(
                 predicted.append(found.probabilities.argmax(-1))
             if keep is None:
                 probabilities.append(found.probabilities)
+        if keep is None:
+            distinct.update(map(pixel_digest, batch))
         kept.append(found.pool[wanted[(wanted >= done) & (wanted < done + len(batch))] - done])
         done += len(batch)
         progress(done, images.count)
@@ -113,6 +119,7 @@ def measure(
         features=np.concatenate(kept),
         predicted=np.concatenate(predicted) if predicted else None,
         probabilities=np.concatenate(probabilities) if probabilities else None,
+        repeated=done - len(distinct) if keep is None else 0,
     )
 
 

@@ -15,9 +15,9 @@ from npp_ds.errors import UserError
 from npp_ds.planning.memory import FP32, MAX_LIVE, Memory, training_memory, weight_bytes
 from npp_ds.planning.mfu import Mfu, mfu_by_side
 from npp_ds.sizes import num_positions
-from npp_ds.training.deepspeed_config import read_settings, shipped_configs
+from npp_ds.training.deepspeed_config import engine_settings, read_settings, shipped_configs
 from npp_ds.training.throughput import step_flops
-from npp_ds.utils.gpu_specs import GPU
+from npp_ds.utils.gpu_specs import GPU, GPUS
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
@@ -148,14 +148,22 @@ class Plan:
                 "the run does not fit this GPU, even one image at a time; use another ZeRO stage, "
                 "model.activation_checkpointing=block, or more GPUs"
             ]
+        known = GPUS.get(self.gpu.name)
+        found = []
+        if self.precision == "fp32" and known is not None and known.tflops == self.gpu.tflops:
+            found.append(
+                "times are those of bf16 products, and precision=fp32 is several times slower: give the GPU's fp32 "
+                "rate with --gpu-tflops"
+            )
         if all(s.micro_batch_size == s.configured_micro_batch_size for s in self.stages):
-            return []
+            return found
         most, configured = (
             min(getattr(s, name) for s in self.stages) for name in ("micro_batch_size", "configured_micro_batch_size")
         )
         return [
+            *found,
             f"{configured} images at a time, as configured, do not fit; the plan is for the largest that do: "
-            f"set schedule.micro_batch_size={most}"
+            f"set schedule.micro_batch_size={most}",
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -172,7 +180,7 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, 
     """Return the plan of a run on `gpus` GPUs; without `mfu` it is as measured, else assumed (`mfu.py`).
 
     Without `images` their number is that of the shards, else ImageNet's. Raises UserError if the config does not fit
-    the number of images or GPUs.
+    the number of images or GPUs, or if training refuses its DeepSpeed settings.
     """
     count, source = _images(config, images)
     if problems := problems_of(config, gpus, count):
@@ -180,6 +188,7 @@ def make_plan(config: RunConfig, gpu: GPU, gpus: int, mfu: float | None = None, 
         raise UserError(f"the config does not fit {count:,} images ({source}) and {gpus} GPUs:\n{text}")
     own = read_settings(config.deepspeed.config)
     schedule = config.build_schedule(count, gpus)
+    engine_settings(config, schedule.stages[0], gpus)  # raises for what training refuses
     fit, mfus = _Fit(config, gpu, gpus), mfu_by_side(config, gpu, mfu)
     stages = [_plan_stage(fit, own, stage, mfus) for stage in schedule.stages]
     days, gpu_hours, time_cost = _time(fit, own, schedule.stages, mfus)

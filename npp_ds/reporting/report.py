@@ -25,12 +25,13 @@ from npp_ds.reporting.summary import (
     RunData,
     RunSummary,
     read_run,
+    read_run_of,
     result_rows,
     stage_rows,
     summarize,
 )
-from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record, tiled
-from npp_ds.training.metrics import events_named
+from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, tiled
+from npp_ds.training.metrics import Event, events_named
 from npp_ds.utils.files import check_writable, explain_os_errors, read_object, write_atomic, write_text_atomic
 from npp_ds.utils.format import counted, format_duration
 
@@ -199,17 +200,36 @@ EVALUATION_COLUMNS = ("step", "patch side", "Frechet distance", "images", "CFG",
 def caveats(runs: Sequence[RunData]) -> list[str]:
     """Return why figures of these runs are not comparable, as sentences."""
     kinds: list[tuple[str, Callable[[RunData], Any]]] = [
-        ("The runs are validated on different images: do not compare their likelihoods.", lambda r: r.config.data.val),
+        (
+            "The runs are validated on different images: do not compare their likelihoods.",
+            lambda r: (r.config.data.val, r.config.validation.limit) if r.config.data.val else None,
+        ),
         (
             "The runs use different tokenizers: likelihoods of their codes are not comparable.",
             lambda r: r.manifest.tokenizer.sha256 if r.manifest else None,
         ),
         (
-            "The runs are evaluated with different settings: do not compare the Frechet distances of their samples.",
-            lambda r: next(((e["images"], e["cfg_scale"]) for e in events_named(r.events, "evaluation")), None),
+            "The runs are evaluated with different settings while they train: do not compare these Frechet distances.",
+            lambda r: tuple(dict.fromkeys(map(_settings, events_named(r.events, "evaluation")))) or None,
+        ),
+        (
+            "The samples of the runs are evaluated with different settings: do not compare their Frechet distances.",
+            lambda r: _evaluated(r.evaluation) if r.evaluation else None,
         ),
     ]
     return [text for text, of in kinds if len({of(run) for run in runs} - {None}) > 1]
+
+
+def _settings(event: Event) -> tuple[Any, ...]:
+    return tuple(event.get(name) for name in ("images", "cfg_scale", "weights"))
+
+
+def _evaluated(evaluation: dict[str, Any]) -> str:
+    """Return what must be equal where two evaluations are compared."""
+    names = ("cfg_scale", "temperature", "top_k", "top_p", "cfg_interval", "labels", "patch_side", "weights")
+    samples, reference = evaluation.get("samples", {}), evaluation.get("reference", {})
+    of_samples = [samples.get(name) for name in names]
+    return json.dumps([evaluation.get("num_images"), evaluation.get("extractor"), reference.get("sha256"), of_samples])
 
 
 def page(
@@ -360,15 +380,15 @@ CARD_SECTIONS = ("model", "schedule", "optimizer", "precision", "seed")
 
 
 def model_card(weights: "Weights", folder: str, has_tokenizer: bool) -> dict[str, bytes]:
-    """Return the model card of an exported folder: what the weights are, what they cost, how they were evaluated.
+    """Return the model card of an exported folder: what these weights are, what they cost, how they were evaluated.
 
     The result is {file name: content}: README.md for the folder of that name, samples.png for a run with samples.
     """
     from jinja2 import Environment, PackageLoader
 
-    run = read_run(weights.path) if weights.config else None
-    newest = newest_record(weights.path / "samples", RECORD_FILE) if run else None
-    grid = newest.parent / GRID_FILE if newest else None
+    run = read_run_of(weights)
+    samples = run.samples if run else None
+    grid = samples / GRID_FILE if samples else None
     pictures = {"samples.png": grid.read_bytes()} if grid and grid.is_file() else {}
     summary = summarize(run, weights.name) if run and run.lines else None
     templates = Environment(loader=PackageLoader("npp_ds.reporting", "."), keep_trailing_newline=True)
@@ -379,7 +399,9 @@ def model_card(weights: "Weights", folder: str, has_tokenizer: bool) -> dict[str
         has_tokenizer=has_tokenizer,
         has_samples=bool(pictures),
         classes=json.dumps(list(weights.class_names[:2]) or [0, 1], ensure_ascii=False),
-        cfg_scale=(read_object(newest) if newest else {}).get("cfg_scale", 2 if weights.has_null_class else 1),
+        cfg_scale=(read_object(samples / RECORD_FILE) if samples else {}).get(
+            "cfg_scale", 2 if weights.has_null_class else 1
+        ),
         summary=summary,
         columns=STAGE_COLUMNS,
         rows=stage_rows(summary) if summary else (),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from npp_ds.checkpoint import folders
 from npp_ds.errors import UserError
-from npp_ds.reporting.summary import RunData, read_run
+from npp_ds.reporting.summary import VALIDATIONS, RunData, of_weights, read_run, validations
 from npp_ds.training.lease import LEASE_BYTES, SLOWEST_HEARTBEAT, Owner
 from npp_ds.training.metrics import Event, events_named
 from npp_ds.training.throughput import StepCosts, step_flops
@@ -63,6 +63,7 @@ class RunStatus:
     learning_rate: float | None
     validation_nll: float | None
     validation_step: int | None
+    validation_weights: str | None
     frechet_distance: float | None
     evaluation_step: int | None
     images_per_second: float | None
@@ -101,7 +102,7 @@ def _status(folder: Path) -> RunStatus:
     costs = StepCosts(stages, model, run.lines)
     step, left = last.get("step", 0), costs.left(last.get("step", 0))
     current = stages[(events_named(events, "stage") or [{"stage": 0}])[-1]["stage"]] if stages else None
-    validation = ([e for e in events_named(events, "validation") if e.get("patch_side") == 1] or [{}])[-1]
+    validation = (validations(events) or [{}])[-1]
     evaluation = (events_named(events, "evaluation") or [{}])[-1]
     processes, elapsed = run.environment.get("world_size"), last.get("elapsed_seconds", 0.0)
     spent, plain = (_flops(run, step, coarse) for coarse in (True, False))
@@ -123,6 +124,7 @@ def _status(folder: Path) -> RunStatus:
         learning_rate=last.get("learning_rate"),
         validation_nll=validation.get("nll"),
         validation_step=validation.get("step"),
+        validation_weights=VALIDATIONS.get(validation.get("event", "")),
         frechet_distance=evaluation.get("frechet_distance"),
         evaluation_step=evaluation.get("step"),
         images_per_second=last.get("images_per_second"),
@@ -212,7 +214,12 @@ def _rows(s: RunStatus) -> list[tuple[str, str]]:
         rate = f", learning rate {s.learning_rate:.2e}" if s.learning_rate is not None else ""
         rows.append(("loss", f"{s.loss:.4f} nats per code{rate}"))
     if s.validation_nll is not None:
-        rows.append(("validation", f"{s.validation_nll:.4f} at side 1, after step {s.validation_step:,}"))
+        rows.append(
+            (
+                "validation",
+                f"{s.validation_nll:.4f} at side 1{of_weights(s.validation_weights)}, after step {s.validation_step:,}",
+            )
+        )
     if s.frechet_distance is not None:
         rows.append(("samples", f"Frechet distance {s.frechet_distance:.4g}, after step {s.evaluation_step:,}"))
     if s.images_per_second is not None:

@@ -2,8 +2,8 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.data.manifest import Manifest
 from npp_ds.data.store import available_manifest
 from npp_ds.errors import UserError, content_of
-from npp_ds.sampling.folder import GRID_FILE, RECORD_FILE, newest_record
+from npp_ds.sampling.folder import EVALUATION_FILE, GRID_FILE, RECORD_FILE, newest_record
 from npp_ds.training.metrics import Event, events_named, read_events, stages_begun
 from npp_ds.utils.files import read_json, read_object
 from npp_ds.utils.format import format_duration, make_table, plain_text
@@ -22,19 +22,26 @@ from npp_ds.utils.format import format_duration, make_table, plain_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from npp_ds.checkpoint.open import Weights
+
 PLOT_FILE, PAGE_FILE, LIKELIHOOD_PLOT = "training.png", "report.html", "likelihood.png"
+VALIDATIONS = {"validation": "raw", "validation_ema": "ema"}  # event: the weights that were validated
 TYPICAL = ("images_per_second", "mfu", "data_wait_share")
 """Figures of training lines whose median a stage reports."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """A run folder: its config, what its last start recorded, and its events by step."""
+    """A run folder: its config, what its last start recorded, and its events by step.
+
+    `weights` leaves out samples and evaluations of others, and events after their step.
+    """
 
     folder: Path
     config: RunConfig
     environment: dict[str, Any]
     events: list[Event]
+    weights: "Weights | None" = None
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -55,18 +62,30 @@ class RunData:
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
-        """The content of the newest <folder>/samples/*/evaluation.json; {} without one."""
-        if not (newest := newest_record(self.folder / "samples", "evaluation.json")):
+        """The content of `evaluation_file`; {} without one."""
+        if not self.evaluation_file:
             return {}
-        with content_of(newest, "an evaluation"):
-            return dict(read_json(newest))
+        with content_of(self.evaluation_file, "an evaluation"):
+            return dict(read_json(self.evaluation_file))
+
+    @cached_property
+    def evaluation_file(self) -> Path | None:
+        """The newest <folder>/samples/*/evaluation.json."""
+        return self._newest(EVALUATION_FILE)
 
     @cached_property
     def samples(self) -> Path | None:
-        """The folder of that evaluation, else of the newest samples."""
-        found = (newest_record(self.folder / "samples", name) for name in ("evaluation.json", RECORD_FILE))
-        newest = next(filter(None, found), None)
+        """The folder of the newest samples, else of the newest evaluation."""
+        newest = self._newest(RECORD_FILE) or self.evaluation_file
         return newest.parent if newest else None
+
+    def _newest(self, name: str) -> Path | None:
+        def is_of(record: dict[str, Any], weights: "Weights") -> bool:
+            samples = record.get("samples", record)
+            return (samples["weights_sha256"], samples["weights"]) == (weights.sha256, weights.variant)
+
+        is_wanted = partial(is_of, weights=self.weights) if self.weights else None
+        return newest_record(self.folder / "samples", name, is_wanted)
 
     @cached_property
     def lines(self) -> list[Event]:
@@ -86,7 +105,7 @@ class RunData:
             ("plot of the run", self.folder / PLOT_FILE),
             ("samples to look at", samples / GRID_FILE if samples else None),
             ("samples for metrics", samples / "samples.npz" if samples else None),
-            ("evaluation", samples / "evaluation.json" if samples else None),
+            ("evaluation", self.evaluation_file),
             ("likelihood by position", self.folder / "likelihood.json"),
             ("checkpoints", self.folder / "checkpoints"),
             ("metrics of every step", self.folder / "metrics.jsonl"),
@@ -124,6 +143,26 @@ def read_run(folder: Path, warn: bool = True) -> RunData:
     return RunData(folder, config, environment, read_events(log, warn) if log.is_file() else [])
 
 
+def read_run_of(weights: "Weights") -> RunData | None:
+    """Read the run folder of weights as far as it is about them; None for weights that are in none."""
+    if weights.config is None:
+        return None
+    run = read_run(weights.path)
+    events = [event for event in run.events if weights.step is None or event.get("step", 0) <= weights.step]
+    return replace(run, events=events, weights=weights)
+
+
+def of_weights(variant: str | None) -> str:
+    """Return what to say where the weights that were validated may be the moving average."""
+    return " by the moving average" if variant == "ema" else ""
+
+
+def validations(events: list[Event]) -> list[Event]:
+    """Return the validations at patch side 1: of the weights, or of their moving average if only this was validated."""
+    of_either = ([e for e in events_named(events, name) if e.get("patch_side") == 1] for name in VALIDATIONS)
+    return next(filter(None, of_either), [])
+
+
 @dataclass(frozen=True)
 class StageSummary:
     """One stage so far; `seconds` are of training, without validation and saving.
@@ -150,7 +189,8 @@ class RunSummary:
 
     `token_cost` counts trained positions, `flop_cost` FLOPs; `time_cost` is measured: the time the images took at each
     stage's rate over the time they would have taken at the rate of the stage with patch side 1 (None without one).
-    `validation_nll` is the last one at patch side 1, in nats per code. Training was paused for `saving_seconds` by its
+    `validation_nll` is the last one at patch side 1, in nats per code; `validation_weights` is
+    "ema" if it is that of the moving average. Training was paused for `saving_seconds` by its
     `checkpoints` and for `evaluation_seconds` by its `evaluations`; `last_distance` is that of the last evaluation.
     `peak_memory_gb` is the most that any process held.
     """
@@ -163,6 +203,7 @@ class RunSummary:
     time_cost: float | None
     validation_nll: float | None
     validation_step: int | None
+    validation_weights: str | None
     checkpoints: int
     saving_seconds: float
     evaluations: int
@@ -223,7 +264,7 @@ def summarize(run: RunData, name: str, page: Path | None = None, next_steps: Seq
     """Return the figures of a run under a name, with its files, among them the `page` that is about to be written."""
     events, summaries = run.events, _stage_summaries(run)
     saves, evaluations = events_named(events, "checkpoint"), events_named(events, "evaluation")
-    plain = [e for e in events_named(events, "validation") if e["patch_side"] == 1]
+    validation = (validations(events) or [{}])[-1]
     return RunSummary(
         name=name,
         stages=summaries,
@@ -231,8 +272,9 @@ def summarize(run: RunData, name: str, page: Path | None = None, next_steps: Seq
         token_cost=run.schedule.token_cost(),
         flop_cost=run.schedule.flop_cost(run.config.model.grid_size, run.config.model.training_flops),
         time_cost=_time_cost(summaries),
-        validation_nll=plain[-1]["nll"] if plain else None,
-        validation_step=plain[-1]["step"] if plain else None,
+        validation_nll=validation.get("nll"),
+        validation_step=validation.get("step"),
+        validation_weights=VALIDATIONS.get(validation.get("event", "")),
         checkpoints=len(saves),
         saving_seconds=sum(e["seconds"] for e in saves),
         evaluations=len(evaluations),
@@ -272,7 +314,8 @@ def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
     costs += f", {summary.time_cost:.3f} in measured time" if summary.time_cost is not None else ""
     rows = [("cost, next-token training = 1", costs)]
     if summary.validation_nll is not None:
-        value = f"{summary.validation_nll:.4f} nats per code after step {summary.validation_step:,}"
+        by = of_weights(summary.validation_weights)
+        value = f"{summary.validation_nll:.4f} nats per code{by} after step {summary.validation_step:,}"
         rows.append(("validation at patch side 1", value))
     if summary.checkpoints and (seconds := summary.total("seconds")):
         share = summary.saving_seconds / seconds
@@ -296,6 +339,8 @@ def _evaluation_rows(evaluation: dict) -> list[tuple[str, str]]:
         return []
     record = evaluation.get("samples", {})
     rows = []
+    if record.get("checkpoint_step") is not None:
+        rows.append(("checkpoint of the samples", f"step {record['checkpoint_step']:,}, {record['weights']} weights"))
     if "cfg_scale" in record:
         drawn = f"CFG {record['cfg_scale']:g}, temperature {record['temperature']:g}, top-k {record['top_k'] or 'all'}"
         value = f"{evaluation['num_images']:,} images, {drawn}, top-p {record['top_p']:g}, seed {record['seed']}"

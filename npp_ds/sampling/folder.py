@@ -6,7 +6,7 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from npp_ds.utils.files import open_regular, read_json, write_atomic, write_json
 from npp_ds.utils.hub import CONFIG_FILE, WEIGHTS_FILE
 
 SAMPLES_FILE, RECORD_FILE, GRID_FILE = "samples.npz", "samples.json", "grid.png"
+EVALUATION_FILE = "evaluation.json"
 PNG_FOLDER, LABELS_FILE = "images", "labels.csv"
 
 
@@ -146,12 +147,20 @@ def newest_samples(source: str | Path) -> Path:
     return newest.parent
 
 
-def newest_record(folder: Path, name: str) -> Path | None:
+def newest_record(folder: Path, name: str, is_wanted: Callable[[dict[str, Any]], bool] | None = None) -> Path | None:
     """Return the newest of the JSON records folder/*/`name` by their own time, which a copy of the folder keeps.
 
-    Records that have none, as earlier versions wrote them, come first, by checkpoint step and name.
+    Records that have none, as earlier versions wrote them, come first, by checkpoint step and name. `is_wanted` takes
+    the content of a record; those for which it raises, as it may for damaged ones, are not wanted.
     """
-    return max(folder.glob(f"*/{name}"), key=_age, default=None)
+
+    def wanted(path: Path) -> bool:
+        try:
+            return is_wanted is None or is_wanted(read_json(path))
+        except (OSError, ValueError, TypeError, AttributeError, LookupError):
+            return False
+
+    return max(filter(wanted, folder.glob(f"*/{name}")), key=_age, default=None)
 
 
 def _age(path: Path) -> tuple[str, int, str]:
@@ -196,8 +205,13 @@ def png_name(number: int) -> str:
 
 def repeated_images(images: Iterable[np.ndarray]) -> int:
     """Return how many images equal an earlier one in all pixels. Compares 128-bit hashes, one image at a time."""
-    digests = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest() for image in images]
+    digests = list(map(pixel_digest, images))
     return len(digests) - len(set(digests))
+
+
+def pixel_digest(image: np.ndarray) -> bytes:
+    """Return a 128-bit hash of the pixels of an image."""
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
 
 
 MARGIN, GAP, FONT_SIZE = 8, 2, 15

@@ -5,6 +5,7 @@ Also the tokenizer and the class names that belong to weights.
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def _warn(text: str | None) -> None:
 def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_names: Sequence[str]) -> list[int]:
     """Return class numbers for numbers or names; None means all classes. Letter case is ignored unless names need it.
 
+    A text of digits is a name if a class has it, else a number.
+
     Raises UserError that names all unknown classes, with similar names, or all names of several classes, with numbers.
     """
     if wanted is None:
@@ -124,7 +127,7 @@ def parse_classes(wanted: Sequence[int | str] | None, num_classes: int, class_na
         named = exact.get(_normal(text)) or in_any_case.get(_normal(text).casefold())
         return named or [int(text) if text.isdecimal() else -1]
 
-    choices = [numbers_of(str(w)) for w in wanted]
+    choices = [[int(w)] if isinstance(w, Integral) else numbers_of(str(w)) for w in wanted]
     shared = [(w, choice) for w, choice in zip(wanted, choices, strict=True) if len(choice) > 1]
     if shared:
         texts = [f"{w} is the name of {' and '.join(map(str, choice))}" for w, choice in shared]

@@ -158,6 +158,8 @@ class Sampling:
             "weights_sha256": self.weights.sha256,
             "checkpoint_step": self.weights.step,
             "weights": self.weights.variant,
+            "grid_size": self.weights.model.grid_size,
+            "n_heads": self.weights.model.shape()["n_heads"],
             **asdict(request.options),
             "labels": request.labels,
             "classes": list(request.classes),

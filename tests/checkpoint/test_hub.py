@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,7 +15,8 @@ from npp_ds.checkpoint.open import open_weights
 from npp_ds.cli import app
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.sampling.folder import load_samples
+from npp_ds.reporting.summary import read_run, read_run_of
+from npp_ds.sampling.folder import load_samples, write_samples
 from npp_ds.tokenizer.loading import check_tokenizer, load_tokenizer
 from npp_ds.tokenizer.vq import VQModel
 from sample_sets import MODEL, tiny_model, tiny_run
@@ -105,6 +107,22 @@ def test_an_exported_folder_samples_the_runs_images_and_has_a_card(tmp_path, mon
         ["README.md", "config.json", "model.safetensors", "samples.png", "tokenizer"]
     )
     assert not list(tmp_path.glob(".hub*"))
+
+
+def test_a_card_has_events_samples_and_evaluations_of_its_weights_alone(tmp_path):
+    run = tiny_run(tmp_path / "run")
+    weights = open_weights(run)
+    for name, sha, step in (("own", weights.sha256, weights.step), ("later", "0" * 64, 10 * weights.step)):
+        of = {"weights_sha256": sha, "weights": "raw", "checkpoint_step": step}
+        write_samples(run / "samples" / name, np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2), {**of, "cfg_scale": 3.0})
+        found = {"samples": of, "frechet_distance": float(step), "num_images": 2, "num_reference_images": 5}
+        (run / "samples" / name / "evaluation.json").write_text(json.dumps({**found, "extractor": "inception"}))
+    events = [{"event": "validation", "step": step, "patch_side": 1, "nll": 4.0} for step in (1, 10 * weights.step)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    found = read_run_of(weights)
+    assert found.evaluation["frechet_distance"] == weights.step and found.samples.name == "own"
+    assert [event["step"] for event in found.events] == [1]
+    assert read_run(run).samples.name == "later"
 
 
 def test_a_file_without_a_known_tokenizer_is_exported_with_a_warning_and_other_folders_are_not_replaced(tmp_path):

@@ -130,6 +130,16 @@ def test_an_exported_file_is_ordinary_safetensors_that_describes_itself(tmp_path
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+def test_weights_do_not_ask_for_the_attention_kernel_of_their_run(tmp_path):
+    run = tiny_run(tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("attention: auto", "attention: flash_attn"))
+    weights = open_weights(run)
+    assert "flash_attn" in (run / "config.yaml").read_text() and weights.model.attention == "auto"
+    export_weights(weights, tmp_path / "tiny.safetensors")
+    build_model(open_weights(tmp_path / "tiny.safetensors"), "cpu")
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("layout, suffix", [("safetensors", ".safetensors"), ("published", ".pt")])
 def test_half_precision_files_come_back_as_fp32_rounded_once(tmp_path, dtype, layout, suffix):

@@ -278,6 +278,10 @@ def test_each_reason_why_results_are_not_comparable_is_reported_once(images, tmp
     reference = load_reference(tmp_path / "ref.npz", extractor)
     reference.source.image_size[:] = [9, 8]
 
+    np.savez(tmp_path / "copies.npz", arr_0=copies)
+    of_others = evaluate_images(open_images(tmp_path / "copies.npz"), reference, extractor)["warnings"]
+    assert "2 of the samples are copies of others" in of_others, "whoever made them"
+
     def warnings() -> list[str]:
         return evaluate_images(open_images(tmp_path / "samples"), reference, extractor)["warnings"]
 
@@ -410,6 +414,10 @@ def test_the_command_evaluates_the_newest_samples_of_a_run_and_makes_references(
         assert again[key] == result[key]
     with pytest.raises(UserError, match="give a run folder, --samples, or --make-reference"):
         npp("--reference", made)
+    with pytest.raises(UserError, match="--step, --weights: expected only with --sweep"):
+        npp(tmp_path / "run", "--reference", made, "--weights", "ema", "--step", "5")
+    with pytest.raises(UserError, match="--cfg-scale: --sweep cfg=1,2 varies it"):
+        npp(tmp_path / "run", "--reference", made, "--sweep", "cfg=1,2", "--cfg-scale", "0")
 
 
 def test_an_unwritable_result_is_reported_before_measuring(images, tmp_path, monkeypatch):

@@ -104,6 +104,8 @@ def test_zero_divides_what_it_says_it_divides():
 def test_weights_in_bf16_take_half_and_zero_1_is_left_out_as_training_refuses_it():
     plan = plan_of("xxl_256", "precision=bf16", gpus=32)
     assert [zero.zero_stage for zero in plan.zero] == [2, 3]
+    with pytest.raises(UserError, match=r"precision: bf16 with deepspeed\.config zero1"):
+        plan_of("b_256", "precision=bf16", "deepspeed.config=zero1", gpus=8)
     assert plan.zero[0].memory.weights == 2 * plan.parameters
     assert plan.zero[0].memory.optimizer == pytest.approx(12 * plan.parameters / 32, rel=1e-6)
 
@@ -126,6 +128,13 @@ def test_a_run_that_fits_no_gpu_is_a_warning():
     result = CliRunner().invoke(app, ["plan", "--recipe", "2b_256", "--gpus", "1", "--gpu", "rtx4090"])
     assert result.exit_code == 0, result.output
     assert "WARNING: the run does not fit this GPU" in result.output
+
+
+def test_times_of_fp32_are_not_those_of_the_peak_of_bf16():
+    (warning,) = plan_of("b_256", "precision=fp32", gpus=8).warnings
+    assert "give the GPU's fp32 rate with --gpu-tflops" in warning
+    config = load_config("b_256", overrides=["precision=fp32"])
+    assert not make_plan(config, find_gpu("h100", None, 67, None), 8).warnings
 
 
 def test_a_configured_micro_batch_that_does_not_fit_is_a_warning_with_one_that_does():

@@ -150,6 +150,13 @@ def test_stages_add_up_and_measured_cost_is_relative_to_the_rate_at_side_one():
     assert summary.finished
 
 
+def test_the_validation_is_that_of_the_moving_average_if_only_this_was_validated():
+    lines = run_lines()
+    assert "nats per code after step 100" in printed(figures_of(lines))
+    of_average = [line | {"event": "validation_ema"} if line["event"] == "validation" else line for line in lines]
+    assert "2.6000 nats per code by the moving average after step 100" in printed(figures_of(of_average))
+
+
 def test_an_unfinished_run_is_summed_up_to_its_last_line(tmp_path):
     write_lines(tmp_path / "metrics.jsonl", run_lines(last_step=30), incomplete='{"event": "train", "step": 31, "lo')
     summary = figures_of(read_events(tmp_path / "metrics.jsonl"))
@@ -346,6 +353,13 @@ def test_several_runs_have_one_page_that_writes_nothing_into_their_folders(run_d
     assert "x" not in page.images, "the name of a folder is text"
     assert all(str(folder) in page.text for folder in folders), "runs of one name are called by their folders"
     assert "validated on different images" in page.text
+    assert "evaluated with different settings" not in page.text
+    shutil.copytree(folders[0] / "samples/step-00000100", folders[1] / "samples/new")
+    record = {"finished_at": "2999", "samples": {**EVALUATION["samples"], "cfg_scale": 99}}
+    (folders[1] / "samples/new/evaluation.json").write_text(json.dumps(EVALUATION | record))
+    report_runs(folders)
+    page = read_page(tmp_path / "runs" / "comparison.html")
+    assert "The samples of the runs are evaluated with different settings" in page.text
     report_runs(folders, out=tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").is_file()
 

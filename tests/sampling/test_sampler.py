@@ -81,6 +81,7 @@ def test_classes_are_numbers_or_names_and_unknown_ones_are_all_named():
     names = ["cat", "dog", "3"]
     assert parse_classes(["dog", "0", 2], 3, names) == [1, 0, 2]
     assert parse_classes(None, 3, names) == [0, 1, 2]
+    assert parse_classes([2, "2"], 3, ["0", "2", "10"]) == [2, 1], "a number is never a name"
     with pytest.raises(UserError, match=r"found cow, 7, expected numbers 0\.\.2 or one of cat, dog"):
         parse_classes(["dog", "cow", 7], 3, names)
     with pytest.raises(UserError, match=r"expected numbers 0\.\.2; the names of the classes are not known"):
@@ -255,6 +256,8 @@ def test_a_model_of_a_coarse_stage_is_distinguished_from_a_finished_one(tmp_path
     assert stage_warning(coarse, Options(patch_side=2)) is None
     assert stage_warning(open_weights(tiny_run(tmp_path / "fine", stage=1)), Options()) is None
     assert stage_warning(replace(coarse, patch_side=None), Options()) is None
+    export_weights(coarse, tmp_path / "coarse.safetensors")
+    assert open_weights(tmp_path / "coarse.safetensors").patch_side == 2
 
 
 def test_a_sample_folder_is_finished_only_when_its_record_is_there(weights, tokenizer, tmp_path, monkeypatch):
@@ -332,6 +335,10 @@ def test_a_folder_with_samples_or_parts_of_other_settings_is_refused_with_the_di
     other = replace(weights, fingerprinted=weights.path / "config.yaml")
     with pytest.raises(UserError, match=f"weights_sha256: found '{weights.sha256}', requested '{other.sha256}'"):
         Sampling(other, tokenizer, twelve(), tmp_path)
+    for key, value in {"grid_size": 8, "n_heads": 4}.items():
+        other = replace(weights, model=weights.model.model_copy(update={key: value}))
+        with pytest.raises(UserError, match=f"{key}: found .*, requested {value}"):
+            Sampling(other, tokenizer, twelve(image_size=16), tmp_path)
     Sampling(weights, tokenizer, twelve(), tmp_path, batch_size=7)
     if finished:
         (tmp_path / "samples.json").unlink()
