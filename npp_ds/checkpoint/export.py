@@ -7,7 +7,6 @@ in our layout that Hugging Face's `from_pretrained` reads.
 import argparse
 import json
 import mmap
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,15 +90,25 @@ def _check_new(out: Path, dtype: str, force: bool) -> None:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that takes its place when the block ends, and is removed if it raises."""
-    folder, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(folder, ignore_errors=True)
+    """Yield an empty folder beside `path` that takes its place when the block ends, and is removed if it raises.
+
+    What it replaces is `.NAME.old` for a moment. If a kill left it there, it is put back first.
+    """
+    folder, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (folder, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
         if path.exists():
             path.rename(old)
-        folder.rename(path)
+        try:
+            folder.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

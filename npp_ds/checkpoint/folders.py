@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from npp_ds.errors import UserError
-from npp_ds.utils.files import plain_name, read_json, sha256, write_json_atomic
+from npp_ds.utils.files import plain_name, read_json, sha256, write_json_atomic, write_text_atomic
 
 RECORD = "COMPLETE.json"
 FORMAT = 3
@@ -65,6 +66,12 @@ class CheckpointRecord:
 
 class IncompleteCheckpointError(UserError):
     """A checkpoint has no intact record. A record that another version of npp_ds wrote is not incomplete."""
+
+
+def write_latest(checkpoints: Path, folder: Path) -> None:
+    """Name the newest checkpoint in the file `latest`, for people and scripts; a failure is ignored."""
+    with suppress(OSError):
+        write_text_atomic(checkpoints / "latest", folder.name)
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from npp_ds.checkpoint.folders import CheckpointRecord, find_problem, folder_of, write_record
+from npp_ds.checkpoint.folders import CheckpointRecord, find_problem, folder_of, write_latest, write_record
 from npp_ds.checkpoint.rank_files import Fragment, file_of, write_state
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
-from npp_ds.utils.files import fsync_directory, write_text_atomic
+from npp_ds.utils.files import fsync_directory
 
 
 class Lease(Protocol):
@@ -200,8 +199,7 @@ class CheckpointSaver:
             if isinstance(error, UserError):
                 raise
             return f"{error.filename or temporary}: {error.strerror}"
-        with suppress(OSError):  # nothing reads `latest` but people
-            write_text_atomic(self.checkpoints / "latest", folder.name)
+        write_latest(self.checkpoints, folder)
         for leftover in (incomplete, temporary):
             shutil.rmtree(leftover, ignore_errors=True)
         return None

@@ -192,6 +192,8 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         return [f"{override}: expected key=value, such as optimizer.learning_rate=2e-4"]
+    if not text.strip():
+        return [f"{override}: no value, as of a variable that is not set; {key}=null means none"]
     try:
         value = yaml.load(text, _Loader)
     except _NOT_YAML as error:

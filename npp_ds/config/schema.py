@@ -120,13 +120,13 @@ class StageSection(Section):
     """One stage. Keys that are null take the value of the schedule or the optimizer."""
 
     patch_side: int = Field(ge=1, description="side p of the patches, which have k = p * p codes each")
-    epochs: float | None = Field(None, gt=0, description="length in epochs; set this or steps")
-    steps: int | None = Field(None, gt=0, description="length in optimizer steps; set this or epochs")
+    epochs: float | None = Field(None, gt=0, le=1_000_000, description="length in epochs; set this or steps")
+    steps: int | None = Field(None, gt=0, le=10**12, description="length in optimizer steps; set this or epochs")
     batch_size: int | None = Field(None, ge=1, description="images per optimizer step over all processes")
     micro_batch_size: int | None = _changeable(None, "largest number of images per forward pass and process", ge=1)
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
     final_learning_rate: float | None = Field(None, ge=0, description="learning rate at the stage's last step")
-    warmup_epochs: float | None = Field(None, ge=0, description="length of the linear warm-up in epochs")
+    warmup_epochs: float | None = Field(None, ge=0, le=1_000_000, description="length of the linear warm-up in epochs")
     decay_fraction: float | None = Field(None, ge=0, le=1, description="fraction of the steps, at the end, that decays")
     dropout_scale: float | None = Field(
         None, ge=0, le=1, description="factor on the model's four dropout rates in this stage; 0: none; null: 1"
@@ -159,7 +159,9 @@ class ScheduleSection(Section):
         description="a stage of patch_sides with side p multiplies batch_size by min(this, p * p), and both learning "
         "rates by the square root of that; 1: the same batch size in all stages",
     )
-    warmup_epochs: float = Field(1.0, ge=0, description="linear warm-up at the start of each stage, in epochs")
+    warmup_epochs: float = Field(
+        1.0, ge=0, le=1_000_000, description="linear warm-up at the start of each stage, in epochs"
+    )
     decay_fraction: float = Field(
         0.2,
         ge=0,
@@ -239,11 +241,14 @@ class WatchSection(Section):
         "the step for good (skip), or also return to the newest checkpoint (rollback; the third one ends the run)",
     )
     spike_window: int = _changeable(
-        100, "previous losses of the stage to compare a loss with; 0: no spike warnings", ge=0
+        100, "previous losses of the stage to compare a loss with; 0: no spike warnings", ge=0, le=1_000_000
     )
     spike_threshold: float = _changeable(8.0, "standard deviations above their mean that make a loss a spike", gt=0)
     stall_seconds: float = _changeable(
-        900.0, "seconds without a step after which a process writes its stacks to stalled.txt and exits; 0: never", ge=0
+        900.0,
+        "seconds without a step after which a process writes its stacks to stalled.txt and exits; 0: never",
+        ge=0,
+        le=1e9,
     )
 
 
@@ -305,7 +310,7 @@ class PerformanceSection(Section):
 
 class RunConfig(Section):
     name: str = _changeable("run", "name of the run in logs and images", pattern=r"^\w[\w.-]*$")
-    run_dir: str | None = _changeable(None, "folder of the run; null: runs/<name>")
+    run_dir: str | None = _changeable(None, "folder of the run; null: runs/<name>", min_length=1)
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initial weights, data order, crops and dropout")
     init_from: str | None = Field(
         None,

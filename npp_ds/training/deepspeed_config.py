@@ -15,6 +15,7 @@ from npp_ds.errors import UserError, did_you_mean, similar_names
 from npp_ds.utils.files import read_json
 
 PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
+OFFLOAD_SECTIONS = ("offload_optimizer", "offload_param")
 MONITOR_SECTIONS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 
 
@@ -59,6 +60,9 @@ def read_settings(name_or_file: str) -> dict[str, Any]:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3")
+    for section in OFFLOAD_SECTIONS:
+        if not isinstance(offload := settings["zero_optimization"].get(section), dict | None):
+            raise UserError(f'{path}: zero_optimization.{section} is {offload!r}, expected {{"device": ..}}')
     return settings
 
 
@@ -110,7 +114,7 @@ def engine_settings(config: RunConfig, stage: Stage, world_size: int) -> dict[st
             "optimizer for this pair, which checkpoints do not cover; set precision to autocast_bf16, or "
             "deepspeed.config to zero2"
         )
-    for section in ("offload_optimizer", "offload_param"):
+    for section in OFFLOAD_SECTIONS:
         if (settings["zero_optimization"].get(section) or {}).get("device") == "nvme":
             raise UserError(
                 f"deepspeed.config {config.deepspeed.config}: zero_optimization.{section} is on nvme, which "

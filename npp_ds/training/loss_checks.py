@@ -11,6 +11,7 @@ from npp_ds.config.schedule import Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StepBatch
 from npp_ds.distributed.process_group import Processes
+from npp_ds.errors import UserError
 from npp_ds.training.engine import StepResult
 from npp_ds.training.hooks import FinishedStep, Hook
 from npp_ds.training.run_log import RunLog
@@ -72,15 +73,16 @@ class LossChecks(Hook):
         self._rule = SpikeRule(self.config.watch.spike_window, self.config.watch.spike_threshold)
 
     def after_step(self, step: FinishedStep) -> None:
-        """Check one loss. Raises RuntimeError when the first one of a fresh run is not ln(vocabulary)."""
+        """Check one loss. Raises UserError when the first one of a fresh run is not ln(vocabulary)."""
         if step.result is None:
             return
         expected = math.log(self.config.model.vocab_size)
         if step.batch.step == 0 and not self.config.init_from and abs(step.loss - expected) > 1e-3:
-            raise RuntimeError(
+            raise UserError(
                 f"the first loss of a fresh run is {step.loss:.5f}, not ln(vocab_size) = {expected:.5f}: its output "
-                "head starts at zero, so either the weights are not fresh or codes and loss do not fit; nothing was "
-                "saved"
+                "head starts at zero, so either the weights are not fresh or codes and loss do not fit; check "
+                "model.vocab_size, the shards and changes of the model, and start in a new run_dir",
+                on_all_ranks=True,
             )
         if spike := self._rule.observe(step.stage.index, step.loss):
             ids = [i for part in self.processes.gather(step.batch.ids.tolist()) for i in part]
@@ -131,13 +133,12 @@ class NonFinitePolicy:
         self.rollbacks += self.rolls_back
         facts = {"stage": stage.index, "losses": list(map(str, losses)), "ranks": bad, "sample_ids": images}
         self.log.write("nonfinite", batch.step, **facts)
-        if self.policy == "stop" or self.rollbacks == MAX_ROLLBACKS or skips == MAX_SKIPS:
-            hint = {
-                "stop": "; to exclude such steps: watch.on_nonfinite=skip",
-                "skip": f"; so were the {skips} steps before it",
-                "rollback": f"; rollback {self.rollbacks} of {MAX_ROLLBACKS}",
-            }
-            raise NonFiniteError(text + hint[self.policy])
+        if self.policy == "stop":
+            raise NonFiniteError(f"{text}; to exclude such steps: watch.on_nonfinite=skip")
+        if self.rollbacks >= MAX_ROLLBACKS:
+            raise NonFiniteError(f"{text}; rollback {self.rollbacks} of {MAX_ROLLBACKS}")
+        if skips >= MAX_SKIPS:
+            raise NonFiniteError(f"{text}; so were the {skips} steps before it")
         self.excluded_steps.add(batch.step)
         logger.warning(f"{text}; the run excludes this step ({self.policy})")
         return facts

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -18,19 +19,19 @@ Event = dict[str, Any]
 MOST_BYTES, MOST_BYTES_OF_A_LINE = 1 << 30, 1 << 20
 
 
-def read_events(path: str | Path, warn: bool = True) -> list[Event]:
+def read_events(path: str | Path, warn: bool = True, most_bytes: int | None = MOST_BYTES) -> list[Event]:
     """Return the events of a metrics.jsonl, sorted by step and in file order within a step.
 
     `step` counts the optimizer steps done. A last line cut off by a kill is left out, and so is any other line that is
-    no event, with a warning if `warn`. Raises UserError for a missing file, and for one above MOST_BYTES.
+    no event, with a warning if `warn`. Raises UserError for a missing file, and for one above `most_bytes`.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the metrics of a run, as `npp train` writes them")
     events, number = [], 0
     with open_regular(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
-            raise UserError(f"{path}: {size:,} bytes, expected at most {MOST_BYTES:,}; restore it or move it away")
+        if most_bytes is not None and (size := os.fstat(file.fileno()).st_size) > most_bytes:
+            raise UserError(f"{path}: {size:,} bytes, expected at most {most_bytes:,}; restore it or move it away")
         while line := file.readline(MOST_BYTES_OF_A_LINE):
             number += 1
             try:
@@ -61,14 +62,13 @@ def stages_begun(events: list[Event]) -> list[Stage]:
 
 
 class StepLog:
-    """A file of JSON lines, each with its step; when opened at step S it drops the lines of later steps.
+    """A file of JSON lines, each with its step, in their order; when opened at step S it drops those of later steps.
 
     A line that cannot be written (a full disk) waits in memory and is written before the next one.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self.kept: list[Event] = []
         self._waiting: list[bytes] = []  # whole lines; the first `_sent` bytes of the first one are in the file
         self._sent = 0
         self._descriptor = -1
@@ -76,17 +76,24 @@ class StepLog:
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step` steps."""
-        before = read_events(self.path) if self.path.is_file() else []
-        before += [json.loads(line) for line in self._waiting]
-        self.kept = [line for line in before if self.precedes(line, step)]
-        write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        self._waiting, self._sent = [], 0
+        lines, self._waiting, self._sent = self._waiting, [], 0
         self.close()
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._waiting = self._drop_later_than(step, lines)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._flush()
 
-    def precedes(self, line: Event, step: int) -> bool:
-        """Return whether a run that resumes after `step` steps keeps this line, because it does not write it again."""
-        return line["step"] <= step
+    def _drop_later_than(self, step: int, waiting: list[bytes]) -> list[bytes]:
+        """Cut the file before the first line of a later step, or one that a kill cut off; return who still waits.
+
+        It is read line by line: all sample ids of a long run may be more than fits in memory.
+        """
+        if self.path.is_file():
+            with self.path.open("r+b") as file:
+                end = 0
+                while (line := file.readline()).endswith(b"\n") and _step_of(line) <= step:
+                    end += len(line)
+                file.truncate(end)
+        return [line for line in waiting if _step_of(line) <= step]
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Write one line: what happened after `step` optimizer steps."""
@@ -116,13 +123,30 @@ class StepLog:
             logger.warning(f"{self.path}: {error.strerror}; lines wait in memory")
 
 
-class MetricsLog(StepLog):
-    """The events of a run in metrics.jsonl."""
+_STEP = re.compile(rb'\{"event": "\w+", "step": (\d+)')
 
-    def precedes(self, line: Event, step: int) -> bool:
+
+def _step_of(line: bytes) -> int:
+    """Return the step of a line; a damaged one belongs to any."""
+    found = _STEP.match(line)
+    return int(found[1]) if found else 0
+
+
+class MetricsLog(StepLog):
+    """The events of a run in metrics.jsonl; `kept` are those of before the step at which it was opened."""
+
+    def _drop_later_than(self, step: int, waiting: list[bytes]) -> list[bytes]:
+        before = read_events(self.path, most_bytes=None) if self.path.is_file() else []
+        before += map(json.loads, waiting)
+        self.kept = [line for line in before if self._precedes(line, step)]
+        write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        return []
+
+    def _precedes(self, line: Event, step: int) -> bool:
+        """Return whether a run that resumes after `step` steps keeps this line, because it does not write it again."""
         if line["event"] == "end":
             return False
-        return line["step"] < step or (line["step"] == step and line["event"] != "stage")
+        return line["step"] < step or (line["step"] == step and line["event"] not in ("stage", "nonfinite"))
 
     @property
     def elapsed_before(self) -> float:

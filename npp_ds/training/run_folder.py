@@ -6,6 +6,7 @@ import platform
 import socket
 import time
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def _newest_that_was_saved(run_dir: Path) -> int | None:
     """Return the last step whose checkpoint the metrics report as saved."""
     path = run_dir / "metrics.jsonl"
     # Opening the log for this start warns of broken lines.
-    saves = events_named(read_events(path, warn=False), "checkpoint") if path.is_file() else []
+    saves = events_named(read_events(path, warn=False, most_bytes=None), "checkpoint") if path.is_file() else []
     return saves[-1]["step"] if saves else None
 
 
@@ -132,10 +133,11 @@ def _set_aside_later_than(checkpoints: Path, step: int) -> None:
     for later in folders.saved_steps(checkpoints):
         if later > step:
             folder = folders.folder_of(checkpoints, later)
-            number = sum(1 for _ in checkpoints.glob(f"set-aside-{folder.name}*"))
-            aside = checkpoints / f"set-aside-{folder.name}{f'-{number}' if number else ''}"
+            names = (f"set-aside-{folder.name}{f'-{number}' if number else ''}" for number in count())
+            aside = next(path for path in map(checkpoints.joinpath, names) if not os.path.lexists(path))
             folder.rename(aside)
             logger.info(f"{folder.name}: set aside as {aside.name}, because step {step} was asked for")
+    folders.write_latest(checkpoints, folders.folder_of(checkpoints, step))
 
 
 def _check_saved_config(folder: Path, record: CheckpointRecord, config: RunConfig) -> None:

@@ -49,6 +49,7 @@ class RunLog(Hook):
     def open(self, step: int) -> None:
         """Open the files of the run folder and drop their lines of later steps; the first rank only."""
         self._metrics = MetricsLog(self.config.directory / "metrics.jsonl", step)
+        self.clock = Clock(self._metrics.elapsed_before)
         if self.config.logging.samples:
             self._samples = StepLog(self.config.directory / "sample_log.jsonl", step)
 
@@ -136,6 +137,8 @@ class RunLog(Hook):
             self._log_samples(stage, batch, left_out=result is None)
         if result is None:
             self.write("left_out", step.done, stage=stage.index, patch_side=stage.patch_side)
+            if step.done == stage.end_step:
+                self.clock.lap(step.data_wait)  # the rates of the next stage begin with it
             return
         self.clock.steps += 1
         self.clock.images += stage.batch_size

@@ -128,7 +128,10 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent inside."""
+        """Leave out the time spent inside; in a block that is paused already, this changes nothing."""
+        if self._paused_since is not None:
+            yield
+            return
         began = self._paused_since = time.perf_counter()
         try:
             yield

@@ -129,7 +129,8 @@ class Trainer:
     def _train(self) -> None:
         step = self.first_step
         if step == 0 and self.nonfinite.rolls_back and not self.resumed_from:
-            self.checkpoints.save(self.engine, self.schedule.stages[0], 0)
+            with self.log.clock.paused():
+                self.checkpoints.save(self.engine, self.schedule.stages[0], 0)
         if hooks := self._unfinished_hooks():
             self._run_hooks(hooks, self._stage_before(step), step, self.already_logged)
         while step < self.schedule.total_steps:
@@ -172,7 +173,8 @@ class Trainer:
         """Wait for the results of the steps in progress but the last `leave`, and show them to the hooks."""
         for step in self.results.take(leave):
             if step.checkpoint_is_written:
-                self.checkpoints.settle()
+                with self.log.clock.paused():
+                    self.checkpoints.settle()
             for hook in self.hooks:
                 hook.after_step(step)
 
@@ -202,9 +204,10 @@ class Trainer:
 
     def _roll_back(self, failed_step: int, facts: dict[str, Any]) -> int:
         """Load the newest complete checkpoint; return the step to continue with. Excluded steps stay excluded."""
-        with self.watchdog.patient():
+        with self.watchdog.patient(), self.log.clock.paused():
             folder, record = self.processes.on_first(self.checkpoints.newest)
             self._load(folder, record)
+            self.checkpoints.last_saved = record.step
             self.processes.on_first(self.log.rewind, record.step)
         self.loss_checks.reset()
         self.log.write("rollback", record.step, failed_step=failed_step, rollbacks=self.nonfinite.rollbacks, **facts)

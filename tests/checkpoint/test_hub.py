@@ -107,6 +107,11 @@ def test_an_exported_folder_samples_the_runs_images_and_has_a_card(tmp_path, mon
         ["README.md", "config.json", "model.safetensors", "samples.png", "tokenizer"]
     )
     assert not list(tmp_path.glob(".hub*"))
+    Path("hub").rename(".hub.old")  # as a kill between the two renames leaves it
+    monkeypatch.setattr("npp_ds.checkpoint.export.write_atomic", lambda *_: pytest.fail("disk full"))
+    with pytest.raises(pytest.fail.Exception):
+        npp("export", run, "--format", "hub", "--out", "hub")
+    assert Path("hub/README.md").is_file() and not list(tmp_path.glob(".hub*"))
 
 
 def test_a_card_has_events_samples_and_evaluations_of_its_weights_alone(tmp_path):

@@ -257,6 +257,22 @@ def test_overrides_are_read_as_strictly_as_files(tmp_path):
     assert "seed: '0100' is not valid YAML (0100 would be octal;" in text and "epochs is given twice" in text
 
 
+@pytest.mark.parametrize("key", ["run_dir", "init_from", "data.val"])
+def test_an_override_without_a_value_is_refused_as_an_unset_variable_would_make_it(tmp_path, key):
+    with pytest.raises(UserError, match=f"{key}=: no value, as of a variable that is not set; {key}=null means none"):
+        load_config("b_256", overrides=["data.train=x", f"{key}="])
+    assert load_config("b_256", overrides=["data.train=x", f"{key}=null"])
+
+
+@pytest.mark.parametrize("override", [
+    "watch.stall_seconds=1e10", "watch.spike_window=100000000000000000000", "schedule.warmup_epochs=1.0e306",
+    "run_dir=''",
+])  # fmt: skip
+def test_values_that_no_run_can_use_are_refused(override):
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        load_config("b_256", overrides=["data.train=x", override])
+
+
 def test_numbers_are_numbers(tmp_path):
     keys = {
         **MINIMAL,
@@ -457,6 +473,9 @@ def test_a_deepspeed_setting_that_contradicts_the_run_config_is_refused(tmp_path
         json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5, "bf16": {"enabled": True}})
     )
     with pytest.raises(UserError, match="gradient_clipping, bf16 belong to the run config"):
+        engine_settings(config, stage, 2)
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}))
+    with pytest.raises(UserError, match=r"zero_optimization\.offload_optimizer is 'cpu', expected"):
         engine_settings(config, stage, 2)
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     with pytest.raises(UserError, match=r"precision: bf16 with deepspeed\.config .* set precision to autocast_bf16"):

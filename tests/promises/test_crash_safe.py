@@ -24,7 +24,7 @@ from npp_ds.distributed.environment import host_name
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.training.metrics import read_events
-from npp_ds.training.run_folder import checkpoint_to_resume
+from npp_ds.training.run_folder import _set_aside_later_than, checkpoint_to_resume
 from npp_ds.training.trainer import Trainer
 from npp_ds.utils.files import sha256
 from runs import (
@@ -232,6 +232,10 @@ def test_going_on_from_an_earlier_step_sets_later_checkpoints_aside(pair, shards
     pair.run(run, config, 12)
     assert_same(outcome_of(tmp_path / "run"), undisturbed)
     assert len(list(checkpoints.glob("set-aside-step-*"))) == len(later)
+    last = checkpoints / f"set-aside-{folders.folder_of(checkpoints, max(later)).name}"
+    last.rename(f"{last}-1")
+    _set_aside_later_than(checkpoints, 12)
+    assert last.is_dir() and (checkpoints / "latest").read_text() == folders.folder_of(checkpoints, 12).name
 
 
 def _cannot_write_at(trainer: Trainer, steps: list[int]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.reporting.status import read_status
-from npp_ds.training.metrics import MetricsLog, events_named, read_events, stages_begun
+from npp_ds.training.metrics import MetricsLog, StepLog, events_named, read_events, stages_begun
 from npp_ds.training.run_log import Progress
 from npp_ds.training.throughput import StepCosts
 from npp_ds.training.trainer import Trainer
@@ -101,6 +101,31 @@ def test_lines_that_found_no_room_are_written_later_and_once(tmp_path, monkeypat
     events = read_events(tmp_path / "metrics.jsonl")
     assert [(e["step"], e["loss"]) for e in events] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
     assert [e["step"] for e in MetricsLog(tmp_path / "metrics.jsonl", 9).kept] == [1, 2, 3, 4, 5]
+
+
+def test_a_log_of_samples_larger_than_memory_is_cut_where_the_run_resumes(tmp_path, monkeypatch):
+    path = tmp_path / "sample_log.jsonl"
+    monkeypatch.setattr("npp_ds.training.metrics.MOST_BYTES", 100)
+    log = StepLog(path, 0)
+    for step in range(1, 9):
+        log.write("samples", step, ids=list(range(10)))
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"event": "samples", "st')
+    log = StepLog(path, 8)
+    log.rewind(5)
+    log.write("samples", 6, ids=[1])
+    log.close()
+    lines = list(map(json.loads, path.read_text().splitlines()))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[-1]["ids"] == [1]
+
+
+def test_a_step_that_is_computed_again_is_logged_as_not_finite_once(tmp_path):
+    for _ in range(2):
+        log = MetricsLog(tmp_path / "metrics.jsonl", 4)
+        log.write("nonfinite", 4, stage=0)
+        log.close()
+    assert len(read_events(tmp_path / "metrics.jsonl")) == 1
 
 
 class Terminal(io.StringIO):
