@@ -71,11 +71,11 @@ def stage(shard_dir: str | Path, cache_dir: str | Path | None = None) -> CodeSto
         return store
     try:
         # The root is chosen under the lock of the first one, which looks full while another process fills it.
-        with _locked(roots[0], name):
+        with _locked(roots[0], name, source):
             if store := _verified(roots, name, manifest, began):
                 return store
             root = _choose_root(roots, name, needed)
-            with _locked(root, name) if root != roots[0] else contextlib.nullcontext():
+            with _locked(root, name, source) if root != roots[0] else contextlib.nullcontext():
                 if store := _verified(roots, name, manifest, began):
                     return store
                 _log_change(source, name, roots)
@@ -241,10 +241,11 @@ def _download(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(root: Path, name: str) -> Iterator[None]:
+def _locked(root: Path, name: str, source: str) -> Iterator[None]:
     """Hold the lock of one set in `root`. Raises OSError if the file system offers no locks.
 
-    If the process that held the lock meanwhile failed with a UserError, raises the same: the set is not read again.
+    If the process that held the lock meanwhile failed with a UserError while it read the same source, raises the same:
+    that source is not read again.
     """
     with open_lock(root / f"{name}.lock") as file:
         status = os.fstat(file.fileno())
@@ -252,19 +253,20 @@ def _locked(root: Path, name: str) -> Iterator[None]:
         before = status.st_mtime_ns
         lock(file)
         file.seek(0)
-        if (problem := file.read()) and os.fstat(file.fileno()).st_mtime_ns != before:
+        where, _, problem = file.read().partition("\n")
+        if problem and where == source and os.fstat(file.fileno()).st_mtime_ns != before:
             raise UserError(problem)
         file.truncate(0)
         try:
             yield
         except UserError as error:
-            file.write(str(error))
+            file.write(f"{source}\n{error}")
             file.flush()
             raise
 
 
 def _remove_abandoned(root: Path, source: str, name: str) -> None:
-    """Delete what killed processes left in `root`, of every set whose lock no other process holds.
+    """Delete what killed processes of this user left in `root`, of every set whose lock no other process holds.
 
     These are incomplete arrays, and downloads of sets that are staged, or of an earlier content of `source`.
     """
@@ -274,6 +276,8 @@ def _remove_abandoned(root: Path, source: str, name: str) -> None:
         if folder.stem != name and (read_source(folder) == source or folder.with_suffix("").exists())
     ]
     for leftover in (*_leftovers(root, ".tmp"), *downloads):
+        if leftover.lstat().st_uid != os.geteuid():
+            continue
         with open_lock(leftover.with_suffix(".lock")) as file:
             if lock(file, patience=0):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -26,7 +26,7 @@ from npp_ds.tokenizer.decoding import Decoded, DecodePool, Decoder, Task, tasks_
 from npp_ds.tokenizer.images import ImageItem, crop_names
 from npp_ds.tokenizer.sources import Source
 from npp_ds.tokenizer.vq import PRECISIONS, VQModel
-from npp_ds.utils.files import locked, read_small, write_json_atomic, write_text_atomic
+from npp_ds.utils.files import locked, parse_json, read_small, write_json_atomic, write_text_atomic
 from npp_ds.utils.format import counted
 from npp_ds.utils.screen import ANY_RANK, Progress
 
@@ -244,7 +244,7 @@ class Encoding:
         """Read the record of a finished shard: from the work folder, or from the manifest once there is one."""
         name = self._name(shard)
         try:
-            return FinishedShard.model_validate_json(read_small(self.work / f"{name}.json"))
+            return FinishedShard.model_validate(parse_json(read_small(self.work / f"{name}.json")))
         except FileNotFoundError:
             earlier = self._earlier()
         except ValueError:  # damaged: the shard is made again
@@ -301,9 +301,12 @@ class Encoding:
         allowed, total, skipped = self.settings.max_skipped, len(self.source.items), self._skipped()
         if len(skipped) > round(allowed * total, 6):
             _write_skipped(self.out, skipped)
+            for name in {entry["shard"] for entry in skipped}:  # a rerun tries their images again
+                (self.work / f"{name}.json").unlink(missing_ok=True)
             raise UserError(
                 f"{len(skipped)} of {total} images are unreadable so far, allowed are {allowed:.3%} (--max-skipped); "
-                f"see {self.out / SKIPPED_FILE}, fix or remove them, or allow more, then rerun the same command"
+                f"see {self.out / SKIPPED_FILE}; make them readable, or allow more, then rerun the same command; if "
+                "files had to be changed or removed, with another --out"
             )
 
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from npp_ds.errors import UserError
+from npp_ds.errors import UserError, is_out_of_memory
 from npp_ds.tokenizer.listing import formats
 from npp_ds.utils.files import open_regular
 
@@ -89,7 +90,7 @@ class ImageReader:
             data = file.read(item.size if item.name else item.size + 1)
         except PermissionError as error:
             raise UnreadableImage(error.strerror) from error
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{item.where}: could not be read ({reason}); rerun the same command") from error
         if len(data) != item.size:
@@ -134,6 +135,8 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise UnreadableImage(f"not an image: begins with {data[:8]!r}") from error
     except Exception as error:  # for damaged data, the decoders of Pillow 11 raise exceptions of many types
+        if is_out_of_memory(error):
+            raise
         text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the data", str(error)).replace("\n", " ")
         raise UnreadableImage(text or type(error).__name__) from error
 
@@ -146,6 +149,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     form = image.format
+    bits = getattr(image, "tag_v2", {}).get(258, (8,))  # 12-bit TIFFs have mode I;16, too
+    if image.mode.startswith("I;16") and form == "TIFF" and bits != (16,):
+        raise UnreadableImage(f"TIFF of {bits[0]} bits a value; expected 8 or 16")
     if image.mode.startswith("I;16") or (image.mode == "I" and form in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -168,13 +174,13 @@ def decoded_images(items: Iterable[ImageItem]) -> Iterator[tuple[ImageItem, Imag
 def with_unique_keys(items: Iterable[ImageItem]) -> list[ImageItem]:
     """Make keys that any tar reader accepts, numbered where two images have the same one (`a.png` and `a.jpg`)."""
     seen: set[str] = set()
+    last: dict[str, int] = {}  # number of each repeated key
     result = []
     for item in items:
         key = base = _portable(item.key)
-        number = 1
         while key in seen:
-            number += 1
-            key = f"{base}-{number}"
+            last[base] = last.get(base, 1) + 1
+            key = f"{base}-{last[base]}"
         seen.add(key)
         result.append(item if key == item.key else replace(item, key=key))
     return result
@@ -183,7 +189,7 @@ def with_unique_keys(items: Iterable[ImageItem]) -> list[ImageItem]:
 def _portable(key: str) -> str:
     path = PurePosixPath(key.lstrip("/_") or "image")
     key = (path.parent / path.name.replace(".", "_")).as_posix()
-    return "".join(c if c.isascii() and c.isprintable() else "_" for c in key)[-MAX_KEY_LENGTH:].lstrip("/_")
+    return "".join(c if c.isascii() and c.isprintable() else "_" for c in key)[-MAX_KEY_LENGTH:].lstrip("/_") or "image"
 
 
 def check_scheme(scheme: str, ranges: Sequence[float] = ()) -> None:

@@ -137,19 +137,26 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+FolderId = tuple[int, int]  # device and inode
+
+
+def _identity(folder: Path) -> FolderId:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
 
-def image_files(root: Path, folder: str, passed_over: PassedOver) -> list[tuple[str, ...]]:
+def image_files(
+    root: Path, folder: str, passed_over: PassedOver, seen: dict[FolderId, Path] | None = None
+) -> list[tuple[str, ...]]:
     """Return the sorted paths, as parts, of all images at any depth of `folder` ("" for the root itself).
 
     Links are followed. Raises UserError for a folder that can be reached in two ways, because the walk of a link to a
-    folder above it would not end, and for a folder that cannot be read.
+    folder above it would not end, and for a folder that cannot be read. `seen` has the folders of earlier calls.
     """
     found: list[tuple[str, ...]] = []
-    seen = {_identity(root): root} if folder else {}
+    seen = {} if seen is None else seen
+    if folder:
+        seen[_identity(root)] = root
     waiting: list[tuple[str, ...]] = [(folder,) if folder else ()]
     while waiting:
         parts = waiting.pop()

@@ -4,6 +4,7 @@ Image i is `<codes>/<i>.npy`, integers [1, crops, tokens], and `<labels>/<i>.npy
 kept when an import resumes, and the manifest is written last.
 """
 
+import hashlib
 import io
 import os
 import shutil
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from npp_ds.data.manifest import MANIFEST_NAME, CropInfo, Manifest, ShardInfo, TokenizerInfo
 from npp_ds.data.shards import ShardWriter, check_file, check_same_set, shard_name
 from npp_ds.distributed.work_queue import LOCK_FILE, SETTINGS_FILE, WORK_FOLDER
 from npp_ds.errors import UserError
 from npp_ds.tokenizer.images import crop_names
-from npp_ds.utils.files import explain_os_errors, locked, read_small, write_json_atomic
+from npp_ds.utils.files import explain_os_errors, locked, parse_json, read_small, write_json_atomic
 from npp_ds.utils.screen import Progress
 
+INPUTS = "inputs"
+CODES_IN_DIGEST = 8  # of each folder and shard
 READERS = 16  # threads, since the time goes into opening small files
 MOST_PADDING = 4096  # processes of an extraction
 PRECISION = "tf32"  # the published script allows TF32 in products and convolutions
@@ -84,6 +88,16 @@ class CodeFolders:
             raise UserError(f"{path}: shape {list(label.shape)}, expected a single label; extract it again")
         return np.concatenate(parts), int(label.reshape(()))
 
+    def digest(self, images: range, readers: ThreadPoolExecutor) -> str:
+        """Return a hash of the labels of some images and of codes evenly spaced among them; it tells other files."""
+        spaced = images[:: -(-len(images) // CODES_IN_DIGEST)]
+        files = [_file(self.labels, image) for image in images]
+        files += [_file(folder, image) for folder in self.codes for image in spaced]
+        found = hashlib.sha256()
+        for content in readers.map(read_small, files):
+            found.update(hashlib.sha256(content).digest())
+        return found.hexdigest()[:16]
+
     def _shape(self, folder: Path) -> tuple[int, int]:
         path = _file(folder, 0)
         shape = _load(path).shape
@@ -105,6 +119,13 @@ class CodeFolders:
             if same and all(_bytes(folder, start + i) == _bytes(folder, i) for i in range(1, count - start)):
                 return count - start
         return 0
+
+
+class ImportedShard(BaseModel):
+    """The record of a finished shard, and the digest of the files that it was made of."""
+
+    info: ShardInfo
+    inputs: str
 
 
 class CodeImport:
@@ -148,42 +169,55 @@ class CodeImport:
                 raise UserError(f"{self.out}: another process imports into it, or its disk has no file locks")
             write_json_atomic(self.work / SETTINGS_FILE, self.identity)
             with ThreadPoolExecutor(READERS) as readers, Progress("importing") as progress:
-                shards = [self._shard(number, readers, progress) for number in range(self.shard_count)]
+                made = [self._shard(number, readers, progress) for number in range(self.shard_count)]
             for leftover in self.out.glob(".*.tmp"):
                 leftover.unlink()
-            manifest = Manifest(**self.identity, num_samples=self.folders.count, shards=shards, skipped=[])
+            shards, inputs = [shard.info for shard in made], " ".join(shard.inputs for shard in made)
+            keys = {**self.identity, "source": {**self.identity["source"], INPUTS: inputs}}
+            manifest = Manifest(**keys, num_samples=self.folders.count, shards=shards, skipped=[])
             manifest.save(self.out)
         shutil.rmtree(self.work)
         return manifest
 
-    def _shard(self, number: int, readers: ThreadPoolExecutor, progress: Progress) -> ShardInfo:
+    def _shard(self, number: int, readers: ThreadPoolExecutor, progress: Progress) -> ImportedShard:
         path = self.out / shard_name(self.settings.split, number)
         record = self.work / f"{path.name}.json"
         start = number * self.settings.samples_per_shard
         images = range(start, min(start + self.settings.samples_per_shard, self.folders.count))
-        info = self._finished(path, record)
+        inputs = self.folders.digest(images, readers)
+        info = self._finished(path, record, number, inputs)
         if info is None:
             with ShardWriter(path) as writer:
                 for image, (codes, label) in zip(images, self._read(images, readers), strict=True):
                     writer.write(f"{image:08d}", codes, label)
                     progress(image, self.folders.count, f"shard {number + 1} of {self.shard_count}")
             info = writer.info
-            write_json_atomic(record, info.model_dump())
+            write_json_atomic(record, ImportedShard(info=info, inputs=inputs).model_dump())
         progress(images.stop, self.folders.count, f"shard {number + 1} of {self.shard_count}")
-        return info
+        return ImportedShard(info=info, inputs=inputs)
 
-    def _finished(self, path: Path, record: Path) -> ShardInfo | None:
-        """Return the record of a shard if its file has the recorded size and hash, else None."""
+    def _finished(self, path: Path, record: Path, number: int, inputs: str) -> ShardInfo | None:
+        """Return the record of a shard if its file has the recorded size and hash, and was made of these inputs.
+
+        Raises UserError if the set is complete and was made of others.
+        """
         try:
-            info = ShardInfo.model_validate_json(read_small(record))
+            found = ImportedShard.model_validate(parse_json(read_small(record)))
         except FileNotFoundError:
             if not (self.out / MANIFEST_NAME).is_file():
                 return None
-            listed = {shard.file: shard for shard in Manifest.load(self.out).shards}
-            info = listed[path.name]
+            manifest = Manifest.load(self.out)
+            known = str(manifest.source.get(INPUTS, "")).split()
+            if known and known[number] != inputs:
+                raise UserError(
+                    f"{self.out}: holds shards of other labels or codes, {path.name} among them; choose another folder "
+                    "with --out, or remove that one"
+                ) from None
+            listed = {shard.file: shard for shard in manifest.shards}
+            found = ImportedShard(info=listed[path.name], inputs=inputs)
         except ValueError:
             return None
-        return None if check_file(path, info) else info
+        return None if found.inputs != inputs or check_file(path, found.info) else found.info
 
     def _read(self, images: range, readers: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, int]]:
         f, s = self.folders, self.settings

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def load_tokenizer(name_or_path: str | Path) -> VQModel:
         tensors = unwrapped_tensors(path, read_torch(path), ENTRIES)
     tensors.pop("quantize.codebook_used", None)
     config = _facts(path).get("config") or _infer_config(path, tensors)
+    multipliers = config.channel_multipliers
+    sizes = chain({**asdict(config), "channel_multipliers": 1}.values(), multipliers)
+    possible = all(type(size) is int and size > 0 for size in sizes)
+    if not possible or len(multipliers) * config.num_res_blocks > len(tensors):
+        raise UserError(f"{path}: {config} is not the shape of its {len(tensors)} tensors")
     try:
         with torch.device("meta"):
             model = VQModel(config)
@@ -144,7 +150,7 @@ def _infer_config(path: Path, tensors: dict[str, Tensor]) -> VQConfig:
     """Return the shape of a published checkpoint. Tensors do not show `norm_groups`, which is 32 in all of them."""
 
     def count(pattern: str) -> int:
-        return next(i for i in range(99) if pattern.format(i) not in tensors)
+        return next((i for i in range(99) if pattern.format(i) not in tensors), 99)
 
     try:
         channels = tensors["encoder.conv_in.weight"].shape[0]
@@ -159,7 +165,7 @@ def _infer_config(path: Path, tensors: dict[str, Tensor]) -> VQConfig:
             codebook_size=codebook_size,
             codebook_dim=codebook_dim,
         )
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ArithmeticError) as error:
         some = ", ".join(sorted(tensors)[:3])
         raise UserError(
             f"{path}: no VQ tokenizer ({error} is missing or has a wrong shape; found {some}, ..); "

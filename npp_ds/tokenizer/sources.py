@@ -7,6 +7,7 @@ import hashlib
 import os
 import stat
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from npp_ds.tokenizer.listing import (
     HIDDEN,
     PREFIX_BYTES,
     VALIDATION_IMAGE,
+    FolderId,
     PassedOver,
     checked_names,
     class_folders,
@@ -47,6 +49,8 @@ SHARD_SUFFIXES = (".tar", ".tar.gz")
 SHARD_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """Extensions of the images of shards, the preferred one first; others are taken where a sample has none of these."""
 SPLIT_NAMES = {"train", "val", "test", "validation"}
+MORE_SPLIT_NAMES = SPLIT_NAMES | {"training", "testing", "valid", "dev"}
+"""Names that a class may have, too: two of them are splits."""
 MAX_LABEL_BYTES = LARGEST_MEMBER[LABEL_EXTENSION]
 
 
@@ -205,7 +209,8 @@ def _class_root(candidates: Sequence[Path]) -> Path | None:
     """Return the first folder that has class folders and no folders of splits."""
     for root in candidates:
         folders = class_folders(root, Counter()) if root.is_dir() else []
-        if folders and SPLIT_NAMES.isdisjoint(folders):
+        names = {name.casefold() for name in folders}
+        if folders and not names & SPLIT_NAMES and len(names & MORE_SPLIT_NAMES) < 2:
             return root
     return None
 
@@ -223,10 +228,11 @@ def _find_image_folder(paths: Sequence[Path], split: str) -> Path:
 def _list_image_folder(root: Path, passed_over: PassedOver) -> tuple[list[ImageItem], list[str]]:
     """Return the items of `root/<class>/**/<image>` in sorted order, and the sorted class folders."""
     classes = class_folders(root, passed_over)
+    seen: dict[FolderId, Path] = {}
     items = [
         file_item(root, parts, label)
         for label, name in enumerate(classes)
-        for parts in image_files(root, name, passed_over)
+        for parts in image_files(root, name, passed_over, seen)
     ]
     if not items:
         raise UserError(f"{root}: no images ({', '.join(sorted(extensions()))}) in its {len(classes)} class folders")
@@ -300,9 +306,9 @@ def _list_class(file: BinaryIO, path: Path, archive: tarfile.TarInfo, passed_ove
     """Yield the images of one class, without their label."""
     file.seek(archive.offset_data)
     for member in _files_in(file, passed_over):
+        if member.offset_data + member.size > archive.offset_data + archive.size:
+            raise tarfile.ReadError(f"{archive.name} is cut short: {member.name} reaches beyond it")
         if _is_image(file, member, passed_over):
-            if member.offset_data + member.size > archive.offset_data + archive.size:
-                raise tarfile.ReadError(f"{archive.name}/{member.name} reaches beyond its archive")
             name = member.name.removeprefix("./")
             key = f"{os.path.splitext(os.path.basename(archive.name))[0]}/{os.path.splitext(name)[0]}"
             yield replace(_member_item(key, -1, path, member), name=f"{archive.name}/{name}")
@@ -385,7 +391,7 @@ def _open_tar(path: Path) -> Iterator[BinaryIO]:
             yield file
             while path.name.endswith(".gz") and file.read(1 << 20):  # up to the checksum at the end
                 pass
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged, or no tar file ({error}); fetch or make it again") from error
 
 

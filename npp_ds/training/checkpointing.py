@@ -55,6 +55,10 @@ class Checkpointing(Hook):
         Called by all ranks together. Without `must` a checkpoint that cannot be written is reported and left out; with
         it that raises UserError on all ranks.
         """
+        with self.log.clock.paused():
+            self._save(engine, stage, done, must)
+
+    def _save(self, engine: TrainingEngine, stage: Stage, done: int, must: bool) -> None:
         self.settle()
         partitions, state = engine.partitions, engine.state()
         record = CheckpointRecord(
@@ -86,7 +90,8 @@ class Checkpointing(Hook):
         step = self.saver.pending.step
         self.log.sync()  # a checkpoint never exists without the log lines of its steps
         try:
-            saved = self.saver.finish()
+            with self.log.clock.paused():
+                saved = self.saver.finish()
         except SaveFailed as error:
             self._report_failure(step, error, must)
             return

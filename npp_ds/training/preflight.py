@@ -9,9 +9,11 @@ from npp_ds.checkpoint.folders import saved_steps
 from npp_ds.checkpoint.open import Weights, open_weights
 from npp_ds.config.checks import problems_of
 from npp_ds.config.schedule import Schedule
-from npp_ds.config.schema import ModelSection, RunConfig
+from npp_ds.config.schema import DataSection, ModelSection, RunConfig
 from npp_ds.data.manifest import Coding, Manifest, Mismatch, meaning_mismatches, size_mismatches
-from npp_ds.data.store import load_manifest
+from npp_ds.data.store import CodeStore, load_manifest, stage_sets
+from npp_ds.distributed.environment import host_name
+from npp_ds.distributed.process_group import Processes
 from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig
 from npp_ds.model.attention import check_attention
@@ -128,3 +130,21 @@ def _size_problems(key: str, manifest: Manifest, config: RunConfig) -> list[str]
         f"model.{name}: {ours}, but the shards of {where} have {theirs}; set model.{name}={theirs} or name other shards"
         for name, theirs, ours in size_mismatches(manifest.coding, sizes)
     ]
+
+
+def staged_sets(data: DataSection, processes: Processes) -> tuple[CodeStore, CodeStore | None]:
+    """Return the training and validation sets of a run, the same ones on all ranks.
+
+    Raises what `stage` raises, and UserError where a path leads to another set on another node.
+    """
+    train, val = processes.on_all(stage_sets, data)
+    for key, store in (("data.train", train), ("data.val", val)):
+        found = processes.gather(store and (store.manifest.fingerprint()[:12], host_name()))
+        for rank, other in enumerate(found):
+            if other and other[0] != found[0][0]:
+                raise UserError(
+                    f"{key}: rank {rank} on {other[1]} reads another set ({other[0]}) than rank 0 on {found[0][1]} "
+                    f"({found[0][0]}); give all nodes the same shards",
+                    on_all_ranks=True,
+                )
+    return train, val

@@ -11,7 +11,6 @@ from npp_ds.checkpoint.saver import CheckpointSaver
 from npp_ds.config.schedule import Schedule, Stage
 from npp_ds.config.schema import RunConfig
 from npp_ds.data.loader import StageLoader, StageManager
-from npp_ds.data.store import stage_sets
 from npp_ds.distributed.process_group import Processes, join_processes, leave_processes
 from npp_ds.training import run_folder
 from npp_ds.training.checkpointing import Checkpointing
@@ -21,7 +20,7 @@ from npp_ds.training.hooks import Context, Hook, Logged, StepResults, StopAgreed
 from npp_ds.training.lease import Lease
 from npp_ds.training.loss_checks import LossChecks, NonFinitePolicy
 from npp_ds.training.preemption import Preempted, StopRequests
-from npp_ds.training.preflight import fitting_schedule, initial_weights
+from npp_ds.training.preflight import fitting_schedule, initial_weights, staged_sets
 from npp_ds.training.profiler import StepProfiler
 from npp_ds.training.run_log import RunLog
 from npp_ds.training.validation import Validation
@@ -63,7 +62,7 @@ class Trainer:
 
         # Schedule, data, run folder, and the checkpoint to resume from
         self.schedule: Schedule = processes.on_first(fitting_schedule, config, processes.world_size)
-        self.train_store, val_store = processes.on_all(stage_sets, config.data)
+        self.train_store, val_store = staged_sets(config.data, processes)
         fingerprint = self.train_store.manifest.fingerprint()
         self.lease: Lease | None = None
         token: str = processes.on_first(self._take_run_folder)
@@ -129,8 +128,7 @@ class Trainer:
     def _train(self) -> None:
         step = self.first_step
         if step == 0 and self.nonfinite.rolls_back and not self.resumed_from:
-            with self.log.clock.paused():
-                self.checkpoints.save(self.engine, self.schedule.stages[0], 0)
+            self.checkpoints.save(self.engine, self.schedule.stages[0], 0)
         if hooks := self._unfinished_hooks():
             self._run_hooks(hooks, self._stage_before(step), step, self.already_logged)
         while step < self.schedule.total_steps:
@@ -173,8 +171,7 @@ class Trainer:
         """Wait for the results of the steps in progress but the last `leave`, and show them to the hooks."""
         for step in self.results.take(leave):
             if step.checkpoint_is_written:
-                with self.log.clock.paused():
-                    self.checkpoints.settle()
+                self.checkpoints.settle()
             for hook in self.hooks:
                 hook.after_step(step)
 
@@ -226,10 +223,9 @@ class Trainer:
         name = next(filter(None, self.processes.gather(self.stop.requested)))
         if name == "SIGINT":
             logger.info(f"SIGINT: saving after step {done}; a second Ctrl-C ends the run at once, without saving")
-        with self.log.clock.paused():
-            self.checkpoints.settle()
-            if done != self.checkpoints.last_saved:
-                self.checkpoints.save(self.engine, stage, done, must=True)
+        self.checkpoints.settle()
+        if done != self.checkpoints.last_saved:
+            self.checkpoints.save(self.engine, stage, done, must=True)
         logger.info(f"{name}: saved after step {done} of {self.schedule.total_steps}; rerun the same command to resume")
         raise Preempted(name, done)
 

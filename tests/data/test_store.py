@@ -6,6 +6,7 @@ import re
 import shutil
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 from npp_ds.data import staged_set
 from npp_ds.data import store as store_module
 from npp_ds.data.manifest import Manifest
-from npp_ds.data.store import available_manifest, stage
+from npp_ds.data.store import _locked, available_manifest, stage
 from npp_ds.errors import UserError
 from shard_sets import files_limited_to, manifest_of, write_set
 from staging import (
@@ -91,6 +92,42 @@ def test_leftovers_of_other_sets_are_removed_unless_their_stager_lives(tmp_path)
     alive, ours = (Manifest.load(tmp_path / name).fingerprint() for name in ("alive", "ours"))
     assert entries(tmp_path / "cache") == sorted([f"{alive}.tmp", ours])
     kill(process)
+
+
+def test_leftovers_of_another_user_stop_nobody(tmp_path, monkeypatch):
+    write_set(tmp_path / "shards", 20)
+    theirs = tmp_path / "cache" / f"{'a' * 64}.tmp"
+    theirs.mkdir(parents=True)
+    os.chown(theirs, 12345, 12345) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr("npp_ds.data.store.check_owner", lambda *_: None)
+    stage(tmp_path / "shards", tmp_path / "cache")
+    assert theirs.is_dir()
+
+
+def test_a_failure_to_read_another_copy_of_a_set_is_not_shared(tmp_path):
+    write_set(tmp_path / "good", 20)
+    shutil.copytree(tmp_path / "good", tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged" / "train-000000.tar", 9000)
+    name = Manifest.load(tmp_path / "good").fingerprint()
+    begun, found = threading.Event(), []
+
+    def fail():
+        with pytest.raises(UserError), _locked(tmp_path, name, str(tmp_path / "damaged")):
+            begun.set()
+            time.sleep(0.3)
+            raise UserError("damaged")
+
+    def wait():
+        with _locked(tmp_path, name, str(tmp_path / "good")):
+            found.append(name)
+
+    threads = [threading.Thread(target=target) for target in (fail, wait)]
+    threads[0].start()
+    assert begun.wait(timeout=PATIENCE)
+    threads[1].start()
+    for thread in threads:
+        thread.join(timeout=PATIENCE)
+    assert found == [name]
 
 
 def test_changed_manifest_restages_and_leaves_old_maps_alone(tmp_path):

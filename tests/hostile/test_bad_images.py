@@ -112,6 +112,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "class folder links above the root": (partial(link, "c", "../.."), "the same folder as"),
     "folder links to its class": (partial(link, "a/self", "."), "train/a/self: the same folder as"),
     "two links to the class": (two_links, ": the same folder as"),
+    "folder of one class links to another": (partial(link, "a/more", "../b"), "train/b: the same folder as"),
+    "class folder links to another": (partial(link, "c", "b"), "train/c: the same folder as"),
     "a billion paths without a loop": (many_ways, ": the same folder as"),
     "no folder": (lambda folder: folder.mkdir(), "found neither shards"),
     "only litter": (lambda folder: write_tree(folder, {"@eaDir/1.png": PNG, ".x/1.png": PNG}), "found neither shards"),
@@ -261,6 +263,14 @@ def png_of(width: int, height: int, mode: int = 0) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+def tiff_of(bits: int) -> bytes:
+    """A grey TIFF of 8x8 pixels."""
+    data = bytes(8 * 8 * bits // 8)
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 GREY = RAMP[..., 0].astype(np.uint16)
 FLOATS = Image.fromarray(RAMP[..., 0].astype(np.float32))
 UNREADABLE = {
@@ -272,6 +282,7 @@ UNREADABLE = {
     "200 Mpixel": (png_of(20_000, 10_000), "exceeds limit of 178956970 pixels"),
     "2 Gpixel": (png_of(45_000, 45_000), "exceeds limit of 178956970 pixels"),
     "cut off": (PNG[:60], "truncated"),
+    "12-bit TIFF": (tiff_of(12), "TIFF of 12 bits a value"),
 }
 
 

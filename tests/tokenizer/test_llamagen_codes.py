@@ -108,6 +108,24 @@ def test_an_interrupted_import_resumes_with_the_same_bytes_and_reads_finished_sh
         run(*line, "--out", tmp_path / "out", "--num-classes", 10)
 
 
+def test_shards_of_other_labels_are_made_again_and_a_complete_set_is_refused(tmp_path):
+    line = [*extract(tmp_path, 30, 2), "--samples-per-shard", 8, "--vocab-size", 64]
+    codes, labels = (tmp_path / f"imagenet256_{name}" for name in ("codes", "labels"))
+    (codes / "20.npy").rename(tmp_path / "hidden")
+    (codes / "20.npy").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"codes/20\.npy: unreadable"):
+        run(*line, "--out", tmp_path / "out")
+    (tmp_path / "hidden").replace(codes / "20.npy")
+    np.save(labels / "9.npy", np.array([7]))
+    run(*line, "--out", tmp_path / "whole")
+    run(*line, "--out", tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    np.save(labels / "9.npy", np.array([6]))
+    with pytest.raises(UserError, match=r"holds shards of other labels or codes, train-000001\.tar among them"):
+        run(*line, "--out", tmp_path / "out")
+    assert not verify(tmp_path / "out")
+
+
 def damage(folder: Path, what: str) -> None:
     codes, labels = folder / "imagenet256_codes", folder / "imagenet256_labels"
     match what:

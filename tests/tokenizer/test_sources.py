@@ -122,6 +122,10 @@ def test_folders_of_other_splits_are_not_taken_for_classes(tmp_path, files):
     write_tree(tmp_path, {"a/x.png": b"1"})
     with pytest.raises(UserError, match="nor class folders, directly or under val/"):
         open_source([tmp_path], "val")
+    (tmp_path / "train").rename(tmp_path / "Training")
+    (tmp_path / "Valid").mkdir()
+    with pytest.raises(UserError, match="nor class folders, directly or under val/"):
+        open_source([tmp_path], "val")
 
 
 def test_a_file_that_changed_after_listing_stops_the_run(tmp_path):
@@ -152,12 +156,46 @@ def test_a_tar_cut_or_damaged_anywhere_is_refused_and_never_silently_shorter(var
             open_source([path], "train", variant=variant)
 
 
+def test_a_class_tar_that_ends_without_its_end_mark_is_refused(files, tmp_path):
+    for content in (b"", tar_of_one(files[min(files)])[:-10_240]):
+        with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as outer:
+            add(outer, "n01.tar", content)
+            add(outer, "n02.tar", tar_of_one(files[min(files)]))
+        with pytest.raises(UserError, match=r"n01\.tar is cut short: n02\.tar reaches beyond it"):
+            open_source([tmp_path], "train")
+
+
+def tar_of_one(image: bytes) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        add(tar, "x.png", image)
+    return content.getvalue()
+
+
+def test_names_without_a_character_that_tar_readers_take_have_keys(tmp_path, files):
+    write_tree(tmp_path, {f"猫/{name}.png": files[min(files)] for name in ("写真", "犬", "鳥")})
+    assert [item.key for item in open_source([tmp_path], "train").items] == ["image", "image-2", "image-3"]
+
+
+def test_used_up_memory_is_no_property_of_an_image(files, monkeypatch):
+    def convert(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(MemoryError):
+        decode(encoded(np.zeros((8, 8), np.uint8)))
+
+
 def test_a_damaged_gzip_shard_is_refused(tmp_path, files):
     path = write_image_shards(tmp_path, files, shards=1) / "train-000000.tar.gz"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"train-000000\.tar\.gz: damaged"):
         open_source([tmp_path], "train")
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
+    with pytest.raises(UserError, match=r"train-000000\.tar\.gz: (damaged|could not be read)"):
+        load_images(open_source([tmp_path], "train"), 8)
     with gzip.open(path, "wb") as file:
         file.write(gzip.decompress(content))
     assert len(open_source([tmp_path], "train").items) == len(files)

@@ -262,7 +262,10 @@ def test_too_many_unreadable_images_stop_the_run_and_say_where_they_are_listed(
     assert code == 2 and "3 of 8 images" in stderr and "skipped.jsonl" in stderr
     assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert command(*line, "--max-skipped", "0.4")[0] == 0
+    cut = mixed_folder / "a/cut.jpg"
+    cut.write_bytes((mixed_folder / "a/grey.jpg").read_bytes().ljust(cut.stat().st_size, b"\0"))
+    assert command(*line, "--max-skipped", "0.3")[0] == 0, "its images were tried again"
+    assert Manifest.load(tmp_path / "out").num_samples == 6
 
 
 def srun_task(rank: int, local_rank: int, tasks: int) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import json
 import pickle
 import runpy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +166,16 @@ def test_wrong_tokenizer_files_are_refused_with_the_file_named(fault, tiny, tmp_
     with pytest.raises(UserError, match=r"wrong\.pt"):
         load_tokenizer(path)
     assert not Path("/tmp/npp-ds-test-was-unpickled").exists()
+
+
+@pytest.mark.parametrize("change", [{"num_res_blocks": 10**9}, {"channels": "8"}, {"channel_multipliers": [1] * 10**6}])
+def test_a_config_that_its_tensors_contradict_is_refused_before_a_model_is_built(tiny, tmp_path, change):
+    from safetensors.torch import save_file
+
+    metadata = {"npp_vq": json.dumps({"config": {**asdict(tiny.config), **change}})}
+    save_file(tiny.state_dict(), tmp_path / "wrong.safetensors", metadata)
+    with pytest.raises(UserError, match=r"wrong\.safetensors: .* is not the shape of its"):
+        load_tokenizer(tmp_path / "wrong.safetensors")
 
 
 def test_damaged_safetensors_and_their_metadata_are_refused(tiny, tmp_path):

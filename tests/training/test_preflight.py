@@ -11,12 +11,12 @@ from image_sets import save_tiny_tokenizer
 from npp_ds.checkpoint.export import export_weights
 from npp_ds.checkpoint.open import TokenizerId, open_weights
 from npp_ds.cli import app
-from npp_ds.config.schema import RunConfig
+from npp_ds.config.schema import DataSection, RunConfig
 from npp_ds.data.manifest import Manifest
 from npp_ds.errors import UserError
 from npp_ds.evaluation.likelihood import likelihood_of
 from npp_ds.model import ModelConfig, Transformer
-from npp_ds.training.preflight import fitting_schedule
+from npp_ds.training.preflight import fitting_schedule, staged_sets
 from npp_ds.utils.files import sha256
 from runs import logs, shards_in, tiny_config
 
@@ -144,3 +144,12 @@ def test_a_monitor_whose_package_is_missing_is_refused(folder, tmp_path, monkeyp
     assert f"logging.monitors: {monitor} cannot be imported (no such package)" in problems(config)
     monkeypatch.setattr("npp_ds.training.deepspeed_config.import_module", lambda name: None)
     assert problems(config) == ""
+
+
+def test_processes_that_read_different_sets_are_told_apart(folder):
+    class TwoNodes:
+        on_all = staticmethod(lambda action, *arguments: action(*arguments))
+        gather = staticmethod(lambda value: value and [value, ("0123456789ab", "node2")])
+
+    with pytest.raises(UserError, match=r"data\.train: rank 1 on node2 reads another set \(0123456789ab\) than rank 0"):
+        staged_sets(DataSection(train=str(folder / "train"), cache_dir=str(folder)), TwoNodes())
