@@ -85,7 +85,7 @@ def _die_in_the_second_save(trainer: Trainer, where: str, rank: int) -> None:
             elif where == "before the rename":
                 saver_module.fsync_directory = _die
             elif where == "before latest":
-                saver_module.write_text_atomic = _die
+                saver_module.write_latest = _die
             elif where == "while an old one is deleted":
                 folders.shutil = _DyingShutil
         begin(record, *arguments)

@@ -80,7 +80,8 @@ def test_ema_of_two_processes_is_that_of_plain_pytorch_in_one(pair, shards, tmp_
             expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
     average = open_weights(tmp_path / "run", variant="ema").read()
     for name, value in expected.items():
-        torch.testing.assert_close(average[name].double(), value, rtol=1e-4, atol=1e-5)
+        # Adam enlarges the rounding of gradients near zero; without its last update the average is 1e-3 off.
+        torch.testing.assert_close(average[name].double(), value, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -15,6 +15,7 @@ from npp_ds.data.loader import EvalLoader
 from npp_ds.data.order import batch_ids
 from npp_ds.data.store import stage as stage_shards
 from npp_ds.distributed.process_group import Processes
+from npp_ds.errors import UserError
 from npp_ds.model import ModelConfig, Transformer
 from npp_ds.sizes import SIZES
 from npp_ds.training.deepspeed_config import import_deepspeed
@@ -141,7 +142,7 @@ def _start_with_a_head_that_is_not_zero(processes: Processes, config) -> str:
     torch.nn.init.normal_(trainer.engine.engine.module.output.weight)
     try:
         trainer.run()
-    except RuntimeError as error:
+    except UserError as error:
         return str(error)
     return "went on"
 
