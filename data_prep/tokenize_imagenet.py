@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npp_ds.cli.exit_codes import exit_code_of
-from npp_ds.distributed.environment import choose_device, read_environment
+from npp_ds.distributed.environment import choose_device, processes_on_node, read_environment
 from npp_ds.errors import UserError
 from npp_ds.utils.screen import say
 
@@ -92,7 +92,7 @@ def default_workers() -> int:
         cores = int(task)
     else:
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = usable // processes_on_node()
     return min(max(cores, 1), MOST_WORKERS)
 
 
