@@ -163,13 +163,12 @@ def test_status_shows_texts_of_a_stranger_escaped_and_no_traceback(run):
     assert "Traceback" not in done.stderr
 
 
-def test_records_of_samples_that_hold_something_else_are_no_traceback_of_an_export(run, tmp_path):
+def test_records_of_samples_that_hold_something_else_are_left_out_of_an_export_and_refused_by_a_report(run, tmp_path):
     (run / "samples/a").mkdir(parents=True)
     (run / "samples/a/samples.json").write_text("[]")
-    words = ("export", run, "--format", "hub", "--out")
-    assert run_limited(*words, tmp_path / "hub").returncode == 0
     (run / "samples/a/evaluation.json").write_text("[1]")
-    assert_refused(*words, tmp_path / "other", phrase="evaluation.json: its files do not hold an evaluation")
+    assert run_limited("export", run, "--format", "hub", "--out", tmp_path / "hub").returncode == 0
+    assert_refused("report", run, phrase="evaluation.json: its files do not hold an evaluation")
 
 
 def test_a_report_on_a_full_disk_keeps_the_old_one(run):
