@@ -107,7 +107,8 @@ def _new_folder(path: Path) -> Iterator[Path]:
         try:
             folder.rename(path)
         except OSError:
-            old.rename(path)
+            if old.exists():
+                old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:

@@ -174,8 +174,12 @@ class CodeImport:
                 leftover.unlink()
             shards, inputs = [shard.info for shard in made], " ".join(shard.inputs for shard in made)
             keys = {**self.identity, "source": {**self.identity["source"], INPUTS: inputs}}
-            manifest = Manifest(**keys, num_samples=self.folders.count, shards=shards, skipped=[])
-            manifest.save(self.out)
+            earlier = Manifest.load(self.out) if (self.out / MANIFEST_NAME).is_file() else None
+            if earlier and earlier.shards == shards:
+                manifest = earlier  # it keeps its fingerprint, by which runs know it
+            else:
+                manifest = Manifest(**keys, num_samples=self.folders.count, shards=shards, skipped=[])
+                manifest.save(self.out)
         shutil.rmtree(self.work)
         return manifest
 

@@ -120,6 +120,13 @@ def test_shards_of_other_labels_are_made_again_and_a_complete_set_is_refused(tmp
     run(*line, "--out", tmp_path / "whole")
     run(*line, "--out", tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+    shutil.copytree(tmp_path / "out", tmp_path / "old")
+    made = Manifest.load(tmp_path / "old")  # as versions wrote it that did not record what shards were made of
+    del made.source["inputs"]
+    made.save(tmp_path / "old")
+    fingerprint = Manifest.load(tmp_path / "old").fingerprint()
+    run(*line, "--out", tmp_path / "old")
+    assert Manifest.load(tmp_path / "old").fingerprint() == fingerprint, "runs that trained on it resume"
     np.save(labels / "9.npy", np.array([6]))
     with pytest.raises(UserError, match=r"holds shards of other labels or codes, train-000001\.tar among them"):
         run(*line, "--out", tmp_path / "out")
