@@ -67,7 +67,7 @@ class Weights:
     has_null_class: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", self.model.model_copy(update={"attention": "auto"}))
+        object.__setattr__(self, "model", _with_any_kernel(self.model))
 
     @cached_property
     def sha256(self) -> str:
@@ -361,11 +361,15 @@ def _open_published(path: Path, variant: str, n_heads: int | None, grid_size: in
     )
 
 
+def _with_any_kernel(model: ModelSection) -> ModelSection:
+    return model.model_copy(update={"attention": "auto"})
+
+
 def _check_shapes(path: Path, found: dict[str, Shape], model: ModelSection) -> dict[str, Shape]:
     """Return the parameter shapes of a model, in its order. Raises UserError if the tensors of the file differ."""
     try:
         with torch.device("meta"):
-            state = Transformer(ModelConfig(**{**model.arguments(), "attention": "auto"})).state_dict()
+            state = Transformer(ModelConfig(**_with_any_kernel(model).arguments())).state_dict()
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path}: no model can have its shape ({error})") from error
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -159,6 +159,7 @@ def demo(
 
 
 def evaluate(
+    context: typer.Context,
     source: Annotated[
         Path | None, typer.Argument(help="a run folder, whose newest samples are evaluated; with --sweep any weights")
     ] = None,
@@ -198,13 +199,11 @@ def evaluate(
         typer.Option(help="sample and evaluate for each of cfg=1.5,1.75,2.0, checkpoint=1000,2000 or checkpoint=all"),
     ] = None,
     per_class: Annotated[int | None, typer.Option(help="with --sweep: images per class; default: 10")] = None,
-    labels: Annotated[str | None, typer.Option(help="with --sweep: balanced (default) or random")] = None,
-    cfg_scale: Annotated[
-        float | None, typer.Option(help="with --sweep over checkpoints: scale of guidance; default: 1")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="with --sweep: random seed; default: 0")] = None,
+    labels: Annotated[str, typer.Option(help="with --sweep: balanced or random")] = "balanced",
+    cfg_scale: Annotated[float, typer.Option(help="with --sweep over checkpoints: scale of guidance")] = 1.0,
+    seed: Annotated[int, typer.Option(help="with --sweep: random seed")] = 0,
     step: Annotated[int | None, typer.Option(help="with --sweep over cfg: checkpoint; default: the newest")] = None,
-    weights: Annotated[str | None, typer.Option(help="with --sweep: raw (default) or ema")] = None,
+    weights: Annotated[str, typer.Option(help="with --sweep: raw or ema")] = "raw",
     patch_side: Annotated[
         int | None,
         typer.Option(min=1, help="with --sweep: patch side of the samples; default: that of each checkpoint's stage"),
@@ -213,10 +212,8 @@ def evaluate(
         str | None,
         typer.Option(help="tokenizer for --reconstruction or --sweep: name or file (--sweep default: the run's)"),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="with --sweep: fp32, bf16, or auto (default): bf16 on a GPU")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="with --sweep: images decoded at a time; default: 64")] = None,
+    dtype: Annotated[str, typer.Option(help="with --sweep: fp32, bf16, or auto: bf16 on a GPU")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="with --sweep: images decoded at a time")] = 64,
 ) -> None:
     """Compare samples with real images: FID, sFID, Inception score, precision, recall, class agreement.
 
@@ -230,19 +227,7 @@ def evaluate(
     }  # fmt: skip
     if len(given := [option for option, value in wanted.items() if value is not None]) > 1:
         raise UserError(f"found {' and '.join(given)}, expected one of them; run the command once for each")
-    of_sweep = {
-        "--per-class": per_class, "--labels": labels, "--cfg-scale": cfg_scale, "--seed": seed, "--step": step,
-        "--weights": weights, "--patch-side": patch_side, "--dtype": dtype, "--batch-size": batch_size,
-        **({} if reconstruction else {"--tokenizer": tokenizer}),
-    }  # fmt: skip
-    if sweep is None and (unused := [option for option, value in of_sweep.items() if value is not None]):
-        raise UserError(
-            f"{', '.join(unused)}: expected only with --sweep; samples that exist keep their settings, so give these "
-            "to `npp sample`, and evaluate what it makes"
-        )
-    varied = {"cfg": ("--cfg-scale", cfg_scale), "checkpoint": ("--step", step)}.get((sweep or "").partition("=")[0])
-    if varied and varied[1] is not None:
-        raise UserError(f"{varied[0]}: --sweep {sweep} varies it; give one of both")
+    _check_sweep_options(context, sweep, reconstruction)
     process = read_environment()
     if process.rank and sweep is None:
         return
@@ -261,22 +246,34 @@ def evaluate(
         from npp_ds.evaluation.sweep import Settings, open_sweep
         from npp_ds.sampling.logits_processing import Options
 
-        options = Options(seed=seed or 0, cfg_scale=1.0 if cfg_scale is None else cfg_scale)
+        options = Options(seed=seed, cfg_scale=cfg_scale)
         settings = Settings(
-            per_class,
-            labels or "balanced",
-            options,
-            step,
-            weights or "raw",
-            dtype or "auto",
-            64 if batch_size is None else batch_size,
-            image_size,
-            tokenizer,
-            patch_side,
+            per_class, labels, options, step, weights, dtype, batch_size, image_size, tokenizer, patch_side
         )
         _sweep(open_sweep(source, sweep, settings, process.local_rank), process, against, out)
     else:
         _evaluate(source, samples, against, out)
+
+
+SWEEP_OPTIONS = (
+    "per_class", "labels", "cfg_scale", "seed", "step", "weights", "patch_side", "dtype", "batch_size", "tokenizer"
+)  # fmt: skip
+
+
+def _check_sweep_options(context: typer.Context, sweep: str | None, reconstruction: str | None) -> None:
+    """Raise UserError for options that were given and have no effect."""
+    sources = {name: context.get_parameter_source(name) for name in SWEEP_OPTIONS}
+    given = {
+        f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    }
+    if sweep is None and (unused := sorted(given - ({"--tokenizer"} if reconstruction else set()))):
+        raise UserError(
+            f"{', '.join(unused)}: expected only with --sweep; samples that exist keep their settings, so give these "
+            "to `npp sample`, and evaluate what it makes"
+        )
+    varied = {"cfg": "--cfg-scale", "checkpoint": "--step"}.get((sweep or "").partition("=")[0])
+    if varied in given:
+        raise UserError(f"{varied}: --sweep {sweep} varies it; give one of both")
 
 
 @dataclass(frozen=True)

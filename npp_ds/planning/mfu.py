@@ -13,7 +13,7 @@ from npp_ds.config.schema import RunConfig
 from npp_ds.errors import UserError
 from npp_ds.sizes import SIZES, parameter_count
 from npp_ds.utils.files import read_small
-from npp_ds.utils.gpu_specs import GPU, GPUS
+from npp_ds.utils.gpu_specs import GPU, has_own_rate
 
 ASSUMED_MFU = 0.4
 """The MFU where nothing was measured."""
@@ -68,9 +68,9 @@ def mfu_by_side(config: RunConfig, gpu: GPU, given: float | None) -> Callable[[i
     """
     if given is not None:
         return lambda patch_side: Mfu(given, "given")
-    known = GPUS.get(gpu.name)
-    comparable = known is not None and known.tflops == gpu.tflops  # else the measured share is of another peak
-    measured = read_measured(RESULTS, gpu.name, nearest_size(config), way_of(config)) if comparable else {}
+    measured = {}
+    if has_own_rate(gpu):  # else the measured share is of another peak
+        measured = read_measured(RESULTS, gpu.name, nearest_size(config), way_of(config))
     return lambda patch_side: measured.get(patch_side, Mfu(ASSUMED_MFU, "assumed"))
 
 

@@ -17,7 +17,7 @@ from npp_ds.planning.mfu import Mfu, mfu_by_side
 from npp_ds.sizes import num_positions
 from npp_ds.training.deepspeed_config import engine_settings, read_settings, shipped_configs
 from npp_ds.training.throughput import step_flops
-from npp_ds.utils.gpu_specs import GPU, GPUS
+from npp_ds.utils.gpu_specs import GPU, has_own_rate
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
@@ -148,9 +148,8 @@ class Plan:
                 "the run does not fit this GPU, even one image at a time; use another ZeRO stage, "
                 "model.activation_checkpointing=block, or more GPUs"
             ]
-        known = GPUS.get(self.gpu.name)
         found = []
-        if self.precision == "fp32" and known is not None and known.tflops == self.gpu.tflops:
+        if self.precision == "fp32" and has_own_rate(self.gpu):
             found.append(
                 "times are those of bf16 products, and precision=fp32 is several times slower: give the GPU's fp32 "
                 "rate with --gpu-tflops"

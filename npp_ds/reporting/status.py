@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from npp_ds.checkpoint import folders
 from npp_ds.errors import UserError
-from npp_ds.reporting.summary import VALIDATIONS, RunData, of_weights, read_run, validations
+from npp_ds.reporting.summary import VALIDATIONS, RunData, read_run, validated_by, validations
 from npp_ds.training.lease import LEASE_BYTES, SLOWEST_HEARTBEAT, Owner
 from npp_ds.training.metrics import Event, events_named
 from npp_ds.training.throughput import StepCosts, step_flops
@@ -214,12 +214,8 @@ def _rows(s: RunStatus) -> list[tuple[str, str]]:
         rate = f", learning rate {s.learning_rate:.2e}" if s.learning_rate is not None else ""
         rows.append(("loss", f"{s.loss:.4f} nats per code{rate}"))
     if s.validation_nll is not None:
-        rows.append(
-            (
-                "validation",
-                f"{s.validation_nll:.4f} at side 1{of_weights(s.validation_weights)}, after step {s.validation_step:,}",
-            )
-        )
+        by = validated_by(s.validation_weights)
+        rows.append(("validation", f"{s.validation_nll:.4f} at side 1{by}, after step {s.validation_step:,}"))
     if s.frechet_distance is not None:
         rows.append(("samples", f"Frechet distance {s.frechet_distance:.4g}, after step {s.evaluation_step:,}"))
     if s.images_per_second is not None:

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -80,11 +80,14 @@ class RunData:
         return newest.parent if newest else None
 
     def _newest(self, name: str) -> Path | None:
-        def is_of(record: dict[str, Any], weights: "Weights") -> bool:
+        weights = self.weights
+        if weights is None:
+            return newest_record(self.folder / "samples", name)
+
+        def is_wanted(record: dict[str, Any]) -> bool:
             samples = record.get("samples", record)
             return (samples["weights_sha256"], samples["weights"]) == (weights.sha256, weights.variant)
 
-        is_wanted = partial(is_of, weights=self.weights) if self.weights else None
         return newest_record(self.folder / "samples", name, is_wanted)
 
     @cached_property
@@ -152,9 +155,9 @@ def read_run_of(weights: "Weights") -> RunData | None:
     return replace(run, events=events, weights=weights)
 
 
-def of_weights(variant: str | None) -> str:
-    """Return what to say where the weights that were validated may be the moving average."""
-    return " by the moving average" if variant == "ema" else ""
+def validated_by(weights: str | None) -> str:
+    """Return the words after a validation that tell that of the moving average from that of the weights."""
+    return " by the moving average" if weights == "ema" else ""
 
 
 def validations(events: list[Event]) -> list[Event]:
@@ -189,8 +192,8 @@ class RunSummary:
 
     `token_cost` counts trained positions, `flop_cost` FLOPs; `time_cost` is measured: the time the images took at each
     stage's rate over the time they would have taken at the rate of the stage with patch side 1 (None without one).
-    `validation_nll` is the last one at patch side 1, in nats per code; `validation_weights` is
-    "ema" if it is that of the moving average. Training was paused for `saving_seconds` by its
+    `validation_nll` is the last one at patch side 1, in nats per code, and `validation_weights` is "ema" if it
+    is that of the moving average. Training was paused for `saving_seconds` by its
     `checkpoints` and for `evaluation_seconds` by its `evaluations`; `last_distance` is that of the last evaluation.
     `peak_memory_gb` is the most that any process held.
     """
@@ -314,7 +317,7 @@ def result_rows(summary: RunSummary) -> list[tuple[str, str]]:
     costs += f", {summary.time_cost:.3f} in measured time" if summary.time_cost is not None else ""
     rows = [("cost, next-token training = 1", costs)]
     if summary.validation_nll is not None:
-        by = of_weights(summary.validation_weights)
+        by = validated_by(summary.validation_weights)
         value = f"{summary.validation_nll:.4f} nats per code{by} after step {summary.validation_step:,}"
         rows.append(("validation at patch side 1", value))
     if summary.checkpoints and (seconds := summary.total("seconds")):

@@ -158,6 +158,11 @@ class CodeImport:
             },
         }
 
+    @cached_property
+    def _earlier(self) -> Manifest | None:
+        """The manifest of a set that was complete before this import."""
+        return Manifest.load(self.out) if (self.out / MANIFEST_NAME).is_file() else None
+
     def run(self) -> Manifest:
         """Write the shards and the manifest.
 
@@ -174,9 +179,8 @@ class CodeImport:
                 leftover.unlink()
             shards, inputs = [shard.info for shard in made], " ".join(shard.inputs for shard in made)
             keys = {**self.identity, "source": {**self.identity["source"], INPUTS: inputs}}
-            earlier = Manifest.load(self.out) if (self.out / MANIFEST_NAME).is_file() else None
-            if earlier and earlier.shards == shards:
-                manifest = earlier  # it keeps its fingerprint, by which runs know it
+            if self._earlier and self._earlier.shards == shards:
+                manifest = self._earlier  # it keeps its fingerprint, by which runs know it
             else:
                 manifest = Manifest(**keys, num_samples=self.folders.count, shards=shards, skipped=[])
                 manifest.save(self.out)
@@ -208,16 +212,15 @@ class CodeImport:
         try:
             found = ImportedShard.model_validate(parse_json(read_small(record)))
         except FileNotFoundError:
-            if not (self.out / MANIFEST_NAME).is_file():
+            if self._earlier is None:
                 return None
-            manifest = Manifest.load(self.out)
-            known = str(manifest.source.get(INPUTS, "")).split()
+            known = str(self._earlier.source.get(INPUTS, "")).split()
             if known and known[number] != inputs:
                 raise UserError(
                     f"{self.out}: holds shards of other labels or codes, {path.name} among them; choose another folder "
                     "with --out, or remove that one"
                 ) from None
-            listed = {shard.file: shard for shard in manifest.shards}
+            listed = {shard.file: shard for shard in self._earlier.shards}
             found = ImportedShard(info=listed[path.name], inputs=inputs)
         except ValueError:
             return None

@@ -56,32 +56,29 @@ class Checkpointing(Hook):
         it that raises UserError on all ranks.
         """
         with self.log.clock.paused():
-            self._save(engine, stage, done, must)
-
-    def _save(self, engine: TrainingEngine, stage: Stage, done: int, must: bool) -> None:
-        self.settle()
-        partitions, state = engine.partitions, engine.state()
-        record = CheckpointRecord(
-            step=done,
-            stage=stage.index,
-            world_size=self.processes.world_size,
-            zero_stage=self.zero_stage,
-            precision=self.config.precision,
-            config_hash=self.config.hash(),
-            config=self.config.fixed_keys(),
-            data_fingerprint=self.data_fingerprint,
-            optimizer_steps=partitions.optimizer_steps,
-            kinds=list(state),
-            shapes={name: list(shape) for name, shape in partitions.shapes.items()},
-            excluded_steps=sorted(self.nonfinite.excluded_steps),
-            rollbacks=self.nonfinite.rollbacks,
-        )
-        try:
-            self.saver.begin(record, partitions.fragments, state)
-        except SaveFailed as error:
-            self._report_failure(done, error, must)
-        if must or not self.config.checkpoint.asynchronous:
-            self.settle(must)
+            self.settle()
+            partitions, state = engine.partitions, engine.state()
+            record = CheckpointRecord(
+                step=done,
+                stage=stage.index,
+                world_size=self.processes.world_size,
+                zero_stage=self.zero_stage,
+                precision=self.config.precision,
+                config_hash=self.config.hash(),
+                config=self.config.fixed_keys(),
+                data_fingerprint=self.data_fingerprint,
+                optimizer_steps=partitions.optimizer_steps,
+                kinds=list(state),
+                shapes={name: list(shape) for name, shape in partitions.shapes.items()},
+                excluded_steps=sorted(self.nonfinite.excluded_steps),
+                rollbacks=self.nonfinite.rollbacks,
+            )
+            try:
+                self.saver.begin(record, partitions.fragments, state)
+            except SaveFailed as error:
+                self._report_failure(done, error, must)
+            if must or not self.config.checkpoint.asynchronous:
+                self.settle(must)
 
     def settle(self, must: bool = False) -> None:
         """Finish the checkpoint that is being written, if there is one. Called by all ranks together."""

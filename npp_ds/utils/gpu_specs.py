@@ -63,6 +63,12 @@ def gpu_of_device(device_name: str) -> GPU | None:
     return GPUS.get(_DEVICE_NAMES.get(device_name.removeprefix("NVIDIA "), ""))
 
 
+def has_own_rate(gpu: GPU) -> bool:
+    """Return whether a GPU of the table has the rate that the table gives, not another one that a user gave."""
+    known = GPUS.get(gpu.name)
+    return known is not None and known.tflops == gpu.tflops
+
+
 def find_gpu(name: str, memory_gb: float | None, tflops: float | None, bandwidth: float | None) -> GPU:
     """Return a GPU of the table, with the figures that are given instead of its own.
 

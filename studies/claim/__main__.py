@@ -18,9 +18,9 @@ from pathlib import Path
 from npp_ds.cli.exit_codes import exit_code_of
 from npp_ds.errors import UserError
 from npp_ds.training.preemption import PREEMPTED, Preempted
+from studies.claim.plan import DATA, MUON, PLAN, SECONDS, Plan  # without torch, which must not load before `main`
 
 RESULTS = Path(__file__).parents[1] / "results" / "claim"
-PLAN = Path(__file__).parent / "plan.yaml"
 
 
 def parse() -> argparse.Namespace:
@@ -48,8 +48,6 @@ def main() -> int:
 
 
 def study(options: argparse.Namespace) -> None:
-    from studies.claim.plan import Plan
-
     plan = Plan(options.results, options.plan)
     if options.part or options.run:
         if not (options.images and options.out):
@@ -61,10 +59,9 @@ def study(options: argparse.Namespace) -> None:
         write_page(plan, options.page)
 
 
-def _run(plan: "Plan", options: argparse.Namespace) -> None:  # noqa: F821
+def _run(plan: Plan, options: argparse.Namespace) -> None:
     from studies.claim.data import encode, measure_data
     from studies.claim.muon import measure_muon
-    from studies.claim.plan import DATA, MUON, SECONDS
     from studies.claim.runs import make_run, run_part
     from studies.claim.seconds import measure_seconds
 

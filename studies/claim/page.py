@@ -7,7 +7,7 @@ from shutil import copyfile
 from statistics import mean, stdev
 from typing import IO, Any
 
-from npp_ds.utils.files import read_json, write_atomic, write_text_atomic
+from npp_ds.utils.files import write_atomic, write_text_atomic
 from studies.claim.data import DATA_FILE
 from studies.claim.muon import MUON_FILE
 from studies.claim.plan import DATA, MUON, PLAN, SECONDS, Plan
@@ -196,7 +196,7 @@ def _statements(plan: Plan, results: Results, questions: Sequence[tuple[str, str
             continue
         part = max(plan.part_of[arm], plan.part_of[baseline])
         asked = question.format(chosen=plan.chosen(arm) or "the best variation")
-        key, images = ("test_nats", "test") if plan.parts[part].get("test") else ("nats", "validation")
+        key, images = plan.judged_by(part)
         pairs = differences(results, arm, baseline, key)
         if len(pairs) < max(SEEDS, len(plan.parts[part]["seeds"])):
             lines.append(f"- {asked}: not decided yet; part {part} decides.")
@@ -218,7 +218,7 @@ def _shown(part: dict[str, Any]) -> list[str]:
 
 def _table(plan: Plan, results: Results, number: int) -> list[str]:
     part = plan.parts[number]
-    key, images = ("test_nats", "test") if part.get("test") else ("nats", "validation")
+    key, images = plan.judged_by(number)
     next_flops = plan.keys["training"]["epochs"] * plan.keys["data"]["train"] * plan.flops_per_image(1)
     with_samples, seconds = part.get("samples", True), read_seconds(plan)
     columns = ["arm", "keys of", "batch", "peak rate", "updates", "FLOPs, relative"]
@@ -268,10 +268,8 @@ def _difference(
 
 def _data(plan: Plan) -> list[str]:
     """Return the section on what quality is possible, empty before it was measured."""
-    path = plan.results / DATA_FILE
-    if not path.is_file():
+    if (found := plan.recorded(DATA_FILE)) is None:
         return []
-    found = read_json(path)
     lines = [
         "\n## What is possible\n",
         f"{found['images']:,} test images, measured as samples are. The best that a model of these codes can do is "
@@ -287,10 +285,8 @@ def _data(plan: Plan) -> list[str]:
 
 def _muon(plan: Plan) -> list[str]:
     """Return the section on Muon, empty before it was measured."""
-    path = plan.results / MUON_FILE
-    if not path.is_file():
+    if (found := plan.recorded(MUON_FILE)) is None:
         return []
-    found = read_json(path)
     lines = [
         "\n## Muon\n",
         f"The settings are those of {found['settings_of']}, seed and data order included, in a plain PyTorch loop. "

@@ -84,6 +84,15 @@ class Plan:
             raise UserError(f"{path}: a result with another tokenizer than {self.tokenizer}; choose other --results")
         return found
 
+    def recorded(self, name: str) -> dict[str, Any] | None:
+        """Return the content of a JSON file beside the results, None before it is written."""
+        path = self.results / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def judged_by(self, part: int) -> tuple[str, str]:
+        """Return the key of the loss that decides in a part, and the images that it is of."""
+        return ("test_nats", "test") if self.parts[part].get("test") else ("nats", "validation")
+
     def nats(self, arm: str) -> float | None:
         """Return the mean validation loss of an arm, None until all its runs have finished."""
         found = [self.result(run) for run in self.runs_of(arm)]

@@ -1,6 +1,5 @@
 """Seconds per step of every (patch side, batch size) in the results, measured in short runs on an idle machine."""
 
-import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +20,12 @@ BUSY = 0.5  # load average above which a warning is printed
 
 def load_of(plan: Plan) -> float | None:
     """Return the load average before the measurement, None if there was none."""
-    path = plan.results / SECONDS_FILE
-    return json.loads(path.read_text())["load_before"] if path.is_file() else None
+    return (plan.recorded(SECONDS_FILE) or {}).get("load_before")
 
 
 def read_seconds(plan: Plan) -> dict[str, float]:
     """Return the seconds per step by `key_of`, empty before they are measured."""
-    path = plan.results / SECONDS_FILE
-    return json.loads(path.read_text())["seconds_per_step"] if path.is_file() else {}
+    return (plan.recorded(SECONDS_FILE) or {}).get("seconds_per_step", {})
 
 
 def timed_stages(plan: Plan, result: dict[str, Any]) -> list[dict[str, Any]]:
